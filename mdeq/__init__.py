@@ -1,0 +1,36 @@
+"""Multiscale deep equilibrium models. Importing this package registers its models in timm.
+
+Shapes in docstrings: `B` batch, `C` channels, `S` spatial axes (`*S` is `H, W` or `D, H, W`), `D` elements of one
+sample's flat state, `M` history of a solver. Branch 0 has the highest resolution.
+"""
+
+from ._version import __version__
+from .deq import DEQ, Equilibrium
+from .gradients import GradientEstimator, ImplicitGradient, PhantomGradient, build_gradient
+from .jacobian import jacobian_frobenius, spectral_radius
+from .models import MDEQ, MultiscaleCell
+from .solvers import Anderson, Broyden, FixedPointSolver, Picard, SolveStats, SolveStatus, build_solver
+from .state import State, StateLayout
+
+__all__ = [
+    "DEQ",
+    "MDEQ",
+    "Anderson",
+    "Broyden",
+    "Equilibrium",
+    "FixedPointSolver",
+    "GradientEstimator",
+    "ImplicitGradient",
+    "MultiscaleCell",
+    "PhantomGradient",
+    "Picard",
+    "SolveStats",
+    "SolveStatus",
+    "State",
+    "StateLayout",
+    "__version__",
+    "build_gradient",
+    "build_solver",
+    "jacobian_frobenius",
+    "spectral_radius",
+]

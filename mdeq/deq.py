@@ -1,0 +1,117 @@
+"""The equilibrium layer: a solver and a gradient estimator joined into one module, for any map over a tuple of tensors."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .gradients import GradientSpec, build_gradient
+from .jacobian import jacobian_frobenius, spectral_radius
+from .solvers import FixedPointSolver, SolverSpec, SolveStats, build_solver
+from .state import State, StateLayout
+
+StateFn = Callable[[State], State]
+"""A map over states, sample by sample; may offer `take(index)`, see `mdeq.solvers.FlatFn`."""
+
+
+@dataclass
+class Equilibrium:
+    """The result of an equilibrium layer.
+
+    Attributes:
+        state: the equilibrium, differentiable where gradients are enabled.
+        stats: how the solve went, per sample; None when unrolled.
+        jacobian_penalty: differentiable scalar to add to the loss; None unless asked for.
+        backward_stats: the implicit backward solves, appended by `loss.backward()`.
+    """
+
+    state: State
+    stats: SolveStats | None
+    jacobian_penalty: Tensor | None = None
+    backward_stats: list[SolveStats] = field(default_factory=list)
+
+
+class _FlatFn:
+    """A map over states as a map over `(B, D)`. The solver's dtype stays outside: fn sees the dtype of its own state."""
+
+    def __init__(self, fn: StateFn, layout: StateLayout, inner: torch.dtype, outer: torch.dtype) -> None:
+        self.fn, self.layout, self.inner, self.outer = fn, layout, inner, outer
+        if hasattr(fn, "take"):
+            self.take = lambda index: _FlatFn(fn.take(index), layout, inner, outer)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self.layout.flatten(self.fn(self.layout.unflatten(z.to(self.inner))), self.outer)
+
+
+class DEQ(nn.Module):
+    """Finds z* = f(z*) and differentiates through it, for any f over a tuple of tensors `(B, ...)` of any rank.
+
+    The solver works in at least float32; f sees its state in the dtype of z0, and the result has that dtype.
+    In eval mode the state returned is the solver's z*, bit for bit the same with and without gradients; in train mode it
+    is what the gradient estimator returns, f(z*) for the implicit one.
+
+    Args:
+        solver: the forward solver; `deq.solver = ...` replaces it at any time.
+        gradient: the gradient estimator, likewise.
+
+    Raises:
+        ValueError, TypeError: for a spec that names something unknown.
+
+    Example:
+        >>> deq = DEQ(Broyden(tol=1e-6), ImplicitGradient())
+        >>> eq = deq(lambda z: (torch.tanh(layer(z[0]) + x),), (torch.zeros_like(x),))
+        >>> eq.state[0], eq.stats.converged
+    """
+
+    def __init__(self, solver: SolverSpec, gradient: GradientSpec) -> None:
+        super().__init__()
+        self.solver = build_solver(solver)
+        self.gradient = build_gradient(gradient)
+
+    def forward(
+        self,
+        fn: StateFn,
+        z0: State,
+        *,
+        solver: FixedPointSolver | None = None,
+        unroll: int = 0,
+        jacobian_probes: int = 0,
+    ) -> Equilibrium:
+        """Return the equilibrium of fn.
+
+        Args:
+            fn: the map.
+            z0: starting point; no gradient flows to it.
+            solver: replaces `self.solver` for this call.
+            unroll: if above 0, apply fn that many times with ordinary backpropagation instead of solving (the weight-tied
+                warm-up phase of training).
+            jacobian_probes: if above 0, estimate the Jacobian penalty with that many probes.
+
+        Raises:
+            ValueError: for a z0 of mixed batch sizes or an fn that changes shapes.
+        """
+        layout = StateLayout.of(z0)
+        inner = z0[0].dtype
+        outer = torch.promote_types(inner, torch.float32)
+        flat = _FlatFn(fn, layout, inner, outer)
+        z_start = layout.flatten(z0, outer).detach()
+        if unroll > 0:
+            z, stats, record = z_start, None, []
+            for _ in range(unroll):
+                z = flat(z)
+        else:
+            z, stats, record = self.gradient.solve(flat, z_start, solver or self.solver, training=self.training)
+        penalty = jacobian_frobenius(flat, z, jacobian_probes) if jacobian_probes > 0 else None
+        return Equilibrium(layout.unflatten(z.to(inner)), stats, penalty, record)
+
+    @staticmethod
+    def spectral_radius(fn: StateFn, state: State, num_iters: int = 100) -> Tensor:
+        """Return the spectral radius of the Jacobian of fn at a state, `(B,)`; see `mdeq.spectral_radius`."""
+        layout = StateLayout.of(state)
+        inner = state[0].dtype
+        outer = torch.promote_types(inner, torch.float32)
+        return spectral_radius(_FlatFn(fn, layout, inner, outer), layout.flatten(state, outer), num_iters)
+
+    def extra_repr(self) -> str:
+        return f"solver={self.solver}, gradient={self.gradient}"

@@ -1,0 +1,73 @@
+"""The Jacobian J of the fixed-point map at a point: a regulariser and a diagnostic, from vector-Jacobian products alone."""
+
+import torch
+from torch import Tensor
+
+from .solvers import FlatFn
+
+
+def _evaluate(fn: FlatFn, z: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        return z, fn(z)
+
+
+def jacobian_frobenius(fn: FlatFn, z: Tensor, num_probes: int = 1) -> Tensor:
+    """Return an unbiased estimate of the squared Frobenius norm of J at z, over the number of elements of z.
+
+    A scalar, differentiable in what fn closes over where gradients are enabled.
+
+    Args:
+        fn: the map `(B, D) -> (B, D)`.
+        z: `(B, D)` where J is taken.
+        num_probes: standard-normal vectors e over which `|e^T J|^2` is averaged.
+
+    Raises:
+        ValueError: if num_probes is below 1.
+
+    Reference:
+        Bai, Koltun and Kolter 2021, Stabilizing Equilibrium Models by Jacobian Regularization, Eq. 7.
+    """
+    if num_probes < 1:
+        raise ValueError(f"num_probes must be >= 1, got {num_probes}")
+    differentiable = torch.is_grad_enabled()
+    z, f_z = _evaluate(fn, z)
+    total = z.new_zeros(())
+    for probe in range(num_probes):
+        (product,) = torch.autograd.grad(
+            f_z,
+            z,
+            torch.randn_like(z),
+            create_graph=differentiable,
+            retain_graph=differentiable or probe + 1 < num_probes,
+        )
+        total = total + product.square().sum()
+    return total / (num_probes * z.numel())
+
+
+def spectral_radius(fn: FlatFn, z: Tensor, num_iters: int = 100) -> Tensor:
+    """Return the largest absolute eigenvalue of J at z for each sample, `(B,)`.
+
+    Power iteration on J^T; the estimate is the geometric mean of the growth factors over the second half, which is right
+    also where the dominant eigenvalues are a complex pair and a Rayleigh quotient is not.
+
+    Args:
+        fn: the map `(B, D) -> (B, D)`.
+        z: `(B, D)` where J is taken.
+        num_iters: vector-Jacobian products.
+
+    Raises:
+        ValueError: if num_iters is below 2.
+    """
+    if num_iters < 2:
+        raise ValueError(f"num_iters must be >= 2, got {num_iters}")
+    z, f_z = _evaluate(fn, z)
+    v = torch.randn_like(z)
+    v = v / torch.linalg.vector_norm(v, dim=1, keepdim=True)
+    log_growth = []
+    for _ in range(num_iters):
+        (v,) = torch.autograd.grad(f_z, z, v, retain_graph=True)
+        growth = torch.linalg.vector_norm(v, dim=1, keepdim=True)
+        log_growth.append(growth.squeeze(1).log())
+        v = v / torch.where(growth > 0, growth, torch.ones_like(growth))  # a nilpotent J ends in zeros: radius 0
+    return torch.stack(log_growth[num_iters // 2 :]).mean(dim=0).exp()

@@ -1,0 +1,51 @@
+"""Layers that exist once for 2D and 3D: the number of spatial dimensions is an argument, or read off a tensor's shape."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SpatialDims = Literal[2, 3]
+CONV: dict[int, type[nn.Module]] = {2: nn.Conv2d, 3: nn.Conv3d}
+BATCH_NORM: dict[int, type[nn.Module]] = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+_CONV_FN = {2: F.conv2d, 3: F.conv3d}
+_LINEAR_MODE = {2: "bilinear", 3: "trilinear"}
+
+
+def conv(
+    spatial_dims: SpatialDims,
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int,
+    *,
+    stride: int | Sequence[int] = 1,
+    bias: bool = False,
+    **dd: Any,
+) -> nn.Module:
+    """Return a convolution, padded so that stride 1 keeps the size. `dd`: device and dtype."""
+    stride = stride if isinstance(stride, int) else tuple(stride)
+    padding = kernel_size // 2
+    return CONV[spatial_dims](in_channels, out_channels, kernel_size, stride=stride, padding=padding, bias=bias, **dd)
+
+
+def convolve(layer: nn.Module, x: Tensor, kernel: Tensor) -> Tensor:
+    """Apply a convolution layer with a kernel computed before, such as one whose weight norm was folded."""
+    return _CONV_FN[x.ndim - 2](x, kernel, layer.bias, layer.stride, layer.padding)
+
+
+def resize(x: Tensor, size: Sequence[int], mode: Literal["nearest", "linear"] = "nearest") -> Tensor:
+    """Return x `(B, C, *S)` at spatial size `size`; by size and never by factor, so that odd sizes come back.
+
+    `"linear"` aligns corners, as the official segmentation networks do.
+    """
+    if mode == "nearest":
+        return F.interpolate(x, size=tuple(size), mode="nearest")
+    return F.interpolate(x, size=tuple(size), mode=_LINEAR_MODE[x.ndim - 2], align_corners=True)
+
+
+def channel_mask(x: Tensor, channels: int, p: float) -> Tensor:
+    """Return an inverted-dropout mask `(B, channels, 1, ...)` of rate p for the batch, rank, device and dtype of x."""
+    keep = x.new_full((x.shape[0], channels, *(1 for _ in x.shape[2:])), 1 - p)
+    return torch.bernoulli(keep) / (1 - p)

@@ -1,0 +1,238 @@
+"""The fixed-point problem z = f(z): what a solver takes, what it returns, and the one iteration loop of the package."""
+
+import enum
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+FlatFn = Callable[[Tensor], Tensor]
+"""A map `(B, D) -> (B, D)` whose output sample i depends on input sample i only.
+
+It may offer `fn.take(index) -> FlatFn`, the same map for those samples alone; the loop then drops finished samples from
+the batch that it evaluates. Without it the whole batch is evaluated until the last sample stops.
+"""
+
+
+class SolveStatus(enum.IntEnum):
+    """How the solve of one sample ended."""
+
+    CONVERGED = 0  # residual below tol, or exactly zero
+    MAX_STEPS = 1  # budget spent; the usual outcome in training, not an error
+    DIVERGED = 2  # the absolute residual grew past divergence_factor times its first value
+    NONFINITE = 3  # nan or inf met; what is returned is the best finite iterate
+
+
+@dataclass(frozen=True)
+class SolveStats:
+    """What a solve did, per sample. Holds no iterate, so keeping it costs no memory.
+
+    Attributes:
+        status: `(B,)` int64, values of `SolveStatus`.
+        residual: `(B,)` residual of the returned iterate, relative (unitless) or absolute (units of z) by `stop_mode`.
+        num_steps: `(B,)` int64, updates until that sample stopped. It took `num_steps + 1` evaluations, plus
+            those of a line search.
+        nfe: evaluations of f, for the whole batch.
+        trace: `(steps + 1, B)` residual at every iterate, the starting point first. A finished sample's last value repeats.
+    """
+
+    status: Tensor
+    residual: Tensor
+    num_steps: Tensor
+    nfe: int
+    trace: Tensor
+
+    @property
+    def converged(self) -> Tensor:
+        """`(B,)` bool."""
+        return self.status == SolveStatus.CONVERGED
+
+    def summary(self) -> dict[str, float]:
+        """Means, residual quantiles and the share of each status, for logging. One host synchronisation."""
+        residual = self.residual.double().nan_to_num(nan=float("inf"))
+        values = [self.num_steps.double().mean(), residual.mean(), residual.median(), residual.max()]
+        values += [(self.status == status).double().mean() for status in SolveStatus]
+        names = ["steps", "residual_mean", "residual_median", "residual_max"]
+        names += [status.name.lower() for status in SolveStatus]
+        return {"nfe": float(self.nfe), **dict(zip(names, torch.stack(values).tolist(), strict=True))}
+
+
+class Memory(Protocol):
+    """What a solver remembers between steps; tensors with the batch axis first."""
+
+    def take(self, index: Tensor) -> "Memory":
+        """Return the memory of the samples `index` alone."""
+        ...
+
+
+def is_static(z: Tensor) -> bool:
+    """Whether values must not steer control flow: meta tensors and compiled or exported graphs run every step."""
+    return z.is_meta or torch.compiler.is_compiling()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedPointSolver(ABC):
+    """Settings of a fixed-point solver; calling it solves z = f(z) for every sample on its own.
+
+    A subclass says how to step (`init`, `direction`); stopping, the best iterate, freezing of finished samples, failures
+    and the trace exist once, in `__call__`. Step counts, status and result of a sample do not depend on its batch mates.
+
+    Args:
+        tol: a sample has converged when its residual is below this; relative (unitless) or absolute (units of z).
+        max_steps: most updates; a solve takes at most `max_steps + 1` evaluations of f.
+        stop_mode: `"rel"`: `|f(z) - z| / (|f(z)| + 1e-9)`; `"abs"`: `|f(z) - z|`; 2-norms of one sample.
+        divergence_factor: a sample has diverged when `|f(z) - z|` exceeds this many times its first value. Judged on the
+            absolute residual in both modes, since the relative one saturates near 1.
+
+    Raises:
+        ValueError: at construction, for a setting out of range.
+    """
+
+    tol: float = 1e-3
+    max_steps: int = 30
+    stop_mode: Literal["rel", "abs"] = "rel"
+    divergence_factor: float = 1e6
+
+    def __post_init__(self) -> None:
+        _require(self.tol >= 0, "tol must be >= 0", self.tol)
+        _require(self.max_steps >= 1, "max_steps must be >= 1", self.max_steps)
+        _require(self.stop_mode in ("rel", "abs"), "stop_mode must be 'rel' or 'abs'", self.stop_mode)
+        _require(self.divergence_factor > 1, "divergence_factor must be > 1", self.divergence_factor)
+
+    @abstractmethod
+    def init(self, z0: Tensor) -> Any:
+        """Return the memory of a new solve from z0 `(B, D)`."""
+
+    @abstractmethod
+    def direction(self, memory: Any, z: Tensor, g: Tensor) -> Tensor:
+        """Return the step `(B, D)` to take from iterate z, where g = f(z) - z; update the memory in place."""
+
+    def advance(self, fn: FlatFn, memory: Any, z: Tensor, g: Tensor, step: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Return the next iterate, its image under fn, and the number of evaluations spent. A line search goes here."""
+        z = z + step
+        return z, fn(z), 1
+
+    @torch.no_grad()
+    def __call__(self, fn: FlatFn, z0: Tensor) -> tuple[Tensor, SolveStats]:
+        """Return the best iterate of each sample `(B, D)` and what happened. Never raises on failure of a solve.
+
+        The starting point does not compete as best iterate: it is returned only where it has converged already or where
+        no later iterate is finite.
+
+        Args:
+            fn: the map, see `FlatFn`.
+            z0: `(B, D)` starting points; their dtype is the dtype of the solve.
+        """
+        static = is_static(z0)
+        progress = _Progress.start(z0)
+        outer: list[tuple[_Progress, Tensor]] = []  # batches that were compacted, and the rows that went on
+        memory = self.init(z0)
+        z, fz, nfe = z0, fn(z0), 1
+        for step in range(self.max_steps + 1):
+            g = fz - z
+            absolute = torch.linalg.vector_norm(g, dim=1)
+            residual = absolute
+            if self.stop_mode == "rel":
+                residual = absolute / (torch.linalg.vector_norm(fz, dim=1) + 1e-9)
+            progress.update(self, step, z, absolute, residual)
+            if step == self.max_steps:
+                break
+            num_active = batch = z.shape[0]
+            if not static:
+                num_active = int(progress.active.sum())  # the one host synchronisation of a step
+                if num_active == 0:
+                    break
+                # Compaction copies the memory, so it waits until it saves a quarter of the evaluations.
+                if num_active <= 0.75 * batch and hasattr(fn, "take"):
+                    index = progress.active.nonzero().squeeze(1)
+                    outer.append((progress, index))
+                    progress, memory, fn = progress.take(index), memory.take(index), fn.take(index)
+                    z, g, batch = z[index], g[index], num_active
+            update = self.direction(memory, z, g)
+            if static or num_active < batch:  # finished samples rest at their best iterate, which is always finite
+                z = _where(progress.active, z, progress.best)
+                update = _where(progress.active, update, torch.zeros_like(update))
+            z, fz, spent = self.advance(fn, memory, z, g, update)
+            nfe += spent
+        for whole, index in reversed(outer):
+            progress = whole.merge(index, progress)
+        return progress.best, progress.stats(nfe)
+
+
+@dataclass
+class _Progress:
+    """What the loop knows of each sample of the batch that it still evaluates."""
+
+    active: Tensor  # (B,) bool
+    best: Tensor  # (B, D)
+    best_residual: Tensor  # (B,)
+    first: Tensor  # (B,) absolute residual of the starting point
+    status: Tensor  # (B,) int64
+    num_steps: Tensor  # (B,) int64
+    trace: list[Tensor]  # of (B,)
+
+    @classmethod
+    def start(cls, z0: Tensor) -> "_Progress":
+        batch = z0.shape[0]
+        status = torch.full((batch,), SolveStatus.MAX_STEPS, dtype=torch.int64, device=z0.device)
+        return cls(
+            active=torch.ones(batch, dtype=torch.bool, device=z0.device),
+            best=z0,
+            best_residual=z0.new_full((batch,), float("inf")),
+            first=z0.new_zeros(batch),
+            status=status,
+            num_steps=torch.zeros_like(status),
+            trace=[],
+        )
+
+    def update(self, solver: FixedPointSolver, step: int, z: Tensor, absolute: Tensor, residual: Tensor) -> None:
+        """Take note of iterate z and decide which samples go on."""
+        if step == 0:
+            self.first = absolute
+        finite = torch.isfinite(absolute)
+        converged = finite & ((residual < solver.tol) | (absolute == 0))
+        diverged = finite & (absolute > solver.divergence_factor * self.first) & ~converged
+        better = self.active & finite & (residual < self.best_residual)
+        if step == 0:  # its residual is reported if nothing else can be returned, but any finite iterate beats it
+            better &= converged
+        self.best = _where(better, z, self.best)
+        self.best_residual = torch.where(better, residual, self.best_residual)
+        for status, condition in (
+            (SolveStatus.CONVERGED, converged),
+            (SolveStatus.DIVERGED, diverged),
+            (SolveStatus.NONFINITE, ~finite),
+        ):
+            self.status = self.status.masked_fill(self.active & condition, status)
+        self.trace.append(torch.where(self.active, residual, self.trace[-1]) if self.trace else residual)
+        self.num_steps = torch.where(self.active, step, self.num_steps)
+        self.active = self.active & finite & ~converged & ~diverged
+
+    def take(self, index: Tensor) -> "_Progress":
+        fields = (self.active, self.best, self.best_residual, self.first, self.status, self.num_steps)
+        return _Progress(*(x[index] for x in fields), trace=[self.trace[-1][index]])
+
+    def merge(self, index: Tensor, part: "_Progress") -> "_Progress":
+        """Write the samples that went on alone back to rows `index`."""
+        for name in ("best", "best_residual", "status", "num_steps"):
+            setattr(self, name, getattr(self, name).index_copy(0, index, getattr(part, name)))
+        last = self.trace[-1]
+        self.trace += [last.index_copy(0, index, row) for row in part.trace[1:]]
+        return self
+
+    def stats(self, nfe: int) -> SolveStats:
+        trace = torch.stack(self.trace)
+        # Where no iterate competed, the starting point is what is returned.
+        residual = torch.where(torch.isinf(self.best_residual), trace[0], self.best_residual)
+        return SolveStats(self.status, residual, self.num_steps, nfe, trace)
+
+
+def _where(mask: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return torch.where(mask.unsqueeze(1), x, y)
+
+
+def _require(condition: bool, rule: str, value: object) -> None:
+    if not condition:
+        raise ValueError(f"{rule}, got {value}")

@@ -1,0 +1,123 @@
+"""Limited-memory "good" Broyden: the inverse Jacobian as a product of rank-one factors, built from the steps alone."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import FixedPointSolver, FlatFn, _require, is_static
+
+
+@dataclass
+class _Directions:
+    """The directions d_0 .. d_{k-1} since the last restart, and the small matrices that stand for their products."""
+
+    d: Tensor  # (B, M, D)
+    solve: Tensor  # (B, M, M) lower triangular, maps d_j^T g / |d_j|^2 to the coefficients c_j
+    scale: Tensor  # (B, M) 1 / |d_j|^2, zero for a zero direction
+    length: Tensor  # (B, M) step length taken along d_j, 1 without a line search
+    count: int = 0  # k, the same for all samples
+
+    def take(self, index: Tensor) -> "_Directions":
+        return _Directions(self.d[index], self.solve[index], self.scale[index], self.length[index], self.count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Broyden(FixedPointSolver):
+    """Good Broyden on g(z) = f(z) - z from the inverse Jacobian -I; the first step is a Picard step.
+
+    Kelley's form: with directions d_j and step lengths l_j the updated inverse is
+
+        H_{j+1} = (I + u_j d_j^T / |d_j|^2) H_j,   u_j = d_{j+1} - (1 - l_j) d_j,
+
+    so the directions are all that is stored: one vector a step, where the textbook form keeps two. The products
+    are evaluated at once, by way of the Gram matrix of the directions: a step reads the history twice, whatever its length.
+
+    Args:
+        history: secant pairs that are kept; when full, all are forgotten and the iteration restarts from -I, since a
+            pair depends on its predecessors and overwriting the oldest one is unsound. `None` keeps all of them.
+        line_search: most halvings of a step in search of sufficient decrease (Armijo) of the absolute residual; 0 takes
+            unit steps. Samples whose step was good are not changed, but each halving evaluates f on the batch.
+
+    Reference:
+        Kelley 1995, Iterative Methods for Linear and Nonlinear Equations, section 7.3.
+        Byrd, Nocedal and Schnabel 1994, Representations of quasi-Newton matrices and their use in limited memory methods.
+    """
+
+    history: int | None = None
+    line_search: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.history is None or self.history >= 1, "history must be >= 1 or None", self.history)
+        _require(self.line_search >= 0, "line_search must be >= 0", self.line_search)
+
+    def init(self, z0: Tensor) -> _Directions:
+        batch, dim = z0.shape
+        slots = self.max_steps if self.history is None else min(self.history + 1, self.max_steps)
+        return _Directions(
+            d=z0.new_empty(batch, slots, dim),
+            solve=z0.new_zeros(batch, slots, slots),
+            scale=z0.new_zeros(batch, slots),
+            length=z0.new_ones(batch, slots),
+        )
+
+    def direction(self, memory: _Directions, z: Tensor, g: Tensor) -> Tensor:
+        if memory.count == memory.d.shape[1]:
+            memory.count = 0  # full: restart
+        k = memory.count
+        memory.count += 1
+        memory.d[:, k] = g
+        if k == 0:
+            return g
+        # v = -H_{k-1} g = g + sum_j c_j u_j with c_j = d_j^T v_j / |d_j|^2, v_j the partial sum before term j.
+        past = memory.d[:, :k]
+        # One pass over the history for d_j^T d_{k-1} and d_j^T g, which lie side by side in it.
+        products = past @ memory.d[:, k - 1 : k + 1].mT  # (B, k, 2)
+        short = 1 - memory.length[:, :k]
+        self._append_row(memory, products[:, :, 0], short)
+        c = (memory.solve[:, :k, :k] @ (products[:, :, 1] * memory.scale[:, :k]).unsqueeze(2)).squeeze(2)
+        weights = torch.cat((torch.zeros_like(c[:, :1]), c[:, :-1]), dim=1) - short * c
+        # d_k = (v - (1 - l) c_{k-1} d_{k-1}) / (1 - c_{k-1}); a vanishing denominator means no secant information.
+        denominator = 1 - c[:, -1:]
+        tiny = 10 * torch.finfo(g.dtype).eps
+        denominator = torch.where(denominator.abs() > tiny, denominator, torch.ones_like(denominator))
+        step = torch.baddbmm(g.unsqueeze(1), weights.unsqueeze(1), past).squeeze(1) / denominator
+        memory.d[:, k] = step
+        return step
+
+    @staticmethod
+    def _append_row(memory: _Directions, gram: Tensor, short: Tensor) -> None:
+        """Extend the inverse of the triangular system by the row of the last direction, given d_j^T d_{k-1} `(B, k)`.
+
+        Row j of the system reads c_j - sum_{i<j} (d_j^T u_i / |d_j|^2) c_i = d_j^T g / |d_j|^2.
+        """
+        last = gram.shape[1] - 1
+        square = gram[:, last]
+        memory.scale[:, last] = torch.where(square > 0, 1 / square, torch.zeros_like(square))
+        memory.solve[:, last, last] = 1
+        if last > 0:
+            row = (gram[:, 1:] - short[:, :-1] * gram[:, :-1]) * memory.scale[:, last : last + 1]
+            memory.solve[:, last, :last] = (row.unsqueeze(1) @ memory.solve[:, :last, :last]).squeeze(1)
+
+    def advance(
+        self, fn: FlatFn, memory: _Directions, z: Tensor, g: Tensor, step: Tensor
+    ) -> tuple[Tensor, Tensor, int]:
+        trial, image, nfe = super().advance(fn, memory, z, g, step)
+        if self.line_search == 0:
+            return trial, image, nfe
+        start = torch.linalg.vector_norm(g, dim=1)
+        length = torch.ones_like(start)
+        for _ in range(self.line_search):
+            # Written so that a residual of nan is shortened too; a resting sample (zero step) needs nothing.
+            good = torch.linalg.vector_norm(image - trial, dim=1) <= (1 - 1e-4 * length) * start
+            short = ~good & (step != 0).any(dim=1)
+            if not is_static(z) and not bool(short.any()):
+                break
+            length = torch.where(short, 0.5 * length, length)
+            halved = z + length.unsqueeze(1) * step
+            trial = torch.where(short.unsqueeze(1), halved, trial)
+            image = torch.where(short.unsqueeze(1), fn(trial), image)
+            nfe += 1
+        memory.length[:, memory.count - 1] = length
+        return trial, image, nfe

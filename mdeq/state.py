@@ -1,0 +1,50 @@
+"""The state of an equilibrium: a tuple of tensors outside the solver, one flat tensor `(B, D)` inside it."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+State = tuple[Tensor, ...]
+"""One tensor `(B, ...)` per branch, highest resolution first; feature maps are `(B, C_i, *S_i)`."""
+
+
+@dataclass(frozen=True)
+class StateLayout:
+    """Shapes of a `State` without the batch axis; converts to and from the flat `(B, D)` form."""
+
+    shapes: tuple[torch.Size, ...]
+
+    @classmethod
+    def of(cls, state: State) -> "StateLayout":
+        """Return the layout of a state.
+
+        Raises:
+            ValueError: if the state is empty, or its tensors differ in batch size.
+        """
+        batches = {x.shape[0] for x in state}
+        if len(batches) != 1:
+            raise ValueError(f"a state needs tensors of one batch size, got {[tuple(x.shape) for x in state]}")
+        return cls(tuple(x.shape[1:] for x in state))
+
+    @property
+    def dim(self) -> int:
+        """D, the number of elements of one sample."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    def flatten(self, state: State, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the state as one tensor `(B, D)`, optionally in another dtype.
+
+        Raises:
+            ValueError: if the shapes are not those of the layout.
+        """
+        shapes = tuple(x.shape[1:] for x in state)
+        if shapes != self.shapes:
+            raise ValueError(f"expected a state of shapes {[*map(tuple, self.shapes)]}, got {[*map(tuple, shapes)]}")
+        return torch.cat([x.flatten(1).to(dtype or x.dtype) for x in state], dim=1)
+
+    def unflatten(self, z: Tensor) -> State:
+        """Return views of z `(B, D)`; no copy is made."""
+        parts = z.split([math.prod(shape) for shape in self.shapes], dim=1)
+        return tuple(part.unflatten(1, shape) if shape else part[:, 0] for part, shape in zip(parts, self.shapes))
