@@ -1,0 +1,143 @@
+"""From a config to the objects of a run: device and processes, model, data, optimiser."""
+
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+import mdeq
+from tools.checkpoint import load_weights
+from tools.config import BadInput, ModelConfig, RunConfig, TrainConfig, nearest
+from tools.data import Batches, ImageSpec, Process, build_batches
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+def start_process(run: RunConfig) -> Process:
+    """Return this process, after joining the others where torchrun or Slurm started several.
+
+    Raises:
+        BadInput: for a device that is not there.
+    """
+    if run.threads is not None:
+        torch.set_num_threads(run.threads)
+    name = run.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise BadInput(f"run.device must be auto, cpu or cuda, got {run.device}")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise BadInput(f"no device {run.device} here; set run.device=cpu") from None
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return Process(device=device)
+    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    if device.type == "cuda":
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Process(rank, world, device)
+
+
+def known_model(name: str) -> str:
+    """Return the name if it is one of this package's models, its weight tag aside.
+
+    Raises:
+        BadInput: naming the nearest model.
+    """
+    valid = timm.list_models(module="mdeq")
+    if name.partition(".")[0] not in valid and not name.startswith(("hf-hub:", "local-dir:")):
+        raise BadInput(f"unknown model {name}; {nearest(name, valid)} (all: {', '.join(valid)})")
+    return name
+
+
+def build_model(config: ModelConfig, num_classes: int | None, *, for_training: bool) -> nn.Module:
+    """Return the model of a config with its weights.
+
+    Args:
+        config: name, arguments and weights.
+        num_classes: classes; None for the model's own.
+        for_training: whether a checkpoint with another number of classes gives the rest of its weights, or is an error.
+
+    Raises:
+        BadInput: for an unknown model or argument, or weights that do not fit.
+    """
+    kwargs = dict(config.kwargs)
+    for name in ("solver", "gradient"):
+        if getattr(config, name) is not None:
+            kwargs[name] = getattr(config, name)
+    if num_classes is not None:
+        kwargs["num_classes"] = num_classes
+    try:
+        model = timm.create_model(known_model(config.name), pretrained=config.pretrained, **kwargs)
+    except (TypeError, ValueError, RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0].replace("MDEQ.__init__() ", "")
+        raise BadInput(f"model {config.name}: {reason}") from None
+    if config.checkpoint is not None:
+        classifier = model.pretrained_cfg["classifier"]
+        load_weights(model, config.checkpoint, classifier=classifier, new_classifier=for_training)
+    return model
+
+
+def freeze(model: nn.Module, config: ModelConfig) -> tuple[nn.Module, ...]:
+    """Freeze what the config says, and return the modules that have to stay in eval mode."""
+    norms = tuple(m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    if not config.freeze:
+        return norms if config.freeze_bn else ()
+    head = (model.head, model.get_classifier())
+    trained = {id(p) for part in head for p in part.parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+    backbone = tuple(m for name, m in model.named_children() if m not in head)
+    return (*backbone, *norms) if config.freeze_bn else backbone
+
+
+def image_spec(model: nn.Module, image_size: int | None) -> ImageSpec:
+    return ImageSpec.of(model.pretrained_cfg, model.in_chans, image_size)
+
+
+def autocast(run: RunConfig, process: Process) -> Callable[[], Any]:
+    """Return what makes the autocast context of a run."""
+    if run.amp == "none":
+        return nullcontext
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[run.amp]
+    return partial(torch.autocast, process.device.type, dtype=dtype)
+
+
+def build_split(config: TrainConfig, spec: ImageSpec, process: Process, *, training: bool) -> tuple[Batches, int | None]:
+    """Return the batches of a split and its number of classes; see `build_batches`."""
+    parts = process.world_size * (config.optim.accumulate if training else 1)
+    if config.data.batch_size % parts:
+        raise BadInput(
+            f"data.batch_size={config.data.batch_size} must be divisible by {parts}, the number of processes times "
+            "optim.accumulate"
+        )
+    return build_batches(config.data, spec, process, training=training, seed=config.run.seed)
+
+
+def check_classes(model: nn.Module, found: int | None, origin: str) -> None:
+    """Raise BadInput if data have more classes than a model."""
+    if found is not None and found > model.num_classes:
+        raise BadInput(f"{origin} has {found} classes, the model {model.num_classes}; set data.num_classes={found}")
+
+
+__all__ = [
+    "DTYPES",
+    "autocast",
+    "build_model",
+    "build_split",
+    "check_classes",
+    "freeze",
+    "image_spec",
+    "known_model",
+    "mdeq",
+    "start_process",
+]

@@ -1,0 +1,135 @@
+"""Checkpoints that are complete or not there at all, and weights read from files that may be damaged or hostile."""
+
+import os
+import pickle
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
+from torch import Tensor, nn
+
+from tools.config import BadInput
+
+STATE_FILE = "checkpoint.pt"
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.yaml"
+FORMAT = {"format": "pt", "mdeq_format": "1"}  # version of the names and shapes in the file
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Have `write` fill a file beside `path`, then put it in place at once: a kill leaves the old file or the new one."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        write(Path(name))
+        with open(name, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def save_state(folder: Path, state: dict[str, Any]) -> None:
+    """Write all that a run needs to go on."""
+    write_atomically(folder / STATE_FILE, lambda path: torch.save(state, path))
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Return what `save_state` wrote.
+
+    Raises:
+        BadInput: for a missing, damaged or hostile file.
+    """
+    state = _unpickle(path)
+    if not isinstance(state, dict) or "optimizer" not in state:
+        raise BadInput(f"{path} holds no training state to resume from")
+    return state
+
+
+def export(model: nn.Module, folder: Path) -> Path:
+    """Write model.safetensors and config.json, which timm loads as `local-dir:FOLDER`; return the path of the first."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".export.") as temporary:
+        save_for_hf(model, temporary, safe_serialization=True)
+        write_atomically(folder / "config.json", lambda path: os.replace(Path(temporary) / "config.json", path))
+    weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(weights, path, metadata=FORMAT))
+    return folder / WEIGHTS_FILE
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Return the state dict in a .safetensors file, a folder that holds one, or a PyTorch checkpoint.
+
+    Of a training state the averaged weights are taken where there are any. Pickles are read with weights_only.
+
+    Raises:
+        BadInput: for a missing, damaged or hostile file, or one without weights.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / WEIGHTS_FILE
+    if not path.is_file():
+        raise BadInput(f"no checkpoint {path}")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise BadInput(f"{path} is damaged or no safetensors file: {error}") from None
+    content = _unpickle(path)
+    for key in ("ema", "model", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise BadInput(f"{path} holds no weights")
+    return dict(content)
+
+
+def _unpickle(path: Path) -> Any:
+    if not path.is_file():
+        raise BadInput(f"no checkpoint {path}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BadInput(f"{path} is damaged, or needs more than plain weights to be unpickled: {reason}") from None
+
+
+def load_weights(model: nn.Module, path: str | Path, *, classifier: str, new_classifier: bool) -> list[str]:
+    """Load weights into a model and return the names of what was left as it is.
+
+    Args:
+        model: the model.
+        path: see `read_weights`.
+        classifier: name of its last layer.
+        new_classifier: whether a classifier for another number of classes is left out, or an error.
+
+    Raises:
+        BadInput: if the file does not fit the model.
+    """
+    weights = read_weights(path)
+    own = model.state_dict()
+    key = f"{classifier}.weight"
+    if key in own and key in weights and own[key].shape != weights[key].shape:
+        if not new_classifier:
+            raise BadInput(f"{path} is of a model with {len(weights[key])} classes, this one has {len(own[key])}")
+        weights = {name: w for name, w in weights.items() if not name.startswith(f"{classifier}.")}
+    missing = [name for name in own if name not in weights]
+    unexpected = [name for name in weights if name not in own]
+    changed = [name for name in own if name in weights and own[name].shape != weights[name].shape]
+    left = [name for name in missing if new_classifier and name.startswith(f"{classifier}.")]
+    for problem, names in (
+        ("lacks", [n for n in missing if n not in left]),
+        ("has in addition", unexpected),
+        ("has in another shape", changed),
+    ):
+        if names:
+            raise BadInput(f"{path} does not fit the model: it {problem} {len(names)} tensors, such as {names[0]}")
+    model.load_state_dict(weights, strict=False)
+    return left

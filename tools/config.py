@@ -1,0 +1,211 @@
+"""The schema of a run: every setting of tools/train.py, with its default. Unknown keys and wrong types are errors."""
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "digits" / "mdeq_tiny_cifar.yaml"
+
+
+class BadInput(Exception):
+    """Something that the user has to change, said in one line. Programs print it and exit with code 2."""
+
+
+@dataclass
+class ModelConfig:
+    name: str = "mdeq_tiny_cifar"  # a name of timm.list_models(module="mdeq"), with or without a weight tag
+    pretrained: bool = False
+    checkpoint: str | None = None  # .safetensors or .pt file to start from; a classifier of other size is left out
+    freeze: bool = False  # train the head alone; all else stays as it is, batch-norm statistics included
+    freeze_bn: bool = False  # batch norms use and keep their running statistics
+    kwargs: dict[str, Any] = field(default_factory=dict)  # passed to timm.create_model
+    solver: dict[str, Any] | None = None  # {name: broyden, max_steps: 18}; None: the model's own
+    gradient: dict[str, Any] | None = None  # {name: phantom, num_steps: 5, damping: 0.5}; None: the model's own
+
+
+@dataclass
+class DataConfig:
+    name: str = "digits"  # digits | cifar10 | folder | any prefix of timm's readers, such as hfds/..., wds/...
+    root: str = "data"
+    train_split: str = "train"
+    test_split: str = "validation"
+    download: bool = False
+    num_train: int | None = None  # only the first so many training images
+    num_classes: int | None = None  # None: as many as the data have, where that is known
+    image_size: int | None = None  # None: the model's own
+    batch_size: int = 64  # images of one optimiser step, over all processes and accumulated parts
+    augment: str = "none"  # none | flip | crop_flip (padded by an eighth) | imagenet (timm's random resized crop)
+    auto_augment: str | None = None  # timm's policy string, for imagenet augmentation
+    reprob: float = 0.0  # random erasing, for imagenet augmentation
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    workers: int = 2
+    cache_on_device: bool = False  # digits and cifar10: hold the images on the device and augment there
+
+
+@dataclass
+class OptimConfig:
+    name: str = "adamw"  # any of timm.optim.list_optimizers()
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    momentum: float = 0.9
+    schedule: str = "cosine"  # cosine | step | any of timm's, or none
+    warmup_epochs: float = 0.0
+    min_lr: float = 1e-6
+    decay_epochs: float = 30.0  # step schedule: epochs between decays
+    decay_rate: float = 0.1
+    clip_grad: float | None = None  # largest gradient norm
+    layer_decay: float | None = None  # rate of learning-rate decay from head to stem
+    accumulate: int = 1  # parts a batch is split into, one after the other
+    label_smoothing: float = 0.0
+    ema_decay: float | None = None  # moving average of the weights, with warm-up; it is what is evaluated and exported
+
+
+@dataclass
+class DEQConfig:
+    warmup_steps: int = 0  # optimiser steps of weight-tied training before the solver takes over
+    warmup_unroll: int = 10  # applications of f in that phase
+    jacobian_weight: float = 0.0  # of the Jacobian penalty, added to the loss
+    jacobian_prob: float = 1.0  # share of steps at which it is computed
+    jacobian_probes: int = 1
+    jacobian_increment: float = 0.0  # added to the weight every jacobian_increment_steps after warm-up
+    jacobian_increment_steps: int = 1
+    jacobian_stop_epoch: int | None = None
+    warmup_jacobian_weight: float = 0.0
+
+
+@dataclass
+class RunConfig:
+    epochs: int = 10
+    seed: int = 0
+    max_minutes: float | None = None  # stop at the next step after this long, with a checkpoint to resume from
+    resume: bool = False  # go on with the run in out_dir, or with the newest one of this config
+    out_dir: str | None = None  # None: a new folder in runs/
+    device: str = "auto"  # auto | cpu | cuda | cuda:1
+    threads: int | None = None  # CPU threads; None: torch's choice
+    amp: str = "none"  # none | bf16 | fp16
+    dtype: str = "float32"  # float32 | float64
+    compile: bool = False  # torch.compile of the cell
+    eval_every: int = 1  # epochs between evaluations; the last is always evaluated
+    checkpoint_minutes: float = 10.0  # also save within an epoch, this often
+    max_bad_steps: int = 20  # stop after so many steps in a row without a finite loss and gradient
+    tensorboard: bool = False
+    wandb: bool = False
+    progress: bool = True
+
+
+@dataclass
+class TrainConfig:
+    task: str = "classification"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    deq: DEQConfig = field(default_factory=DEQConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+_CHOICES = {
+    "task": ("classification",),
+    "data.augment": ("none", "flip", "crop_flip", "imagenet"),
+    "run.amp": ("none", "bf16", "fp16"),
+    "run.dtype": ("float32", "float64"),
+}
+_AT_LEAST_ONE = (
+    "data.batch_size", "data.image_size", "data.num_train", "optim.accumulate", "deq.warmup_unroll", "deq.jacobian_probes",
+    "deq.jacobian_increment_steps", "run.epochs", "run.eval_every", "run.max_bad_steps", "run.threads",
+)  # fmt: skip
+
+
+def nearest(word: str, valid: Sequence[str]) -> str:
+    """Return a hint that names the entry of `valid` most like `word`."""
+    close = difflib.get_close_matches(word, valid, n=1, cutoff=0.0)
+    return f"did you mean {close[0]}?" if close else "there is none"
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Return the schema's defaults, updated by a YAML file and then by `key=value` overrides.
+
+    Raises:
+        BadInput: for a missing or malformed file, an unknown key, a wrong type or a value out of range.
+    """
+    config = OmegaConf.structured(TrainConfig)
+    if path is not None:
+        config = _merge(config, lambda: OmegaConf.load(path), str(path))
+    for override in overrides:
+        if "=" not in override:
+            raise BadInput(f"expected key=value, got {override!r}")
+        config = _merge(config, lambda o=override: OmegaConf.from_dotlist([o]), override)
+    result = OmegaConf.to_object(config)
+    _check(result)
+    return result
+
+
+def _merge(config: Any, read: Any, origin: str) -> Any:
+    try:
+        update = read()
+        if not OmegaConf.is_dict(update):
+            raise BadInput(f"{origin}: expected a mapping of settings")
+        _check_keys(OmegaConf.to_container(update), origin)
+        return OmegaConf.merge(config, update)
+    except FileNotFoundError:
+        raise BadInput(f"no config file {origin}") from None
+    except YAMLError as error:
+        raise BadInput(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
+    except (OmegaConfBaseException, ValueError, OSError) as error:
+        key = getattr(error, "full_key", None)
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"{origin}: {f'{key}: ' if key else ''}{reason}") from None
+
+
+def _keys(schema: type, prefix: str = "") -> list[str]:
+    """Return every dotted key of a schema, sections before their settings."""
+    keys = []
+    for f in dataclasses.fields(schema):
+        keys.append(prefix + f.name)
+        if dataclasses.is_dataclass(f.type):
+            keys += _keys(f.type, f"{prefix}{f.name}.")
+    return keys
+
+
+def _check_keys(update: dict[Any, Any], origin: str, schema: type = TrainConfig, prefix: str = "") -> None:
+    """Raise on the first key of `update` that the schema lacks; free-form mappings (kwargs, solver) are not entered."""
+    fields = {f.name: f.type for f in dataclasses.fields(schema)}
+    for key, value in update.items():
+        if key not in fields:
+            valid = [k for k in _keys(TrainConfig) if k.startswith(prefix)]
+            # A setting named without its section is looked up by its own name.
+            by_name = {k.rpartition(".")[2]: k for k in valid}
+            hint = f"did you mean {by_name[key]}?" if key in by_name else nearest(f"{prefix}{key}", valid)
+            raise BadInput(f"{origin}: unknown key {prefix}{key}; {hint}")
+        if dataclasses.is_dataclass(fields[key]) and isinstance(value, dict):
+            _check_keys(value, origin, fields[key], f"{prefix}{key}.")
+
+
+def _check(config: TrainConfig) -> None:
+    def value(key: str) -> Any:
+        node: Any = config
+        for part in key.split("."):
+            node = getattr(node, part)
+        return node
+
+    for key, choices in _CHOICES.items():
+        if value(key) not in choices:
+            raise BadInput(f"{key} must be one of {', '.join(choices)}, got {value(key)}")
+    for key in _AT_LEAST_ONE:
+        if value(key) is not None and value(key) < 1:
+            raise BadInput(f"{key} must be >= 1, got {value(key)}")
+    for key in ("optim.lr", "run.checkpoint_minutes", "run.max_minutes"):
+        if value(key) is not None and value(key) <= 0:
+            raise BadInput(f"{key} must be > 0, got {value(key)}")
+
+
+def config_yaml(config: TrainConfig) -> str:
+    """Return the whole effective config as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))

@@ -1,0 +1,288 @@
+"""One epoch of training, and evaluation: no argument parsing, no files, no globals."""
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mdeq import Equilibrium, FixedPointSolver, SolveStats, SolveStatus
+from tools.config import BadInput, DEQConfig, OptimConfig
+from tools.data import Batches, Process, seed_everything
+
+QUANTILES = (0.5, 0.9, 0.99, 1.0)
+
+
+class SolveLog:
+    """Gathers the per-sample statistics of many solves."""
+
+    def __init__(self) -> None:
+        self.residual: list[Tensor] = []
+        self.status: list[Tensor] = []
+        self.evaluations: list[Tensor] = []
+
+    def add(self, stats: SolveStats | None) -> None:
+        if stats is not None:
+            self.residual.append(stats.residual.detach().double())
+            self.status.append(stats.status)
+            self.evaluations.append(stats.num_steps.double() + 1)
+
+    def summary(self, process: Process = Process(), prefix: str = "") -> dict[str, float]:
+        """Return mean evaluations, mean and quantiles of the residual, and the share of each status, over all processes."""
+        if not self.residual:
+            return {}
+        columns = [torch.cat(x).double().cpu() for x in (self.residual, self.status, self.evaluations)]
+        residual, status, evaluations = _gather(torch.stack(columns), process)
+        finite = residual.nan_to_num(nan=math.inf)
+        result = {"evaluations": float(evaluations.mean()), "residual_mean": float(finite.mean())}
+        ordered = finite.sort().values
+        for q in QUANTILES:
+            result[f"residual_q{q:g}"] = float(ordered[min(int(q * len(ordered)), len(ordered) - 1)])
+        for code in SolveStatus:
+            result[code.name.lower()] = float((status == code).double().mean())
+        return {prefix + key: value for key, value in result.items()}
+
+
+def _gather(columns: Tensor, process: Process) -> Tensor:
+    """Return the columns `(K, n)` of all processes side by side."""
+    if process.world_size == 1:
+        return columns
+    parts: list[Any] = [None] * process.world_size
+    dist.all_gather_object(parts, columns)
+    return torch.cat(parts, dim=1)
+
+
+@dataclass
+class Tally:
+    """Sums of loss and hits over samples."""
+
+    values: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))  # samples, loss, top-1, top-5
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Count a batch: mean loss, logits `(B, K)`, labels `(B,)` or soft labels `(B, K)`, counted by their largest."""
+        labels = labels.argmax(1) if labels.ndim > 1 else labels
+        order = logits.detach().topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
+        counts = torch.stack((order[:, 0].sum(), order.any(dim=1).sum())).double()
+        batch = counts.new_tensor([len(labels), float(loss) * len(labels)])
+        self.values += torch.cat((batch, counts)).cpu()
+
+    def summary(self, process: Process) -> dict[str, float]:
+        values = _gather(self.values.unsqueeze(1), process).sum(dim=1)
+        samples, loss, top1, top5 = values.tolist()
+        samples = max(samples, 1)
+        return {"loss": loss / samples, "top1": 100 * top1 / samples, "top5": 100 * top5 / samples}
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Batches,
+    process: Process = Process(),
+    *,
+    amp: Callable[[], Any] = nullcontext,
+    dtype: torch.dtype = torch.float32,
+    solver: FixedPointSolver | None = None,
+    unroll: int = 0,
+    watch: Callable[[Iterator[Any]], Iterator[Any]] = iter,
+) -> dict[str, float]:
+    """Return loss, top-1 and top-5 (per cent), and how the solves went, of a model in eval mode on a split.
+
+    Args:
+        model: a classifier of this package.
+        batches: the split.
+        process: this process; results are those of all.
+        amp: makes the autocast context.
+        dtype: of the images.
+        solver: replaces the model's own.
+        unroll: if above 0, f is applied that many times instead of solving (the explicit twin).
+        watch: wraps the iterator, for a progress bar.
+    """
+    model.eval()
+    tally, solves = Tally(), SolveLog()
+    for x, y in watch(batches.epoch()):
+        if len(y) == 0:
+            continue
+        with amp():
+            logits, equilibrium = model(x.to(dtype), return_equilibrium=True, solver=solver, unroll=unroll)
+        logits = logits.float()
+        tally.add(nn.functional.cross_entropy(logits, y), logits, y)
+        solves.add(equilibrium.stats)
+    return {**tally.summary(process), **solves.summary(process)}
+
+
+def jacobian_weight(config: DEQConfig, step: int, epoch: int) -> float:
+    """Return the weight of the Jacobian penalty at a step: one value in warm-up, then a staircase, then nothing."""
+    if step < config.warmup_steps:
+        return config.warmup_jacobian_weight
+    if config.jacobian_stop_epoch is not None and epoch >= config.jacobian_stop_epoch:
+        return 0.0
+    stairs = (step - config.warmup_steps) // config.jacobian_increment_steps
+    return config.jacobian_weight + config.jacobian_increment * stairs
+
+
+@dataclass
+class Trainer:
+    """What a training step needs; `step` is one optimiser update on one batch."""
+
+    model: nn.Module  # wrapped for several processes where there are any
+    bare: nn.Module  # the same, not wrapped
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    criterion: nn.Module
+    optim: OptimConfig
+    deq: DEQConfig
+    process: Process
+    seed: int
+    scaler: torch.amp.GradScaler
+    amp: Callable[[], Any] = nullcontext
+    dtype: torch.dtype = torch.float32
+    mixup: Any = None
+    ema: Any = None
+    frozen: tuple[nn.Module, ...] = ()  # modules that stay in eval mode
+    max_bad_steps: int = 20
+    num_steps: int = 0  # optimiser updates so far, skipped ones included
+    bad_steps: int = 0  # skipped ones, in all
+    bad_in_a_row: int = 0
+
+    def train_mode(self) -> None:
+        self.model.train()
+        for module in self.frozen:
+            module.eval()
+
+    def step(self, x: Tensor, y: Tensor, epoch: int, tally: Tally, forward: SolveLog, backward: SolveLog) -> float:
+        """Update the weights by one batch and return its loss, not finite where the step was skipped.
+
+        Raises:
+            BadInput: after `max_bad_steps` skipped steps in a row, or if a batch norm is left with one value.
+        """
+        if self.mixup is not None:
+            x, y = self.mixup(x, y)
+        # Chance depends on the step alone, so that a resumed run goes the same way; dropout differs between processes.
+        draw = random.Random(f"{self.seed} {self.num_steps}").random()
+        seed_everything(self.seed, self.num_steps, self.process.rank, 1)
+        weight = jacobian_weight(self.deq, self.num_steps, epoch)
+        probes = self.deq.jacobian_probes if weight > 0 and draw < self.deq.jacobian_prob else 0
+        unroll = self.deq.warmup_unroll if self.num_steps < self.deq.warmup_steps else 0
+        # A batch norm takes note of a batch before anything can be said of its loss.
+        buffers = [b.clone() for b in self.bare.buffers()]
+        self.optimizer.zero_grad()
+        total, good = 0.0, True
+        parts = list(zip(x.chunk(self.optim.accumulate), y.chunk(self.optim.accumulate)))
+        for k, (x_k, y_k) in enumerate(parts):
+            last = k + 1 == len(parts)
+            with nullcontext() if last or self.process.world_size == 1 else self.model.no_sync():
+                loss, logits, equilibrium = self._forward(x_k, y_k, unroll, probes, weight)
+                good = good and self._agree(bool(torch.isfinite(loss)))
+                total += float(loss) * len(y_k) / len(y)
+                if not good:
+                    break
+                self.scaler.scale(loss * (len(y_k) / len(y))).backward()
+            tally.add(loss, logits.float(), y_k)
+            forward.add(equilibrium.stats)
+            for stats in equilibrium.backward_stats:
+                backward.add(stats)
+        if good:
+            self.scaler.unscale_(self.optimizer)
+            limit = math.inf if self.optim.clip_grad is None else self.optim.clip_grad
+            norm = nn.utils.clip_grad_norm_([p for p in self.bare.parameters() if p.requires_grad], limit)
+            # A loss scale that is too large shows in the gradient; the scaler skips the step and lowers it.
+            good = bool(torch.isfinite(norm)) or self.scaler.is_enabled()
+            if good:
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+        self._count(good, buffers)
+        return total if good else math.nan
+
+    def _forward(self, x: Tensor, y: Tensor, unroll: int, probes: int, weight: float) -> tuple[Tensor, Tensor, Equilibrium]:
+        try:
+            with self.amp():
+                logits, equilibrium = self.model(
+                    x.to(self.dtype), return_equilibrium=True, unroll=unroll, jacobian_probes=probes
+                )
+                loss = self.criterion(logits, y)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise BadInput(
+                f"a batch of {len(y)} image(s) of {tuple(x.shape[2:])} leaves a batch norm one value per channel; "
+                "raise data.batch_size or data.image_size, or set model.freeze_bn=true"
+            ) from None
+        if equilibrium.jacobian_penalty is not None:
+            loss = loss + weight * equilibrium.jacobian_penalty
+        return loss, logits, equilibrium
+
+    def _agree(self, good: bool) -> bool:
+        """Whether all processes found their part good; they have to take or skip a step together."""
+        if self.process.world_size == 1:
+            return good
+        flag = torch.tensor(float(good), device=self.process.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+        return bool(flag)
+
+    def _count(self, good: bool, buffers: list[Tensor]) -> None:
+        self.num_steps += 1
+        if self.scheduler is not None:
+            self.scheduler.step_update(self.num_steps)
+        if good:
+            self.bad_in_a_row = 0
+            if self.ema is not None:
+                self.ema.update(self.bare, step=self.num_steps)
+            return
+        self.optimizer.zero_grad()
+        for buffer, before in zip(self.bare.buffers(), buffers):
+            buffer.copy_(before)
+        self.bad_steps += 1
+        self.bad_in_a_row += 1
+        if self.bad_in_a_row >= self.max_bad_steps:
+            raise BadInput(
+                f"loss or gradient not finite in {self.bad_in_a_row} steps in a row; stopped, the last good checkpoint is "
+                "kept; lower optim.lr, or set optim.clip_grad"
+            )
+
+
+@dataclass
+class EpochResult:
+    """What one pass, or the part of it that there was time for, came to."""
+
+    metrics: dict[str, float]
+    complete: bool
+
+
+def train_epoch(
+    trainer: Trainer,
+    batches: Batches,
+    epoch: int,
+    *,
+    start: int = 0,
+    after_step: Callable[[int, float], bool] = lambda number, loss: True,
+) -> EpochResult:
+    """Train on the batches of an epoch from number `start` on.
+
+    Args:
+        trainer: model, optimiser and settings.
+        batches: the training split.
+        epoch: its number.
+        start: batches of this epoch that were trained on before.
+        after_step: called with the number of batches done and the loss; training stops where it returns False.
+    """
+    trainer.train_mode()
+    tally, forward, backward = Tally(), SolveLog(), SolveLog()
+    began, images, done = time.perf_counter(), 0, start
+    for x, y in batches.epoch(epoch, start):
+        loss = trainer.step(x, y, epoch, tally, forward, backward)
+        images += len(y) * trainer.process.world_size
+        done += 1
+        if not after_step(done, loss):
+            break
+    metrics = tally.summary(trainer.process)
+    metrics.update(forward.summary(trainer.process))
+    metrics.update(backward.summary(trainer.process, "backward_"))
+    metrics["images_per_s"] = images / (time.perf_counter() - began)
+    return EpochResult(metrics, done >= len(batches))

@@ -1,0 +1,95 @@
+"""What a program tells people: result lines, the CSV of a run, TensorBoard and Weights & Biases by a switch."""
+
+import csv
+import importlib
+import io
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mdeq import SolveStatus
+from tools.checkpoint import write_atomically
+from tools.config import BadInput, RunConfig
+
+METRICS = [
+    "epoch", "step", "lr", "train_loss", "train_top1", "train_top5", "test_loss", "test_top1", "test_top5",
+]  # fmt: skip
+
+
+def result_lines(result: dict[str, float]) -> list[str]:
+    """Return evaluations, residual quantiles and shares of the statuses of an evaluation, one line each."""
+    if "evaluations" not in result:
+        return []
+    quantiles = ", ".join(
+        f"{label} {result[f'residual_q{q}']:.2e}" for label, q in (("median", "0.5"), ("90 %", "0.9"), ("99 %", "0.99"))
+    )
+    shares = ", ".join(f"{s.name.lower()} {100 * result[s.name.lower()]:.1f} %" for s in SolveStatus)
+    return [
+        f"evaluations of f: mean {result['evaluations']:.1f}",
+        f"residual: mean {result['residual_mean']:.2e}, {quantiles}, largest {result['residual_q1']:.2e}",
+        f"solver status: {shares}",
+    ]
+
+
+class RunLog:
+    """The log of a run: a CSV with a row an epoch always, and the services that were switched on."""
+
+    def __init__(self, folder: Path, run: RunConfig, settings: dict[str, Any], first_epoch: int) -> None:
+        self.path = folder / "log.csv"
+        self.rows: list[dict[str, Any]] = []
+        if self.path.exists():  # epochs after the checkpoint are done again
+            with open(self.path, newline="") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < first_epoch]
+        self.board: Any = None
+        self.wandb: Any = None
+        if run.tensorboard:
+            self.board = _optional("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(folder))
+        if run.wandb:
+            self.wandb = _optional("wandb", "wandb").init(
+                project="mdeq", name=folder.name, dir=str(folder), config=settings, resume="allow", id=folder.name
+            )
+
+    def add(self, row: dict[str, float]) -> None:
+        """Add the row of an epoch."""
+        self.rows.append(row)
+        names = dict.fromkeys(name for r in self.rows for name in r)
+        names = [n for n in METRICS if n in names] + [n for n in names if n not in METRICS]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names)
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_atomically(self.path, lambda path: path.write_text(text.getvalue()))
+        if self.board is not None:
+            for name, value in row.items():
+                self.board.add_scalar(name, value, row["epoch"])
+        if self.wandb is not None:
+            self.wandb.log(row, step=int(row["epoch"]))
+
+    def close(self) -> None:
+        if self.board is not None:
+            self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _optional(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise BadInput(f"logging to {package} needs `pip install mdeq-vision[log]`") from None
+
+
+def program(main: Callable[[], None]) -> None:
+    """Run a program; bad input ends it with one line on stderr and exit code 2."""
+    try:
+        main()
+    except BadInput as error:
+        # From a data loader's worker the message comes wrapped in that worker's traceback.
+        message = [line for line in str(error).splitlines() if line.strip()][-1]
+        print(f"error: {message.removeprefix('tools.config.BadInput: ')}", file=sys.stderr, flush=True)
+        os._exit(2) if "RANK" in os.environ else sys.exit(2)  # the other processes must not wait for this one
+    except KeyboardInterrupt:
+        print("interrupted; run.resume=true goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)

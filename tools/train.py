@@ -1,0 +1,326 @@
+"""Train a model.
+
+    python tools/train.py                                             digits, embedded, a few minutes on a CPU
+    python tools/train.py configs/cifar10/mdeq_tiny_cifar.yaml data.root=DIR optim.lr=5e-4
+    torchrun --nproc-per-node 8 tools/train.py CONFIG key=value       several GPUs
+
+A config file holds what a run changes; `key=value` overrides it; all settings and defaults are in tools/config.py.
+"""
+
+import argparse
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from timm.data import Mixup
+from timm.loss import SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from tools import build
+from tools.checkpoint import CONFIG_FILE, STATE_FILE, export, load_state, save_state, write_atomically
+from tools.config import DEFAULT_CONFIG, BadInput, TrainConfig, config_yaml, load_config, nearest
+from tools.data import Batches, Process
+from tools.engine import Trainer, evaluate, train_epoch
+from tools.report import RunLog, program, result_lines
+
+
+def parse_arguments() -> tuple[Path, TrainConfig]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="?", help="YAML file; without one, the digits quickstart")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file")
+    arguments = parser.parse_args()
+    overrides = list(arguments.overrides)
+    path = DEFAULT_CONFIG
+    if arguments.config is not None:
+        if "=" in arguments.config:
+            overrides.insert(0, arguments.config)
+        else:
+            path = Path(arguments.config)
+    return path, load_config(path, overrides)
+
+
+def run_folder(config: TrainConfig, name: str) -> Path:
+    """Return the folder of this run: a new one, or the one to go on in.
+
+    Raises:
+        BadInput: if it holds another run already, or nothing to resume.
+    """
+    if config.run.out_dir is not None:
+        folder = Path(config.run.out_dir)
+        if not config.run.resume and (folder / STATE_FILE).exists():
+            raise BadInput(f"{folder} holds a run already; set run.resume=true to go on with it, or another run.out_dir")
+    else:
+        runs = [Path("runs") / (name if k == 1 else f"{name}-{k}") for k in range(1, 10_000)]
+        used = [folder for folder in runs if (folder / CONFIG_FILE).exists()]
+        folder = next(folder for folder in runs if folder not in used)
+        if config.run.resume:
+            folder = next((f for f in reversed(used) if (f / STATE_FILE).exists()), runs[0])
+    if config.run.resume and not (folder / STATE_FILE).exists():
+        raise BadInput(f"run.resume=true, but {folder} holds no {STATE_FILE}; leave it out to start anew")
+    return folder
+
+
+class Run:
+    """A training run from its config to its last line."""
+
+    def __init__(self, config: TrainConfig, name: str, process: Process) -> None:
+        self.config, self.process = config, process
+        self.folder = run_folder(config, name)
+        self.amp = build.autocast(config.run, process)
+        self.dtype = build.DTYPES[config.run.dtype]
+        torch.manual_seed(config.run.seed)  # the weights
+        self.model, self.train_batches, self.test_batches = self._model_and_data()
+        self.trainer = self._trainer()
+        self.epoch, self.batch = 0, 0  # where to go on: this epoch, after so many batches of it
+        self.deadline = None if config.run.max_minutes is None else time.monotonic() + 60 * config.run.max_minutes
+        self.saved = time.monotonic()
+        if config.run.resume:
+            self._restore(load_state(self.folder / STATE_FILE))
+        if process.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.folder / CONFIG_FILE, lambda path: path.write_text(config_yaml(config)))
+            self.log = RunLog(self.folder, config.run, dataclasses.asdict(config), self.epoch)
+
+    def _model_and_data(self) -> tuple[nn.Module, Batches, Batches]:
+        config, process = self.config, self.process
+        probe = build.build_model(config.model, None, for_training=True) if config.data.num_classes is None else None
+        model = probe or build.build_model(config.model, config.data.num_classes, for_training=True)
+        spec = build.image_spec(model, config.data.image_size)
+        train_batches, classes = build.build_split(config, spec, process, training=True)
+        test_batches, test_classes = build.build_split(config, spec, process, training=False)
+        if probe is not None and classes is not None and classes != model.num_classes:
+            torch.manual_seed(config.run.seed)
+            model = build.build_model(config.model, classes, for_training=True)
+        for found, origin in ((classes, "the training split"), (test_classes, "the test split")):
+            build.check_classes(model, found, origin)
+        model.pretrained_cfg = {**model.pretrained_cfg, "input_size": spec.size, "tag": "", "hf_hub_id": None}
+        return model.to(process.device, self.dtype), train_batches, test_batches
+
+    def _trainer(self) -> Trainer:
+        config, process, model = self.config, self.process, self.model
+        optim, data = config.optim, config.data
+        frozen = build.freeze(model, config.model)
+        if config.run.compile:
+            model.equilibrium.cell.compile(dynamic=False)
+        if optim.name not in list_optimizers():
+            raise BadInput(f"unknown optim.name {optim.name}; {nearest(optim.name, list_optimizers())}")
+        optimizer = create_optimizer_v2(
+            model,
+            opt=optim.name,
+            lr=optim.lr,
+            weight_decay=optim.weight_decay,
+            momentum=optim.momentum,
+            layer_decay=optim.layer_decay,
+        )
+        try:
+            scheduler, _ = create_scheduler_v2(
+                optimizer,
+                sched=optim.schedule,
+                num_epochs=config.run.epochs,
+                warmup_epochs=optim.warmup_epochs,
+                warmup_lr=optim.min_lr,
+                warmup_prefix=False,
+                min_lr=optim.min_lr,
+                decay_epochs=optim.decay_epochs,
+                decay_rate=optim.decay_rate,
+                step_on_epochs=False,
+                updates_per_epoch=len(self.train_batches),
+            )
+        except (ValueError, AssertionError, RuntimeError) as error:
+            raise BadInput(f"optim.schedule={optim.schedule}: {error}") from None
+        if scheduler is not None:
+            scheduler.step_update(0)
+        mixup = None
+        criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=optim.label_smoothing)
+        if data.mixup > 0 or data.cutmix > 0:
+            mixup = Mixup(
+                mixup_alpha=data.mixup,
+                cutmix_alpha=data.cutmix,
+                label_smoothing=optim.label_smoothing,
+                num_classes=model.num_classes,
+            )
+            criterion = SoftTargetCrossEntropy()
+        ema = None
+        if optim.ema_decay is not None:
+            ema = ModelEmaV3(model, decay=optim.ema_decay, use_warmup=True)
+        wrapped = model
+        if process.world_size > 1:
+            if process.device.type == "cuda":
+                nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            wrapped = DistributedDataParallel(model, device_ids=[process.device] if process.device.type == "cuda" else None)
+        return Trainer(
+            model=wrapped,
+            bare=model,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            criterion=criterion,
+            optim=optim,
+            deq=config.deq,
+            process=process,
+            seed=config.run.seed,
+            scaler=torch.amp.GradScaler(process.device.type, enabled=config.run.amp == "fp16"),
+            amp=self.amp,
+            dtype=self.dtype,
+            mixup=mixup,
+            ema=ema,
+            frozen=frozen,
+            max_bad_steps=config.run.max_bad_steps,
+        )
+
+    @property
+    def final_model(self) -> nn.Module:
+        """The weights that are evaluated and exported: the average, where one is kept."""
+        return self.model if self.trainer.ema is None else self.trainer.ema.module
+
+    def save(self) -> None:
+        """Write the state to resume from, then the weights for use."""
+        trainer = self.trainer
+        if self.process.is_main:
+            state = {
+                "epoch": self.epoch,
+                "batch": self.batch,
+                "model": self.model.state_dict(),
+                "ema": None if trainer.ema is None else trainer.ema.module.state_dict(),
+                "optimizer": trainer.optimizer.state_dict(),
+                "scaler": trainer.scaler.state_dict(),
+                "counts": [trainer.num_steps, trainer.bad_steps, trainer.bad_in_a_row],
+                "config": config_yaml(self.config),
+            }
+            save_state(self.folder, state)
+            export(self.final_model, self.folder)
+        self.saved = time.monotonic()
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        trainer = self.trainer
+        try:
+            self.model.load_state_dict(state["model"])
+            if trainer.ema is not None:
+                trainer.ema.module.load_state_dict(state["ema"])
+            trainer.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, AttributeError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise BadInput(f"{self.folder / STATE_FILE} is of a run with other settings: {reason}") from None
+        trainer.scaler.load_state_dict(state["scaler"])
+        trainer.num_steps, trainer.bad_steps, trainer.bad_in_a_row = state["counts"]
+        if trainer.scheduler is not None:
+            trainer.scheduler.step_update(trainer.num_steps)
+        self.epoch, self.batch = state["epoch"], state["batch"]
+
+    def _out_of_time(self) -> bool:
+        late = self.deadline is not None and time.monotonic() > self.deadline
+        if self.process.world_size > 1 and self.deadline is not None:  # all stop at the same step
+            flag = torch.tensor(float(late), device=self.process.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            late = bool(flag)
+        return late
+
+    def train(self) -> bool:
+        """Train to the last epoch; return False if time ran out before."""
+        config = self.config
+        while self.epoch < config.run.epochs:
+            bar = tqdm(
+                desc=f"epoch {self.epoch + 1}/{config.run.epochs}",
+                total=len(self.train_batches),
+                initial=self.batch,
+                unit="step",
+                disable=not (config.run.progress and self.process.is_main),
+                leave=False,
+            )
+
+            def after_step(done: int, loss: float, bar: tqdm = bar) -> bool:
+                self.batch = done
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                bar.update()
+                if self._out_of_time():
+                    return False
+                if self.process.is_main and time.monotonic() - self.saved > 60 * config.run.checkpoint_minutes:
+                    self.save()
+                return True
+
+            result = train_epoch(self.trainer, self.train_batches, self.epoch, start=self.batch, after_step=after_step)
+            bar.close()
+            if not result.complete:
+                self.save()
+                return False
+            self._end_epoch(result.metrics)
+            if self._out_of_time() and self.epoch < config.run.epochs:
+                return False
+        return True
+
+    def _end_epoch(self, train: dict[str, float]) -> None:
+        config, trainer = self.config, self.trainer
+        row: dict[str, float] = {"epoch": self.epoch, "step": trainer.num_steps, "lr": trainer.optimizer.param_groups[-1]["lr"]}
+        row.update({f"train_{key}": value for key, value in train.items()})
+        last = self.epoch + 1 == config.run.epochs
+        if last or (self.epoch + 1) % config.run.eval_every == 0:
+            row.update({f"test_{key}": value for key, value in self.evaluate().items()})
+        row["skipped_steps"] = trainer.bad_steps
+        if self.process.device.type == "cuda":
+            row["peak_memory_mib"] = torch.cuda.max_memory_allocated(self.process.device) / 2**20
+        else:
+            row["peak_memory_mib"] = _peak_resident_mib()
+        self.epoch, self.batch = self.epoch + 1, 0
+        if self.process.is_main:
+            self.log.add(row)
+            test = f", test {row['test_top1']:.2f} %" if "test_top1" in row else ""
+            tqdm.write(
+                f"epoch {self.epoch}/{config.run.epochs}: loss {train['loss']:.4f}, train {train['top1']:.2f} %{test}, "
+                f"{train['images_per_s']:.0f} images/s"
+                + (f", residual {row['test_residual_mean']:.1e}" if "test_residual_mean" in row else "")
+            )
+        self.save()
+
+    def evaluate(self, **kwargs: Any) -> dict[str, float]:
+        return evaluate(self.final_model, self.test_batches, self.process, amp=self.amp, dtype=self.dtype, **kwargs)
+
+    def finish(self) -> None:
+        """Print the result: accuracy at the solver's steps and at twice as many, and how the solves went."""
+        solver = self.final_model.deq.solver
+        result = self.evaluate()
+        twice = self.evaluate(solver=dataclasses.replace(solver, max_steps=2 * solver.max_steps))
+        if not self.process.is_main:
+            return
+        self.log.close()
+        print(f"test accuracy: {result['top1']:.1f} %")
+        print(f"at twice the solver steps ({2 * solver.max_steps}): {twice['top1']:.1f} %")
+        print("\n".join(result_lines(result)))
+        if self.trainer.bad_steps:
+            print(f"skipped steps (loss or gradient not finite): {self.trainer.bad_steps}")
+        print(f"checkpoint: {self.folder / 'model.safetensors'}")
+
+
+def _peak_resident_mib() -> float:
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main() -> None:
+    path, config = parse_arguments()
+    process = build.start_process(config.run)
+    run = Run(config, f"{path.parent.name}_{path.stem}", process)
+    if process.is_main:
+        count = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+        print(f"{config.model.name}: {count:,} trainable parameters on {process.device}, run in {run.folder}")
+    try:
+        if run.train():
+            run.finish()
+        elif process.is_main:
+            print(f"time is up at epoch {run.epoch + 1}, step {run.trainer.num_steps}; run.resume=true goes on from there")
+    finally:
+        if process.world_size > 1:
+            torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    program(main)
