@@ -206,6 +206,12 @@ def _check(config: TrainConfig) -> None:
             raise BadInput(f"{key} must be > 0, got {value(key)}")
 
 
+def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the `key=value` words of a command line, and the rest."""
+    overrides = [word for word in words if "=" in word and not word.startswith("-")]
+    return overrides, [word for word in words if word not in overrides]
+
+
 def config_yaml(config: TrainConfig) -> str:
     """Return the whole effective config as YAML."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))

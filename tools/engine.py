@@ -70,7 +70,7 @@ class Tally:
         labels = labels.argmax(1) if labels.ndim > 1 else labels
         order = logits.detach().topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
         counts = torch.stack((order[:, 0].sum(), order.any(dim=1).sum())).double()
-        batch = counts.new_tensor([len(labels), float(loss) * len(labels)])
+        batch = counts.new_tensor([len(labels), float(loss.detach()) * len(labels)])
         self.values += torch.cat((batch, counts)).cpu()
 
     def summary(self, process: Process) -> dict[str, float]:
@@ -180,7 +180,7 @@ class Trainer:
             with nullcontext() if last or self.process.world_size == 1 else self.model.no_sync():
                 loss, logits, equilibrium = self._forward(x_k, y_k, unroll, probes, weight)
                 good = good and self._agree(bool(torch.isfinite(loss)))
-                total += float(loss) * len(y_k) / len(y)
+                total += float(loss.detach()) * len(y_k) / len(y)
                 if not good:
                     break
                 self.scaler.scale(loss * (len(y_k) / len(y))).backward()

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from tools import build
 from tools.checkpoint import CONFIG_FILE, STATE_FILE, export, load_state, save_state, write_atomically
-from tools.config import DEFAULT_CONFIG, BadInput, TrainConfig, config_yaml, load_config, nearest
+from tools.config import DEFAULT_CONFIG, BadInput, TrainConfig, config_yaml, load_config, nearest, split_overrides
 from tools.data import Batches, Process
 from tools.engine import Trainer, evaluate, train_epoch
 from tools.report import RunLog, program, result_lines
@@ -36,16 +36,10 @@ from tools.report import RunLog, program, result_lines
 
 def parse_arguments() -> tuple[Path, TrainConfig]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", nargs="?", help="YAML file; without one, the digits quickstart")
+    parser.add_argument("config", nargs="?", type=Path, default=DEFAULT_CONFIG, help="YAML file; default: digits")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file")
-    arguments = parser.parse_args()
-    overrides = list(arguments.overrides)
-    path = DEFAULT_CONFIG
-    if arguments.config is not None:
-        if "=" in arguments.config:
-            overrides.insert(0, arguments.config)
-        else:
-            path = Path(arguments.config)
+    overrides, rest = split_overrides(sys.argv[1:])
+    path = parser.parse_args(rest).config
     return path, load_config(path, overrides)
 
 
@@ -84,6 +78,7 @@ class Run:
         self.epoch, self.batch = 0, 0  # where to go on: this epoch, after so many batches of it
         self.deadline = None if config.run.max_minutes is None else time.monotonic() + 60 * config.run.max_minutes
         self.saved = time.monotonic()
+        self.result: dict[str, float] = {}  # of the last evaluation
         if config.run.resume:
             self._restore(load_state(self.folder / STATE_FILE))
         if process.is_main:
@@ -263,7 +258,8 @@ class Run:
         row.update({f"train_{key}": value for key, value in train.items()})
         last = self.epoch + 1 == config.run.epochs
         if last or (self.epoch + 1) % config.run.eval_every == 0:
-            row.update({f"test_{key}": value for key, value in self.evaluate().items()})
+            self.result = self.evaluate()
+            row.update({f"test_{key}": value for key, value in self.result.items()})
         row["skipped_steps"] = trainer.bad_steps
         if self.process.device.type == "cuda":
             row["peak_memory_mib"] = torch.cuda.max_memory_allocated(self.process.device) / 2**20
@@ -286,7 +282,7 @@ class Run:
     def finish(self) -> None:
         """Print the result: accuracy at the solver's steps and at twice as many, and how the solves went."""
         solver = self.final_model.deq.solver
-        result = self.evaluate()
+        result = self.result or self.evaluate()
         twice = self.evaluate(solver=dataclasses.replace(solver, max_steps=2 * solver.max_steps))
         if not self.process.is_main:
             return
