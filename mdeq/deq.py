@@ -1,4 +1,4 @@
-"""The equilibrium layer: a solver and a gradient estimator joined into one module, for any map over a tuple of tensors."""
+"""The equilibrium layer: a solver and a gradient estimator joined into one module, for any map over tensors."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,7 +33,7 @@ class Equilibrium:
 
 
 class _FlatFn:
-    """A map over states as a map over `(B, D)`. The solver's dtype stays outside: fn sees the dtype of its own state."""
+    """A map over states as a map over `(B, D)`. The solver's dtype stays outside: fn sees that of its own state."""
 
     def __init__(self, fn: StateFn, layout: StateLayout, inner: torch.dtype, outer: torch.dtype) -> None:
         self.fn, self.layout, self.inner, self.outer = fn, layout, inner, outer
@@ -48,8 +48,8 @@ class DEQ(nn.Module):
     """Finds z* = f(z*) and differentiates through it, for any f over a tuple of tensors `(B, ...)` of any rank.
 
     The solver works in at least float32; f sees its state in the dtype of z0, and the result has that dtype.
-    In eval mode the state returned is the solver's z*, bit for bit the same with and without gradients; in train mode it
-    is what the gradient estimator returns, f(z*) for the implicit one.
+    In eval mode the state returned is the solver's z*, bit for bit the same with and without gradients; in train mode
+    it is what the gradient estimator returns, f(z*) for the implicit one.
 
     Args:
         solver: the forward solver; `deq.solver = ...` replaces it at any time.
@@ -84,8 +84,8 @@ class DEQ(nn.Module):
             fn: the map.
             z0: starting point; no gradient flows to it.
             solver: replaces `self.solver` for this call.
-            unroll: if above 0, apply fn that many times with ordinary backpropagation instead of solving (the weight-tied
-                warm-up phase of training).
+            unroll: if above 0, apply fn that many times with ordinary backpropagation instead of solving (the
+                weight-tied warm-up phase of training).
             jacobian_probes: if above 0, estimate the Jacobian penalty with that many probes.
 
         Raises:

@@ -47,7 +47,7 @@ class _Implicit(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "the implicit gradient cannot be differentiated again (create_graph=True); use PhantomGradient or unroll"
+                "the implicit gradient cannot be differentiated again (create_graph=True); use PhantomGradient"
             )
         f_z, z = ctx.saved_tensors
         # The system is linear: solved for a gradient of unit length, it stops alike at every scale of the loss.
@@ -66,8 +66,8 @@ class _Implicit(torch.autograd.Function):
 class ImplicitGradient:
     """The implicit function theorem: backward solves the linear system u = J^T u + dL/dz at the equilibrium.
 
-    Memory does not depend on the number of steps: one evaluation of f is kept. The result is as exact as the two solves.
-    An absolute tolerance of the backward solver is in units of the norm of the incoming gradient.
+    Memory does not depend on the number of steps: one evaluation of f is kept. The result is as exact as the two
+    solves. An absolute tolerance of the backward solver is in units of the norm of the incoming gradient.
 
     Args:
         solver: the backward solver.

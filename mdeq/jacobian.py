@@ -1,4 +1,4 @@
-"""The Jacobian J of the fixed-point map at a point: a regulariser and a diagnostic, from vector-Jacobian products alone."""
+"""The Jacobian J of the fixed-point map at a point: a regulariser and a diagnostic, by vector-Jacobian products."""
 
 import torch
 from torch import Tensor
@@ -48,8 +48,8 @@ def jacobian_frobenius(fn: FlatFn, z: Tensor, num_probes: int = 1) -> Tensor:
 def spectral_radius(fn: FlatFn, z: Tensor, num_iters: int = 100) -> Tensor:
     """Return the largest absolute eigenvalue of J at z for each sample, `(B,)`.
 
-    Power iteration on J^T; the estimate is the geometric mean of the growth factors over the second half, which is right
-    also where the dominant eigenvalues are a complex pair and a Rayleigh quotient is not.
+    Power iteration on J^T. The estimate is the geometric mean of the growth over the second half, which is right also
+    where the dominant eigenvalues are a complex pair and a Rayleigh quotient is not.
 
     Args:
         fn: the map `(B, D) -> (B, D)`.

@@ -1,4 +1,4 @@
-"""Layers that exist once for 2D and 3D: the number of spatial dimensions is an argument, or read off a tensor's shape."""
+"""Layers that exist once for 2D and 3D: the number of spatial dimensions is an argument, or read off a tensor."""
 
 from collections.abc import Sequence
 from typing import Any, Literal

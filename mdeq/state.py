@@ -23,8 +23,7 @@ class StateLayout:
         Raises:
             ValueError: if the state is empty, or its tensors differ in batch size.
         """
-        batches = {x.shape[0] for x in state}
-        if len(batches) != 1:
+        if not state or any(x.shape[0] != state[0].shape[0] for x in state):
             raise ValueError(f"a state needs tensors of one batch size, got {[tuple(x.shape) for x in state]}")
         return cls(tuple(x.shape[1:] for x in state))
 

@@ -1,31 +1,18 @@
-"""The numbers that the official MDEQ-Vision code computed for a CIFAR TINY network (weights and results in tests/data)."""
-
-from pathlib import Path
+"""The numbers that the official MDEQ-Vision code computed for a CIFAR TINY network (weights, results: tests/data)."""
 
 import pytest
-import timm
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 import mdeq
 from mdeq.models.official import from_official
-
-DATA = Path(__file__).parent / "data"
-EXACT = dict(tol=1e-13, max_steps=200)
+from tests.official import DATA, official_model
 
 
 @pytest.fixture(scope="module")
 def case() -> dict[str, Tensor]:
     return load_file(DATA / "official_cifar_tiny_case.safetensors")
-
-
-def official_model(dtype: torch.dtype = torch.float64) -> mdeq.MDEQ:
-    model = timm.create_model("mdeq_tiny_cifar", dropout=0.0)
-    model.load_state_dict(from_official(load_file(DATA / "official_cifar_tiny.safetensors")), strict=True)
-    model.deq.solver = mdeq.Broyden(**EXACT)
-    model.deq.gradient = mdeq.ImplicitGradient(mdeq.Broyden(**EXACT))
-    return model.to(dtype).eval()
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:

@@ -112,7 +112,9 @@ def autocast(run: RunConfig, process: Process) -> Callable[[], Any]:
     return partial(torch.autocast, process.device.type, dtype=dtype)
 
 
-def build_split(config: TrainConfig, spec: ImageSpec, process: Process, *, training: bool) -> tuple[Batches, int | None]:
+def build_split(
+    config: TrainConfig, spec: ImageSpec, process: Process, *, training: bool
+) -> tuple[Batches, int | None]:
     """Return the batches of a split and its number of classes; see `build_batches`."""
     parts = process.world_size * (config.optim.accumulate if training else 1)
     if config.data.batch_size % parts:

@@ -23,7 +23,7 @@ FORMAT = {"format": "pt", "mdeq_format": "1"}  # version of the names and shapes
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Have `write` fill a file beside `path`, then put it in place at once: a kill leaves the old file or the new one."""
+    """Have `write` fill a file beside `path`, then put it in place: a kill leaves the old file or the new one."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:

@@ -118,8 +118,9 @@ _CHOICES = {
     "run.dtype": ("float32", "float64"),
 }
 _AT_LEAST_ONE = (
-    "data.batch_size", "data.image_size", "data.num_train", "optim.accumulate", "deq.warmup_unroll", "deq.jacobian_probes",
-    "deq.jacobian_increment_steps", "run.epochs", "run.eval_every", "run.max_bad_steps", "run.threads",
+    "data.batch_size", "data.image_size", "data.num_train", "optim.accumulate", "deq.warmup_unroll",
+    "deq.jacobian_probes", "deq.jacobian_increment_steps", "run.epochs", "run.eval_every", "run.max_bad_steps",
+    "run.threads",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Data sets and loaders. Small image sets are arrays in memory; everything else is read by timm's readers and loaders."""
+"""Data sets and loaders. Small image sets are arrays in memory; everything else is read by timm."""
 
 import lzma
 import random
@@ -93,7 +93,9 @@ class Arrays:
         images, channels = self.images, size[0]
         if images.shape[1] != channels:
             if {images.shape[1], channels} != {1, 3}:
-                raise BadInput(f"{name} has {images.shape[1]} channels, the model takes {channels} (model.kwargs.in_chans)")
+                raise BadInput(
+                    f"{name} has {images.shape[1]} channels, the model takes {channels} (model.kwargs.in_chans)"
+                )
             gray = images.float().mul(torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)) if channels == 1 else None
             images = images.expand(-1, 3, -1, -1) if gray is None else gray.sum(1, keepdim=True).round().byte()
         if images.shape[2:] != size[1:]:
@@ -103,7 +105,7 @@ class Arrays:
 
 
 class ArrayBatches:
-    """Batches of arrays. Order and augmentation depend on seed, epoch and batch number alone, so a run can be resumed."""
+    """Batches of arrays. Order and augmentation depend on seed, epoch and batch number alone: a run can be resumed."""
 
     def __init__(
         self, arrays: Arrays, spec: ImageSpec, config: DataConfig, process: Process, *, training: bool, seed: int = 0
@@ -137,7 +139,7 @@ class ArrayBatches:
 
 
 def augment(x: Tensor, rng: torch.Generator, pad: int) -> Tensor:
-    """Return x `(B, C, H, W)`, each image flipped or not and cropped at random out of its copy padded by `pad` zeros."""
+    """Return x `(B, C, H, W)`, each image flipped or not, and cropped at random from its copy padded by zeros."""
     batch, _, height, width = x.shape
     flip = torch.rand(batch, generator=rng).lt(0.5).to(x.device)
     x = torch.where(flip.view(-1, 1, 1, 1), x.flip(3), x)
@@ -178,22 +180,24 @@ def read_digits(train: bool) -> Arrays:
 def read_cifar10(root: Path, train: bool, limit: int | None = None, download: bool = False) -> Arrays:
     """Return CIFAR-10 from any of its three forms under `root`.
 
-    These are `cifar10_train.tar.xz` and `cifar10_test.tar.xz` (members `<class>/<name>`), one folder of image folders per
-    split, or torchvision's download.
+    These are `cifar10_train.tar.xz` and `cifar10_test.tar.xz` (members `<class>/<name>`), one folder of image folders
+    per split, or torchvision's download.
 
     Raises:
         BadInput: if none is there, or it cannot be read.
     """
     archive = root / f"cifar10_{'train' if train else 'test'}.tar.xz"
-    folders = [root / name for name in (("train",) if train else ("test", "val", "validation")) if (root / name).is_dir()]
+    folders = [
+        root / name for name in (("train",) if train else ("test", "val", "validation")) if (root / name).is_dir()
+    ]
     if archive.exists():
         return _stack(_read_archive(archive), limit)
     if folders:
         return _stack(_read_folder(folders[0]), limit)
     if not download and not (root / CIFAR10.base_folder).is_dir():
         raise BadInput(
-            f"no CIFAR-10 in {root}: expected {archive.name}, a folder {'train' if train else 'test'}/ of image folders, or "
-            f"{CIFAR10.base_folder}/; data.download=true fetches the last"
+            f"no CIFAR-10 in {root}: expected {archive.name}, a folder {'train' if train else 'test'}/ of images, "
+            f"or {CIFAR10.base_folder}/; data.download=true fetches the last"
         )
     try:
         dataset = CIFAR10(str(root), train=train, download=download)
@@ -340,7 +344,9 @@ def _reader_batches(
         persistent_workers=False,
     )
     if len(loader) == 0:
-        raise BadInput(f"{len(dataset)} training images are fewer than one batch; lower data.batch_size={config.batch_size}")
+        raise BadInput(
+            f"{len(dataset)} training images are fewer than one batch; lower data.batch_size={config.batch_size}"
+        )
     return ReaderBatches(loader, process, seed), len(classes) if classes else None
 
 

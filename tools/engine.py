@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from mdeq import Equilibrium, FixedPointSolver, SolveStats, SolveStatus
 from tools.config import BadInput, DEQConfig, OptimConfig
@@ -35,7 +34,7 @@ class SolveLog:
             self.evaluations.append(stats.num_steps.double() + 1)
 
     def summary(self, process: Process = Process(), prefix: str = "") -> dict[str, float]:
-        """Return mean evaluations, mean and quantiles of the residual, and the share of each status, over all processes."""
+        """Return mean evaluations, mean and quantiles of the residual, and shares of the statuses, of all processes."""
         if not self.residual:
             return {}
         columns = [torch.cat(x).double().cpu() for x in (self.residual, self.status, self.evaluations)]
@@ -66,7 +65,7 @@ class Tally:
     values: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))  # samples, loss, top-1, top-5
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Count a batch: mean loss, logits `(B, K)`, labels `(B,)` or soft labels `(B, K)`, counted by their largest."""
+        """Count a batch: mean loss, logits `(B, K)`, labels `(B,)`, or soft labels `(B, K)` by their largest entry."""
         labels = labels.argmax(1) if labels.ndim > 1 else labels
         order = logits.detach().topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
         counts = torch.stack((order[:, 0].sum(), order.any(dim=1).sum())).double()
@@ -200,7 +199,9 @@ class Trainer:
         self._count(good, buffers)
         return total if good else math.nan
 
-    def _forward(self, x: Tensor, y: Tensor, unroll: int, probes: int, weight: float) -> tuple[Tensor, Tensor, Equilibrium]:
+    def _forward(
+        self, x: Tensor, y: Tensor, unroll: int, probes: int, weight: float
+    ) -> tuple[Tensor, Tensor, Equilibrium]:
         try:
             with self.amp():
                 logits, equilibrium = self.model(
@@ -242,8 +243,8 @@ class Trainer:
         self.bad_in_a_row += 1
         if self.bad_in_a_row >= self.max_bad_steps:
             raise BadInput(
-                f"loss or gradient not finite in {self.bad_in_a_row} steps in a row; stopped, the last good checkpoint is "
-                "kept; lower optim.lr, or set optim.clip_grad"
+                f"loss or gradient not finite in {self.bad_in_a_row} steps in a row; stopped, the last good checkpoint "
+                "is kept; lower optim.lr, or set optim.clip_grad"
             )
 
 

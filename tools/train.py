@@ -52,7 +52,9 @@ def run_folder(config: TrainConfig, name: str) -> Path:
     if config.run.out_dir is not None:
         folder = Path(config.run.out_dir)
         if not config.run.resume and (folder / STATE_FILE).exists():
-            raise BadInput(f"{folder} holds a run already; set run.resume=true to go on with it, or another run.out_dir")
+            raise BadInput(
+                f"{folder} holds a run already; set run.resume=true to go on with it, or another run.out_dir"
+            )
     else:
         runs = [Path("runs") / (name if k == 1 else f"{name}-{k}") for k in range(1, 10_000)]
         used = [folder for folder in runs if (folder / CONFIG_FILE).exists()]
@@ -152,7 +154,9 @@ class Run:
         if process.world_size > 1:
             if process.device.type == "cuda":
                 nn.SyncBatchNorm.convert_sync_batchnorm(model)
-            wrapped = DistributedDataParallel(model, device_ids=[process.device] if process.device.type == "cuda" else None)
+            wrapped = DistributedDataParallel(
+                model, device_ids=[process.device] if process.device.type == "cuda" else None
+            )
         return Trainer(
             model=wrapped,
             bare=model,
@@ -254,7 +258,11 @@ class Run:
 
     def _end_epoch(self, train: dict[str, float]) -> None:
         config, trainer = self.config, self.trainer
-        row: dict[str, float] = {"epoch": self.epoch, "step": trainer.num_steps, "lr": trainer.optimizer.param_groups[-1]["lr"]}
+        row: dict[str, float] = {
+            "epoch": self.epoch,
+            "step": trainer.num_steps,
+            "lr": trainer.optimizer.param_groups[-1]["lr"],
+        }
         row.update({f"train_{key}": value for key, value in train.items()})
         last = self.epoch + 1 == config.run.epochs
         if last or (self.epoch + 1) % config.run.eval_every == 0:
@@ -312,7 +320,9 @@ def main() -> None:
         if run.train():
             run.finish()
         elif process.is_main:
-            print(f"time is up at epoch {run.epoch + 1}, step {run.trainer.num_steps}; run.resume=true goes on from there")
+            print(
+                f"time is up at epoch {run.epoch + 1}, step {run.trainer.num_steps}; run.resume=true goes on from there"
+            )
     finally:
         if process.world_size > 1:
             torch.distributed.destroy_process_group()

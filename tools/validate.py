@@ -34,7 +34,16 @@ from tools.data import Batches, Process
 from tools.engine import evaluate
 from tools.report import program, result_lines
 
-COLUMNS = ["steps", "top1", "residual_mean", "residual_q0.5", "residual_q0.9", "evaluations", "twin_top1", "twin_residual_mean"]
+COLUMNS = [
+    "steps",
+    "top1",
+    "residual_mean",
+    "residual_q0.5",
+    "residual_q0.9",
+    "evaluations",
+    "twin_top1",
+    "twin_residual_mean",
+]
 
 
 def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
@@ -89,7 +98,9 @@ def steps_table(model: Any, steps: list[int], run: Any) -> list[dict[str, float]
     for count in sorted(set(steps)):
         row = run(f"{count} steps", solver=dataclasses.replace(model.deq.solver, max_steps=count))
         twin = run(f"{count} times f", unroll=count)
-        plain = run(f"{count} times f, residual", solver=Picard(max_steps=count, tol=0.0, divergence_factor=float("inf")))
+        plain = run(
+            f"{count} times f, residual", solver=Picard(max_steps=count, tol=0.0, divergence_factor=float("inf"))
+        )
         row = {"steps": count, **row, "twin_top1": twin["top1"], "twin_residual_mean": plain["residual_mean"]}
         rows.append({name: row[name] for name in COLUMNS})
     return rows
@@ -146,7 +157,9 @@ def main() -> None:
     print(f"at twice the solver steps ({2 * solver.max_steps}): {twice['top1']:.2f} %")
     print("\n".join(result_lines(result)))
     if rows:
-        print(f"{'steps':>6} {'top-1':>8} {'residual':>10} {'evaluations':>12} {'twin top-1':>11} {'twin residual':>14}")
+        print(
+            f"{'steps':>6} {'top-1':>8} {'residual':>10} {'evaluations':>12} {'twin top-1':>11} {'twin residual':>14}"
+        )
         for row in rows:
             print(
                 f"{row['steps']:6d} {row['top1']:8.2f} {row['residual_mean']:10.2e} {row['evaluations']:12.1f} "

@@ -24,7 +24,7 @@ def _normed(layer: nn.Module, enabled: bool) -> nn.Module:
 
 
 class ResidualBlock(nn.Module):
-    """Per-branch block: conv, norm, ReLU, conv, + injection, norm, + skip, ReLU, norm. Shapes `(B, C, *S)` throughout."""
+    """Per-branch block `(B, C, *S)`: conv, norm, ReLU, conv, + injection, norm, + skip, ReLU, norm."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class ResidualBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Finer branch to coarser: stride-2 conv and norm, as often as needed, ReLU between; channels change at the last."""
+    """Finer branch to coarser: stride-2 conv and norm, as often as needed, ReLU between; the last changes channels."""
 
     def __init__(
         self, in_channels: int, out_channels: int, steps: int, *, spatial_dims: SpatialDims, num_groups: int, **dd: Any
@@ -190,7 +190,7 @@ class MultiscaleCell(nn.Module):
         return tuple(injection.new_zeros(injection.shape[0], c, *s, dtype=dtype) for c, s in zip(self.channels, sizes))
 
     def sample_masks(self, x: Tensor) -> State | None:
-        """Return a dropout mask `(B, C_i, 1, ...)` per branch for a batch like x; None in eval mode or without dropout."""
+        """Return a dropout mask `(B, C_i, 1, ...)` per branch for a batch like x; None in eval mode or at rate 0."""
         if not self.training or self.dropout == 0:
             return None
         return tuple(channel_mask(x, c, self.dropout) for c in self.channels)
@@ -202,7 +202,7 @@ class MultiscaleCell(nn.Module):
         """
         kernels = {m: m.weight for m in self.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)}
         device = self.blocks[0].norm1.weight.device.type
-        if torch.is_autocast_enabled(device):
+        if device != "meta" and torch.is_autocast_enabled(device):
             kernels = {m: kernel.to(torch.get_autocast_dtype(device)) for m, kernel in kernels.items()}
         return kernels
 

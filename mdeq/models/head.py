@@ -1,6 +1,7 @@
 """The classification head: bottlenecks that widen every branch, merged from the finest branch down to the coarsest."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from ..state import State
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions `(B, C, *S) -> (B, 4 hidden, *S)`; the norms of the main path have no weight and bias."""
+    """1x1, 3x3, 1x1 convolutions `(B, C, *S) -> (B, 4 hidden, *S)`; norms of the main path have no weight and bias."""
 
     expansion = 4
 
@@ -65,7 +66,7 @@ class ClassificationHead(nn.Module):
         widths = [Bottleneck.expansion * h for h in head_channels]
         self.downsamples = nn.ModuleList(
             nn.Sequential(conv(spatial_dims, fine, coarse, 3, stride=2, bias=True, **dd), norm(coarse, **dd), nn.ReLU())
-            for fine, coarse in zip(widths, widths[1:])
+            for fine, coarse in pairwise(widths)
         )
         self.final = nn.Sequential(
             conv(spatial_dims, widths[-1], num_features, 1, bias=True, **dd), norm(num_features, **dd), nn.ReLU()

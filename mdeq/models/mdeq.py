@@ -97,9 +97,9 @@ def _stem_strides(spatial_dims: int, total: int | Sequence[int]) -> tuple[tuple[
 class MDEQ(nn.Module):
     """Multiscale deep equilibrium classifier and backbone over images `(B, C, H, W)` or volumes `(B, C, D, H, W)`.
 
-    `model(x)` gives logits `(B, num_classes)`. In eval mode the head sees the equilibrium itself; in train mode, what the
-    gradient estimator returns. `model.deq.solver` and `model.deq.gradient` may be replaced at any time. Any spatial size
-    from 16 up works, odd ones included: branches halve rounding up.
+    `model(x)` gives logits `(B, num_classes)`. In eval mode the head sees the equilibrium itself; in train mode, what
+    the gradient estimator returns. `model.deq.solver` and `model.deq.gradient` may be replaced at any time. Any spatial
+    size from 16 up works, odd ones included: branches halve rounding up.
 
     Args:
         in_chans: channels of the input.
@@ -236,7 +236,7 @@ class MDEQ(nn.Module):
         Raises:
             ValueError: for an input of wrong rank, channels or size, or a z0 of wrong shapes.
         """
-        x = _checked(x, self.spatial_dims, self.in_chans)
+        x = checked_input(x, self.spatial_dims, self.in_chans)
         return self.equilibrium(self.inject(self.stem(x)), z0, solver, unroll, jacobian_probes)
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -262,7 +262,7 @@ class MDEQ(nn.Module):
     ) -> Tensor | tuple[Tensor, Equilibrium]:
         """Return logits `(B, num_classes)`, or logits and the `Equilibrium` they came from; arguments as in `solve`."""
         equilibrium = self.solve(x, z0=z0, solver=solver, unroll=unroll, jacobian_probes=jacobian_probes)
-        return _result(self.forward_head(self.head(equilibrium.state)), equilibrium, return_equilibrium)
+        return with_equilibrium(self.forward_head(self.head(equilibrium.state)), equilibrium, return_equilibrium)
 
     def forward_intermediates(
         self,
@@ -292,7 +292,7 @@ class MDEQ(nn.Module):
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
         take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
-        x = _checked(x, self.spatial_dims, self.in_chans)
+        x = checked_input(x, self.spatial_dims, self.in_chans)
         fine = self.stem.act1(self.stem.norm1(self.stem.conv1(x)))
         taps = [fine]
         equilibrium = None
@@ -306,7 +306,7 @@ class MDEQ(nn.Module):
         maps = [taps[i] for i in take_indices]
         if not intermediates_only:
             maps = (taps[-1] if equilibrium is None else self.head(equilibrium.state), maps)
-        return _result(maps, equilibrium, return_equilibrium)
+        return with_equilibrium(maps, equilibrium, return_equilibrium)
 
     def get_classifier(self) -> nn.Module:
         """Return the final linear layer."""
@@ -320,7 +320,7 @@ class MDEQ(nn.Module):
         self._make_classifier(num_classes, pool, dict(device=reference.device, dtype=reference.dtype))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the input of each differentiated step of f (phantom or unrolled) and compute it again in backward."""
+        """Keep only the input of each differentiated step of f (phantom, unrolled) and compute it again in backward."""
         self.equilibrium.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -335,8 +335,9 @@ class MDEQ(nn.Module):
         )
 
 
+# Functions of their own, without a leading underscore: fx takes such ones, and no others, as they are.
 @register_notrace_function
-def _checked(x: Tensor, spatial_dims: int, in_chans: int) -> Tensor:
+def checked_input(x: Tensor, spatial_dims: int, in_chans: int) -> Tensor:
     """Return x if a model can take it, else raise ValueError."""
     if x.ndim != spatial_dims + 2 or x.shape[1] != in_chans:
         axes = "H, W" if spatial_dims == 2 else "D, H, W"
@@ -347,7 +348,7 @@ def _checked(x: Tensor, spatial_dims: int, in_chans: int) -> Tensor:
 
 
 @register_notrace_function
-def _result(output: Any, equilibrium: Equilibrium | None, return_equilibrium: bool) -> Any:
+def with_equilibrium(output: Any, equilibrium: Equilibrium | None, return_equilibrium: bool) -> Any:
     return (output, equilibrium) if return_equilibrium else output
 
 
@@ -410,7 +411,7 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-# The official limits (forward, backward): CIFAR models stop on the relative residual, ImageNet models on the absolute one.
+# The official limits (forward, backward): CIFAR models stop on the relative residual, ImageNet ones on the absolute.
 _CIFAR = dict(
     stem_stride=1,
     post_norm_affine=False,

@@ -29,8 +29,8 @@ class Anderson(FixedPointSolver):
 
     Args:
         history: iterates that are mixed, the current one included (the peers' `m`); 1 is damped Picard iteration.
-        ridge: Tikhonov term of the least-squares problem, relative to columns of unit length. It is never taken below ten
-            machine epsilons of the state's dtype, where the problem is noise.
+        ridge: Tikhonov term of the least-squares problem, relative to columns of unit length. It is never taken below
+            ten machine epsilons of the state's dtype, where the problem is noise.
         beta: mixing, the share of the residual that is added to the mixed iterate.
 
     Reference:

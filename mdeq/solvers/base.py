@@ -36,7 +36,7 @@ class SolveStats:
         num_steps: `(B,)` int64, updates until that sample stopped. It took `num_steps + 1` evaluations, plus
             those of a line search.
         nfe: evaluations of f, for the whole batch.
-        trace: `(steps + 1, B)` residual at every iterate, the starting point first. A finished sample's last value repeats.
+        trace: `(steps + 1, B)` residual at every iterate, the starting point first; a finished sample's last repeats.
     """
 
     status: Tensor
@@ -77,15 +77,16 @@ def is_static(z: Tensor) -> bool:
 class FixedPointSolver(ABC):
     """Settings of a fixed-point solver; calling it solves z = f(z) for every sample on its own.
 
-    A subclass says how to step (`init`, `direction`); stopping, the best iterate, freezing of finished samples, failures
-    and the trace exist once, in `__call__`. Step counts, status and result of a sample do not depend on its batch mates.
+    A subclass says how to step (`init`, `direction`); stopping, the best iterate, freezing of finished samples,
+    failures and the trace exist once, in `__call__`. Step counts, status and result of a sample do not depend on its
+    batch mates.
 
     Args:
         tol: a sample has converged when its residual is below this; relative (unitless) or absolute (units of z).
         max_steps: most updates; a solve takes at most `max_steps + 1` evaluations of f.
         stop_mode: `"rel"`: `|f(z) - z| / (|f(z)| + 1e-9)`; `"abs"`: `|f(z) - z|`; 2-norms of one sample.
-        divergence_factor: a sample has diverged when `|f(z) - z|` exceeds this many times its first value. Judged on the
-            absolute residual in both modes, since the relative one saturates near 1.
+        divergence_factor: a sample has diverged when `|f(z) - z|` exceeds this many times its first value. Judged on
+            the absolute residual in both modes, since the relative one saturates near 1.
 
     Raises:
         ValueError: at construction, for a setting out of range.

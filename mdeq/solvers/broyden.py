@@ -30,8 +30,8 @@ class Broyden(FixedPointSolver):
 
         H_{j+1} = (I + u_j d_j^T / |d_j|^2) H_j,   u_j = d_{j+1} - (1 - l_j) d_j,
 
-    so the directions are all that is stored: one vector a step, where the textbook form keeps two. The products
-    are evaluated at once, by way of the Gram matrix of the directions: a step reads the history twice, whatever its length.
+    so the directions are all that is stored: one vector a step, where the textbook form keeps two. The products are
+    evaluated at once, by way of the Gram matrix of the directions: a step reads the history twice, whatever its length.
 
     Args:
         history: secant pairs that are kept; when full, all are forgotten and the iteration restarts from -I, since a
@@ -41,7 +41,8 @@ class Broyden(FixedPointSolver):
 
     Reference:
         Kelley 1995, Iterative Methods for Linear and Nonlinear Equations, section 7.3.
-        Byrd, Nocedal and Schnabel 1994, Representations of quasi-Newton matrices and their use in limited memory methods.
+        Byrd, Nocedal and Schnabel 1994, Representations of quasi-Newton matrices and their use in limited memory
+        methods.
     """
 
     history: int | None = None

@@ -1,0 +1,405 @@
+"""Fixed-point solvers on problems with known answers, in float64 unless a test says otherwise."""
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import SOLVERS, Batched, Problem, affine, affine_rule, contraction, limits
+from torch import Tensor
+
+from mdeq import Anderson, Broyden, FixedPointSolver, Picard, SolveStats, SolveStatus
+
+EXACT: dict[str, Any] = dict(tol=1e-10, max_steps=1000)
+CONVERGED, MAX_STEPS, DIVERGED, NONFINITE = SolveStatus
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
+
+
+def report(stats: SolveStats, error: float) -> str:
+    return f"residual {float(stats.residual.max()):.1e}, error {error:.1e}, steps {stats.num_steps.tolist()}"
+
+
+# Answers
+
+
+def test_known_answers(solver: FixedPointSolver, problem: Problem) -> None:
+    """Every solver finds every answer; a contraction by 0.9 has an error of at most 10 residuals."""
+    z, stats = limits(solver, **EXACT)(problem.fn, problem.z0)
+    error = problem.error(z)
+    assert stats.converged.all(), report(stats, error)
+    assert stats.residual.max() < 1e-10, report(stats, error)
+    assert error < 1.1e-9, report(stats, error)
+    assert z.dtype == torch.float64
+    if problem.solved:
+        assert stats.num_steps.tolist() == [0] * 5
+        assert stats.nfe == 1
+        assert stats.trace.tolist() == [[0.0] * 5]
+        assert torch.equal(z, problem.z0)
+    else:
+        assert (stats.num_steps > 0).all()
+
+
+def dense_broyden(path: list[Tensor], values: list[Tensor]) -> list[Tensor]:
+    """Return the textbook "good" Broyden direction at every point of a path, from dense inverse Jacobians."""
+    z, g = path[0], values[0]
+    inverse = -torch.eye(z.shape[1], dtype=z.dtype).repeat(z.shape[0], 1, 1)
+    directions = [-torch.einsum("bij,bj->bi", inverse, g)]
+    for z_new, g_new in zip(path[1:], values[1:]):
+        s, y = z_new - z, g_new - g
+        inverse_y = torch.einsum("bij,bj->bi", inverse, y)
+        left = torch.einsum("bi,bij->bj", s, inverse)
+        curvature = (s * inverse_y).sum(dim=1)[:, None, None]
+        inverse = inverse + (s - inverse_y).unsqueeze(2) * left.unsqueeze(1) / curvature
+        z, g = z_new, g_new
+        directions.append(-torch.einsum("bij,bj->bi", inverse, g))
+    return directions
+
+
+def recorded(log: list[tuple[Tensor, ...]], **settings: Any) -> Broyden:
+    """Return a Broyden solver that writes every iterate, residual, direction and next iterate to a log."""
+
+    class Recorded(Broyden):
+        def advance(self, fn: Any, memory: Any, z: Tensor, g: Tensor, step: Tensor) -> tuple[Tensor, Tensor, int]:
+            result = super().advance(fn, memory, z, g, step)
+            log.append((z, g, step, result[0]))
+            return result
+
+    return Recorded(**settings)
+
+
+@pytest.mark.parametrize("name", ["affine", "cosine", "tanh"])
+def test_broyden_is_the_textbook_method(problems: dict[str, Any], name: str) -> None:
+    problem, log = problems[name](), []
+    recorded(log, tol=0, max_steps=12)(problem.fn.plain(), problem.z0)
+    z, g, step, after = (list(column) for column in zip(*log))
+    assert len(z) == 12
+    for k, expected in enumerate(dense_broyden(z, g)):
+        assert torch.equal(after[k], z[k] + step[k])
+        assert (step[k] - expected).norm() < 1e-9 * expected.norm() + 1e-13, f"step {k}"
+
+
+def test_broyden_with_shortened_steps_is_the_textbook_method() -> None:
+    """Directions agree when steps were halved, and every step is a halved direction."""
+    log: list[tuple[Tensor, ...]] = []
+    z0 = torch.tensor([[2.5, -3.0, 4.0], [4.5, 1.0, -2.0]], dtype=torch.float64)
+    recorded(log, tol=0, max_steps=7, line_search=8)(lambda z: -(z**3) / 4, z0)
+    z, g, step, after = (list(column) for column in zip(*log))
+    lengths = []
+    for k, expected in enumerate(dense_broyden(z, g)):
+        assert (step[k] - expected).norm() < 1e-9 * expected.norm(), f"step {k}"
+        length = (after[k] - z[k]).norm(dim=1) / step[k].norm(dim=1)
+        assert (length.log2() - length.log2().round()).abs().max() < 1e-6, "a length is not a power of 1/2"
+        lengths.append(length)
+    assert torch.stack(lengths).min() < 0.6, "no step was shortened, nothing was tested"
+
+
+def test_anderson_is_finite_on_linear_problems() -> None:
+    """With the whole history it is GMRES: D + 1 steps for D unknowns, where Picard takes many."""
+    problem = affine(dim=6, largest=0.99)
+    z, stats = Anderson(history=8, tol=1e-8)(problem.fn, problem.z0)
+    error = problem.error(z)
+    assert stats.num_steps.max() <= 7, report(stats, error)
+    assert error < 1e-6, report(stats, error)
+    assert Picard(tol=1e-8, max_steps=1000)(problem.fn, problem.z0)[1].num_steps.max() > 30
+
+
+def test_broyden_is_finite_on_linear_problems() -> None:
+    """At most 2 D steps (Gay 1979)."""
+    problem = affine(dim=6, largest=0.99)
+    z, stats = Broyden(tol=1e-8)(problem.fn, problem.z0)
+    assert stats.num_steps.max() <= 13, report(stats, problem.error(z))
+
+
+def test_restart() -> None:
+    """A full history is forgotten: overwriting its oldest pair would be unsound."""
+    fn = Batched(affine_rule, (contraction(torch.full((5,), 0.9), 40), torch.randn(5, 40, dtype=torch.float64)))
+    answer = torch.linalg.solve(torch.eye(40, dtype=torch.float64) - fn.params[0], fn.params[1])
+    z, stats = Broyden(history=10, tol=1e-9, max_steps=200)(fn, torch.zeros_like(answer))
+    error = relative(z, answer)
+    assert stats.converged.all(), report(stats, error)
+    assert error < 1.1e-8, report(stats, error)
+    assert stats.num_steps.min() > 22, "fewer than two restarts happened"
+    _, unlimited = Broyden(tol=1e-9, max_steps=200)(fn, torch.zeros_like(answer))
+    assert (unlimited.num_steps <= stats.num_steps).all()
+
+
+@pytest.mark.parametrize("line_search", [0, 8])
+def test_line_search_rescues(line_search: int) -> None:
+    """f(z) = -z^3 / 4 has the one fixed point 0; unit steps from afar wander."""
+    line = torch.linspace(-5, 5, 10, dtype=torch.float64)
+    z0 = torch.stack((line, line.roll(3).abs() + 0.3))
+    solver = Broyden(tol=1e-10, stop_mode="abs", max_steps=100, line_search=line_search)
+    z, stats = solver(lambda z: -(z**3) / 4, z0)
+    if line_search:
+        assert stats.converged.all(), report(stats, float(z.abs().max()))
+        assert z.abs().max() < 1e-9, report(stats, float(z.abs().max()))
+    else:
+        assert not stats.converged.any(), report(stats, float(z.abs().max()))
+
+
+def test_line_search_costs_nothing_where_steps_are_good() -> None:
+    problem = affine(largest=0.3)
+    z, stats = Broyden(**EXACT)(problem.fn, problem.z0)
+    z_search, stats_search = Broyden(**EXACT, line_search=4)(problem.fn, problem.z0)
+    assert torch.equal(z, z_search)
+    assert stats.nfe == stats_search.nfe
+
+
+# How a solve ends
+
+
+def test_max_steps(solver: FixedPointSolver) -> None:
+    problem = affine()
+    _, stats = limits(solver, tol=1e-12, max_steps=3)(problem.fn, problem.z0)
+    assert stats.status.tolist() == [MAX_STEPS] * 5
+    assert stats.num_steps.tolist() == [3] * 5
+    assert not stats.converged.any()
+
+
+@pytest.mark.parametrize("stop_mode", ["rel", "abs"])
+def test_diverged(stop_mode: Any) -> None:
+    """Judged on |f(z) - z|, for the relative residual of z + z^3 saturates at 1."""
+    z0 = torch.ones(2, 3, dtype=torch.float64)
+    z, stats = Picard(stop_mode=stop_mode)(lambda z: z + z**3, z0)
+    assert stats.status.tolist() == [DIVERGED] * 2
+    assert stats.num_steps.tolist() == [3, 3]  # 1, 2, 10, 1010: the fourth residual is 1e9 times the first
+    assert z.isfinite().all()
+    assert (z == 2).all(), "the best iterate is the first"
+    if stop_mode == "rel":
+        assert stats.trace.max() <= 1
+
+
+@pytest.mark.parametrize("name", ["broyden", "broyden-restart", "anderson", "anderson-short", "picard"])
+def test_diverged_by_every_solver(name: str) -> None:
+    z0 = 4 * torch.linspace(-1, 1, 10, dtype=torch.float64).expand(2, 10)
+    z, stats = SOLVERS[name](lambda z: -(z**3), z0)
+    assert stats.status.tolist() == [DIVERGED] * 2
+    assert (stats.num_steps < 30).all()
+    assert z.isfinite().all()
+    assert stats.residual.isfinite().all()
+
+
+def test_divergence_factor() -> None:
+    z0 = torch.ones(1, 2, dtype=torch.float64)
+    steps = [
+        int(Picard(tol=0, divergence_factor=factor)(lambda z: -2 * z, z0)[1].num_steps) for factor in (7.9, 8.1, 1e4)
+    ]
+    assert steps == [3, 4, 14]  # the residual doubles at every step
+
+
+def test_nonfinite() -> None:
+    """2 -> log 2 -> log log 2 < 0 -> nan: the best iterate is log 2."""
+    z0 = torch.full((1, 1), 2.0, dtype=torch.float64)
+    z, stats = Picard()(torch.log, z0)
+    assert stats.status.tolist() == [NONFINITE]
+    assert stats.num_steps.tolist() == [2]
+    torch.testing.assert_close(z, z0.log(), rtol=1e-15, atol=0)
+    assert stats.residual.tolist() == stats.trace[1].tolist()
+    assert stats.trace[2].isnan().all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nonfinite_from_the_start(solver: FixedPointSolver, value: float) -> None:
+    """Where no iterate is finite, the starting point comes back with its residual."""
+    z0 = torch.ones(2, 3, dtype=torch.float64)
+    z, stats = solver(lambda z: z + value, z0)
+    assert stats.status.tolist() == [NONFINITE] * 2
+    assert stats.num_steps.tolist() == [0, 0]
+    assert torch.equal(z, z0)
+    assert not stats.residual.isfinite().any()
+
+
+@pytest.mark.parametrize("stop_mode", ["rel", "abs"])
+def test_the_best_iterate_is_returned(solver: FixedPointSolver, stop_mode: Any) -> None:
+    """On a chaotic map residuals go up and down; the one returned is the least after the start."""
+    z0 = torch.tensor([[0.1, 0.2], [0.3, 0.7], [0.55, 0.9]], dtype=torch.float64)
+
+    def logistic(z: Tensor) -> Tensor:
+        return 3.9 * z * (1 - z)
+
+    z, stats = limits(solver, tol=0, max_steps=5, stop_mode=stop_mode)(logistic, z0)
+    g = (logistic(z) - z).norm(dim=1)
+    expected = g if stop_mode == "abs" else g / (logistic(z).norm(dim=1) + 1e-9)
+    assert torch.equal(stats.residual, stats.trace[1:].min(dim=0).values)
+    torch.testing.assert_close(stats.residual, expected, rtol=1e-12, atol=0)
+
+
+def test_the_start_does_not_compete() -> None:
+    """z0 is returned only where it has converged, however bad the iterates that follow are."""
+    z0 = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
+    z, stats = Picard(tol=1e-8, stop_mode="abs", max_steps=4)(lambda z: -1.5 * z, z0)
+    assert z.tolist() == [[-1.5], [0.0]]
+    assert stats.residual.tolist() == [3.75, 0.0]
+    assert stats.trace[0].tolist() == [2.5, 0.0]
+    assert stats.status.tolist() == [MAX_STEPS, CONVERGED]
+    assert stats.num_steps.tolist() == [4, 0]
+
+
+@pytest.mark.parametrize("stop_mode", ["rel", "abs"])
+@pytest.mark.parametrize("tol", [1e-2, 1e-6])
+def test_tolerance(solver: FixedPointSolver, stop_mode: Any, tol: float) -> None:
+    """A sample stops at its first residual below tol; residuals are what the docstring says."""
+    problem = affine()
+    problem.fn.params = (problem.fn.params[0], 50 * problem.fn.params[1])
+    z, stats = limits(solver, tol=tol, stop_mode=stop_mode, max_steps=1000)(problem.fn, problem.z0)
+    g, f_z = problem.fn(z) - z, problem.fn(z)
+    expected = g.norm(dim=1) if stop_mode == "abs" else g.norm(dim=1) / (f_z.norm(dim=1) + 1e-9)
+    torch.testing.assert_close(stats.residual, expected, rtol=1e-6, atol=1e-14)
+    for i, steps in enumerate(stats.num_steps.tolist()):
+        assert stats.trace[steps, i] < tol
+        assert (stats.trace[:steps, i] >= tol).all()
+
+
+def test_the_relative_tolerance_has_no_scale(problems: dict[str, Any]) -> None:
+    problem = problems["affine"]()
+    a, b = problem.fn.params
+    counts = {}
+    for mode in ("rel", "abs"):
+        solver = Broyden(tol=1e-6, stop_mode=mode, max_steps=100)
+        counts[mode] = [solver(Batched(affine_rule, (a, c * b)), problem.z0)[1].num_steps for c in (1, 1024)]
+    assert torch.equal(*counts["rel"])
+    assert (counts["abs"][1] >= counts["abs"][0]).all()
+    assert (counts["abs"][1] > counts["abs"][0]).any()
+
+
+def test_zero_tolerance_runs_all_steps(solver: FixedPointSolver) -> None:
+    problem = affine()
+    _, stats = limits(solver, tol=0, max_steps=9)(problem.fn, problem.z0)
+    assert stats.num_steps.tolist() == [9] * 5
+    assert stats.trace.shape == (10, 5)
+    assert stats.status.tolist() == [MAX_STEPS] * 5
+
+
+def test_one_step(solver: FixedPointSolver) -> None:
+    """The first step of every solver is a damped Picard step."""
+    problem = affine(largest=0.5)
+    z, stats = limits(solver, max_steps=1)(problem.fn, problem.z0)
+    share = getattr(solver, "beta", getattr(solver, "damping", 1.0))
+    torch.testing.assert_close(z, share * problem.fn(problem.z0), rtol=1e-15, atol=0)
+    assert stats.num_steps.tolist() == [1] * 5
+    assert stats.trace.shape == (2, 5)
+
+
+def test_statistics(solver: FixedPointSolver) -> None:
+    """nfe counts evaluations; the trace has a row per iterate, and a finished sample's last value repeats."""
+    problem = affine()
+    _, stats = limits(solver, **EXACT)(problem.fn.plain(), problem.z0)
+    steps = int(stats.num_steps.max())
+    assert len(problem.fn.sizes) == stats.nfe
+    assert stats.nfe == steps + 1 or (solver == SOLVERS["broyden-line-search"] and stats.nfe > steps)
+    assert stats.trace.shape == (steps + 1, 5)
+    assert stats.num_steps.min() < steps, "all samples stopped together, nothing was tested"
+    for i, last in enumerate(stats.num_steps.tolist()):
+        assert (stats.trace[last:, i] == stats.trace[last, i]).all()
+        assert stats.trace[last, i] == stats.residual[i]
+    for x in (stats.status, stats.num_steps):
+        assert x.dtype == torch.int64
+        assert x.shape == (5,)
+
+
+# One sample does not see another
+
+
+def alone(solver: FixedPointSolver, problem: Problem) -> list[tuple[Tensor, SolveStats]]:
+    rows = torch.arange(len(problem.z0)).split(1)
+    return [solver(problem.fn.take(row), problem.z0[row]) for row in rows]
+
+
+@pytest.mark.parametrize("compaction", [False, True])
+@pytest.mark.parametrize("name", ["affine", "tanh"])
+def test_batch_independence(solver: FixedPointSolver, problems: dict[str, Any], name: str, compaction: bool) -> None:
+    """A sample takes the same steps alone and in a batch, whether or not finished samples leave the batch."""
+    problem = problems[name]()
+    solver = limits(solver, tol=1e-9, max_steps=1000)
+    z, stats = solver(problem.fn if compaction else problem.fn.plain(), problem.z0)
+    sizes = list(problem.fn.sizes)
+    for i, (z_alone, stats_alone) in enumerate(alone(solver, problem)):
+        steps = int(stats_alone.num_steps)
+        assert stats.num_steps[i] == steps
+        assert stats.status[i] == stats_alone.status[0] == CONVERGED
+        assert (z[i] - z_alone[0]).abs().max() < 1e-10, f"residual {float(stats.residual[i]):.1e}"
+        torch.testing.assert_close(stats.trace[: steps + 1, i], stats_alone.trace[:, 0], rtol=1e-3, atol=1e-12)
+    if compaction:
+        assert sizes == sorted(sizes, reverse=True)
+        assert sizes[0] == 5
+        assert sizes[-1] <= 2, f"fn saw batches of {sorted(set(sizes))}"
+    else:
+        assert set(sizes) == {5}
+
+
+def test_compaction_with_few_slow_samples(solver: FixedPointSolver) -> None:
+    """Two slow samples among ten, in the middle of the batch: as without `take`, at a fraction of the evaluations."""
+    norms = torch.full((10,), 0.05)
+    norms[[3, 6]] = torch.tensor([0.9, 0.95])
+    fn = Batched(affine_rule, (contraction(norms, 12), torch.randn(10, 12, dtype=torch.float64)))
+    z0 = torch.randn(10, 12, dtype=torch.float64)
+    solver = limits(solver, tol=1e-9, max_steps=1000)
+    z_plain, plain = solver(fn.plain(), z0)
+    whole = sum(fn.sizes)
+    fn.sizes.clear()
+    z, stats = solver(fn, z0)
+    assert sum(fn.sizes) < 0.75 * whole
+    assert min(fn.sizes) <= 2
+    for field in ("status", "num_steps"):
+        assert torch.equal(getattr(stats, field), getattr(plain, field)), field
+    assert stats.trace.shape == plain.trace.shape
+    torch.testing.assert_close(stats.trace, plain.trace, rtol=1e-3, atol=1e-12)
+    assert (z - z_plain).abs().max() < 1e-10
+
+
+def test_batch_independence_in_float32(solver: FixedPointSolver) -> None:
+    problem = affine()
+    problem.fn.params = tuple(p.float() for p in problem.fn.params)
+    problem.z0 = problem.z0.float()
+    solver = limits(solver, tol=1e-5, max_steps=1000)
+    z, stats = solver(problem.fn, problem.z0)
+    assert stats.converged.all()
+    assert z.dtype == stats.residual.dtype == torch.float32
+    for i, (z_alone, stats_alone) in enumerate(alone(solver, problem)):
+        assert stats_alone.converged.all()
+        assert relative(z[i], z_alone[0]) < 1e-3, f"residual {float(stats.residual[i]):.1e}"
+
+
+@pytest.mark.parametrize("compaction", [False, True])
+def test_a_nan_sample_stays_alone(solver: FixedPointSolver, compaction: bool) -> None:
+    """Row 1 meets nan at its second evaluation, row 3 at its first; the others converge."""
+    problem = affine()
+    a, b = (p.clone() for p in problem.fn.params)
+    b[3, 5] = float("nan")
+
+    def rule(z: Tensor, a: Tensor, b: Tensor, poison: Tensor) -> Tensor:
+        return torch.where((poison & (z != 0).any(dim=1))[:, None], torch.nan, affine_rule(z, a, b))
+
+    poison = torch.tensor([False, True, False, False, False])
+    fn = Batched(rule, (a, b, poison))
+    z, stats = limits(solver, **EXACT)(fn if compaction else fn.plain(), problem.z0)
+    assert stats.status.tolist() == [CONVERGED, NONFINITE, CONVERGED, NONFINITE, CONVERGED]
+    assert stats.num_steps[3] == 0
+    assert z.isfinite().all()
+    good = stats.converged
+    assert relative(z[good], problem.answer[good]) < 1.1e-9, report(stats, relative(z[good], problem.answer[good]))
+    assert torch.equal(z[~good], problem.z0[~good]), "no later iterate was finite"
+
+
+def test_a_diverging_sample_stays_alone(solver: FixedPointSolver) -> None:
+    """Its neighbours are what they are beside a benign one, bit for bit."""
+    problem = affine(batch=3)
+    a, b = problem.fn.params
+    cubic = torch.zeros(3, 1, dtype=torch.float64)
+    z0 = torch.randn(3, 12, dtype=torch.float64)
+
+    def solve(weight: float) -> tuple[Tensor, SolveStats]:
+        cubic[1] = weight
+        return limits(solver, **EXACT)(lambda z: affine_rule(z, a, b) - cubic * z**3, z0)
+
+    z_benign, benign = solve(0.0)
+    z, stats = solve(1e6)
+    assert stats.status[1] == DIVERGED
+    assert benign.converged.all()
+    for i in (0, 2):
+        assert torch.equal(z[i], z_benign[i])
+        assert stats.num_steps[i] == benign.num_steps[i]
+        assert stats.residual[i] == benign.residual[i]
+    assert z.isfinite().all()
