@@ -290,8 +290,8 @@ def test_double_backward() -> None:
     with pytest.raises(RuntimeError, match=r"implicit gradient cannot be differentiated again .*create_graph=True"):
         first(ImplicitGradient(EXACT))
     derivative = first(PhantomGradient(100, 1.0))
-    assert float(derivative) == pytest.approx(4.0, rel=1e-12)  # z = 1 / (1 - a)
-    assert float(torch.autograd.grad(derivative, a)[0]) == pytest.approx(16.0, rel=1e-12)
+    assert derivative.item() == pytest.approx(4.0, rel=1e-12)  # z = 1 / (1 - a)
+    assert torch.autograd.grad(derivative, a)[0].item() == pytest.approx(16.0, rel=1e-12)
 
 
 def test_a_map_that_ignores_the_state() -> None:

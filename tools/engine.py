@@ -191,9 +191,8 @@ class Trainer:
             self.scaler.unscale_(self.optimizer)
             limit = math.inf if self.optim.clip_grad is None else self.optim.clip_grad
             norm = nn.utils.clip_grad_norm_([p for p in self.bare.parameters() if p.requires_grad], limit)
-            # A loss scale that is too large shows in the gradient; the scaler skips the step and lowers it.
-            good = bool(torch.isfinite(norm)) or self.scaler.is_enabled()
-            if good:
+            good = bool(torch.isfinite(norm))
+            if good or self.scaler.is_enabled():  # a loss scale that is too large: the scaler skips, and lowers it
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
         self._count(good, buffers)

@@ -1,0 +1,23 @@
+"""The Python blocks of the pages in docs/ run, in order, in one namespace."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parent.parent / "docs"
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", ["equilibria.md"])
+def test_page_runs(page: str) -> None:
+    path = DOCS / page
+    text = path.read_text()
+    blocks = list(BLOCK.finditer(text))
+    assert len(blocks) == text.count("```python"), "a block was not recognised"
+    assert blocks
+    namespace: dict[str, object] = {"__name__": page}
+    for block in blocks:
+        line = text[: block.start(1)].count("\n")
+        # Blank lines in front, so that a traceback gives the line of the page.
+        exec(compile("\n" * line + block[1], str(path), "exec"), namespace)
