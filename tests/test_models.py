@@ -285,7 +285,7 @@ def test_fx(name: str) -> None:
     assert torch.equal(extracted, expected)
 
 
-@pytest.mark.parametrize("name", LIGHT)
+@pytest.mark.parametrize("name", ["test_mdeq", *(pytest.param(n, marks=pytest.mark.slow) for n in LIGHT[1:])])
 def test_compile_is_one_graph(name: str) -> None:
     model = small(name).eval()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -294,6 +294,7 @@ def test_compile_is_one_graph(name: str) -> None:
         torch.testing.assert_close(compiled(x), model(x, solver=mdeq.Broyden(max_steps=5, tol=0.0)))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # of torch, where a graph breaks
 def test_compile_in_training() -> None:
     """The phantom gradient compiles as one graph; the implicit one breaks it, and gives the same gradient."""
@@ -350,3 +351,16 @@ def test_reset_classifier() -> None:
     assert model(x).shape == (2, 7)
     model.reset_classifier(0, "")
     assert model(x).shape == (2, model.num_features, 1, 1)
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_pruned_models_end_at_the_last_map(name: str) -> None:
+    model = small(name).train()
+    x = image(32, 32)
+    for last in range(len(model.feature_info)):
+        pruned = copy.deepcopy(model)
+        assert pruned.prune_intermediate_layers([last]) == [last]
+        features = pruned.forward_features(x)
+        assert features.shape[1] == pruned.num_features == model.feature_info[last]["num_chs"]
+        features.square().sum().backward()
+        assert [key for key, p in pruned.named_parameters() if p.grad is None] == []

@@ -110,7 +110,7 @@ def test_jacobian_penalty(case: dict[str, Tensor]) -> None:
     penalty = mdeq.jacobian_frobenius(
         lambda z: layout.flatten(fn(layout.unflatten(z))), layout.flatten(equilibrium.state), num_probes=2
     )
-    assert float(penalty) == pytest.approx(0.37391542778666725, rel=1e-9)
+    assert float(penalty.detach()) == pytest.approx(0.37391542778666725, rel=1e-9)
 
 
 def test_spectral_radius(case: dict[str, Tensor]) -> None:

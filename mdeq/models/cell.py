@@ -1,14 +1,12 @@
 """The multiscale cell: the map f(z, injection) whose fixed point is the model's representation."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
-from torch.utils.checkpoint import checkpoint
 
 from ..layers import SpatialDims, channel_mask, conv, convolve, resize
 from ..state import State
@@ -228,26 +226,3 @@ class MultiscaleCell(nn.Module):
             post(sum(link(x, z_i.shape[2:], kernels) for link, x in zip(links, blocks)), kernels)
             for links, post, z_i in zip(self.fuse, self.post_fuse, z)
         )
-
-
-@dataclass(frozen=True)
-class CellFn:
-    """f for one batch: the cell with all that stays fixed during a solve."""
-
-    cell: MultiscaleCell
-    injection: Injection
-    masks: State | None
-    kernels: Kernels
-    checkpoint: bool = False
-    """Whether a step that is differentiated keeps its input only and is computed again in backward."""
-
-    def __call__(self, z: State) -> State:
-        if self.checkpoint and torch.is_grad_enabled():
-            return checkpoint(self.cell, z, self.injection, self.masks, self.kernels, use_reentrant=False)
-        return self.cell(z, self.injection, self.masks, self.kernels)
-
-    def take(self, index: Tensor) -> "CellFn":
-        """Return f for the samples `index` alone."""
-        injection = tuple(None if u is None else u[index] for u in self.injection)
-        masks = None if self.masks is None else tuple(m[index] for m in self.masks)
-        return replace(self, injection=injection, masks=masks)

@@ -20,19 +20,20 @@ from timm.models import (
     generate_default_cfgs,
     register_model,
     register_notrace_function,
-    register_notrace_module,
 )
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..deq import DEQ, Equilibrium
-from ..gradients import GradientSpec, ImplicitGradient, PhantomGradient
+from ..gradients import GradientSpec, ImplicitGradient
 from ..layers import BATCH_NORM, CONV, SpatialDims, conv
 from ..solvers import Broyden, FixedPointSolver, SolverSpec, is_static
 from ..state import State
-from .cell import CellFn, MultiscaleCell
+from .cell import MultiscaleCell
 from .head import ClassificationHead
+from .implicit import MultiscaleDEQ
+from .official import checkpoint_filter_fn
 
 __all__ = ["MDEQ"]  # a list: register_model appends the entrypoints
 
@@ -40,50 +41,6 @@ MIN_SIZE = 16
 """Smallest side of an input, in pixels or voxels."""
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-
-
-@register_notrace_module
-class MultiscaleDEQ(nn.Module):
-    """The implicit layer: a multiscale cell and the equilibrium layer that solves for its fixed point.
-
-    It takes tensors and is a leaf to fx, since its loop depends on data.
-    """
-
-    def __init__(self, cell: MultiscaleCell, deq: DEQ) -> None:
-        super().__init__()
-        self.cell = cell
-        self.deq = deq
-        self.grad_checkpointing = False
-
-    def fn(self, injection: Tensor, checkpoint: bool = False) -> CellFn:
-        """Return f for a batch, given the injection into branch 0 `(B, C_0, *S)`; draws the dropout masks."""
-        cell = self.cell
-        injections = (injection, *[None] * (len(cell.channels) - 1))
-        return CellFn(cell, injections, cell.sample_masks(injection), cell.kernels(), checkpoint)
-
-    def forward(
-        self,
-        injection: Tensor,
-        z0: State | None = None,
-        solver: FixedPointSolver | None = None,
-        unroll: int = 0,
-        jacobian_probes: int = 0,
-    ) -> Equilibrium:
-        """Return the equilibrium for an injection into branch 0; other arguments as in `DEQ.forward`."""
-        start = self.cell.zero_state(injection)
-        if z0 is not None:
-            if [z.shape for z in z0] != [z.shape for z in start]:
-                raise ValueError(
-                    f"z0 must have shapes {[tuple(z.shape) for z in start]}, got {[tuple(z.shape) for z in z0]}"
-                )
-            start = tuple(z.to(s) for z, s in zip(z0, start))
-        # With everything upstream frozen no backward solve is due, although f(z) depends on z.
-        learns = injection.requires_grad or any(p.requires_grad for p in self.cell.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
-            # The implicit gradient goes through one evaluation many times: nothing to gain from computing it again.
-            checkpoint = self.grad_checkpointing and (unroll > 0 or isinstance(self.deq.gradient, PhantomGradient))
-            fn = self.fn(injection, checkpoint)
-            return self.deq(fn, start, solver=solver, unroll=unroll, jacobian_probes=jacobian_probes)
 
 
 def _stem_strides(spatial_dims: int, total: int | Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -186,20 +143,23 @@ class MDEQ(nn.Module):
         self._make_classifier(num_classes, global_pool, dd)
         self.head_drop = nn.Dropout(drop_rate)
 
+        self.last_tap: int | None = None  # set by pruning: the index in feature_info where the features end
         first, total = max(strides[0]), max(strides[0]) * max(strides[1])
         self.feature_info = [dict(num_chs=width, reduction=first, module="stem.act1")]
         if full_resolution:
             self.feature_info += [dict(num_chs=width, reduction=total, module="stem.act2")]
+        self._num_stem_taps = len(self.feature_info)
         self.feature_info += [
             dict(num_chs=c, reduction=total * 2**i, module=f"equilibrium.{i}") for i, c in enumerate(channels)
         ]
         self._init_weights()
 
     def _make_classifier(self, num_classes: int, global_pool: str, dd: dict[str, Any]) -> None:
-        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+        pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
         self.head_hidden_size = self.num_features
-        pooled = self.num_features * self.global_pool.feat_mult()
-        self.classifier = nn.Linear(pooled, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        width = self.num_features * pool.feat_mult()
+        classifier = nn.Linear(width, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.global_pool, self.classifier = pool.train(self.training), classifier.train(self.training)
 
     @torch.no_grad()
     def _init_weights(self) -> None:
@@ -239,9 +199,19 @@ class MDEQ(nn.Module):
         x = checked_input(x, self.spatial_dims, self.in_chans)
         return self.equilibrium(self.inject(self.stem(x)), z0, solver, unroll, jacobian_probes)
 
+    def _features(self, x: Tensor, **options: Any) -> tuple[Tensor, Equilibrium | None]:
+        """Return the features that are pooled, and the equilibrium they came from; options as in `solve`."""
+        if self.last_tap is not None:  # pruned
+            maps, equilibrium = self.forward_intermediates(
+                x, [self.last_tap], intermediates_only=True, return_equilibrium=True, **options
+            )
+            return maps[0], equilibrium
+        equilibrium = self.solve(x, **options)
+        return self.head(equilibrium.state), equilibrium
+
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the unpooled features `(B, num_features, *S_coarsest)`."""
-        return self.head(self.solve(x).state)
+        return self._features(x)[0]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Return logits `(B, num_classes)` of `forward_features`' result, or what the classifier would see."""
@@ -261,8 +231,9 @@ class MDEQ(nn.Module):
         jacobian_probes: int = 0,
     ) -> Tensor | tuple[Tensor, Equilibrium]:
         """Return logits `(B, num_classes)`, or logits and the `Equilibrium` they came from; arguments as in `solve`."""
-        equilibrium = self.solve(x, z0=z0, solver=solver, unroll=unroll, jacobian_probes=jacobian_probes)
-        return with_equilibrium(self.forward_head(self.head(equilibrium.state)), equilibrium, return_equilibrium)
+        options = dict(z0=z0, solver=solver, unroll=unroll, jacobian_probes=jacobian_probes)
+        features, equilibrium = self._features(x, **options)
+        return with_equilibrium(self.forward_head(features), equilibrium, return_equilibrium)
 
     def forward_intermediates(
         self,
@@ -276,6 +247,8 @@ class MDEQ(nn.Module):
         return_equilibrium: bool = False,
         z0: State | None = None,
         solver: FixedPointSolver | None = None,
+        unroll: int = 0,
+        jacobian_probes: int = 0,
     ) -> Any:
         """Return the maps of `feature_info` at `indices`: the stem, then every branch of the equilibrium.
 
@@ -287,26 +260,45 @@ class MDEQ(nn.Module):
             output_fmt: only `"NCHW"` (channels second).
             intermediates_only: return the maps alone, without the final features.
             return_equilibrium: also return the `Equilibrium` (None where the solve was skipped).
-            z0, solver: as in `solve`.
+            z0, solver, unroll, jacobian_probes: as in `solve`.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
         take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        complete = not (stop_early or intermediates_only) and self.last_tap is None
         x = checked_input(x, self.spatial_dims, self.in_chans)
-        fine = self.stem.act1(self.stem.norm1(self.stem.conv1(x)))
-        taps = [fine]
+        x = self.stem.act1(self.stem.norm1(self.stem.conv1(x)))
+        taps = [x]
         equilibrium = None
-        num_stem = len(self.feature_info) - len(self.equilibrium.cell.channels)
-        if not (stop_early or intermediates_only) or max_index > 0:
-            x = self.stem.act2(self.stem.norm2(self.stem.conv2(fine)))
-            taps += [x][: num_stem - 1]
-        if not (stop_early or intermediates_only) or max_index >= num_stem:
-            equilibrium = self.equilibrium(self.inject(x), z0, solver)
-            taps += [equilibrium.state[i] for i in range(len(self.equilibrium.cell.channels))]
-        maps = [taps[i] for i in take_indices]
+        if complete or max_index > 0:
+            x = self.stem.act2(self.stem.norm2(self.stem.conv2(x)))
+            taps += [x][: self._num_stem_taps - 1]
+        if complete or max_index >= self._num_stem_taps:
+            equilibrium = self.equilibrium(self.inject(x), z0, solver, unroll, jacobian_probes)
+            taps += [equilibrium.state[i] for i in range(len(self.feature_info) - self._num_stem_taps)]
+        result = [taps[i] for i in take_indices]
         if not intermediates_only:
-            maps = (taps[-1] if equilibrium is None else self.head(equilibrium.state), maps)
-        return with_equilibrium(maps, equilibrium, return_equilibrium)
+            result = (self.head(equilibrium.state) if complete else taps[max_index], result)
+        return with_equilibrium(result, equilibrium, return_equilibrium)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the maps of `feature_info` at `indices` do not need; return the indices, counted from 0.
+
+        The branches come from one solve and stay together. Afterwards `forward_features` ends at the last map.
+        """
+        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        if prune_norm or prune_head or max_index < len(self.feature_info) - 1:
+            self.last_tap = max_index
+            self.head = nn.Identity()
+            self.num_features = self.feature_info[max_index]["num_chs"]
+            self.reset_classifier(0 if prune_head else self.num_classes)
+        if max_index < self._num_stem_taps:
+            self.inject = self.equilibrium = nn.Identity()
+        if max_index == 0:
+            self.stem.conv2 = self.stem.norm2 = nn.Identity()
+        return take_indices
 
     def get_classifier(self) -> nn.Module:
         """Return the final linear layer."""
@@ -412,13 +404,13 @@ default_cfgs = generate_default_cfgs(
 )
 
 # The official limits (forward, backward): CIFAR models stop on the relative residual, ImageNet ones on the absolute.
-_CIFAR = dict(
+_CIFAR: dict[str, Any] = dict(
     stem_stride=1,
     post_norm_affine=False,
     solver=Broyden(max_steps=18),
     gradient=ImplicitGradient(Broyden(max_steps=20)),
 )
-_IMAGENET = dict(
+_IMAGENET: dict[str, Any] = dict(
     stem_stride=4,
     num_features=2048,
     solver=Broyden(max_steps=26, stop_mode="abs"),
@@ -427,12 +419,15 @@ _IMAGENET = dict(
 
 
 def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> nn.Module:
+    args = {**defaults, **kwargs}
+    num_taps = len(args["channels"]) + (2 if args["stem_stride"] == 1 else 1)
     return build_model_with_cfg(
         MDEQ,
         variant,
         pretrained,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), feature_cls=MDEQFeatures),
-        **{**defaults, **kwargs},
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=tuple(range(num_taps)), feature_cls=MDEQFeatures),
+        **args,
     )
 
 

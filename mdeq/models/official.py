@@ -2,7 +2,7 @@
 
 import re
 
-from torch import Tensor
+from torch import Tensor, nn
 
 _RENAMES = [
     (
@@ -30,6 +30,11 @@ _RENAMES = [
     (r"\.weight_g$", ".parametrizations.weight.original0"),
     (r"\.weight_v$", ".parametrizations.weight.original1"),
 ]
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return a state dict under this package's names; a native one passes through."""
+    return from_official(state_dict) if any(key.startswith("fullstage.") for key in state_dict) else state_dict
 
 
 def from_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
