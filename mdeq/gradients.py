@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .jacobian import evaluate, vjp
 from .solvers import Broyden, FixedPointSolver, FlatFn, SolverSpec, SolveStats, build_solver
 
 
@@ -55,7 +56,7 @@ class _Implicit(torch.autograd.Function):
         rhs = grad / torch.where(size > 0, size, torch.ones_like(size))
 
         def adjoint(u: Tensor) -> Tensor:
-            return torch.autograd.grad(f_z, z, u, retain_graph=True)[0] + rhs
+            return vjp(f_z, z, u, retain_graph=True) + rhs
 
         u, stats = ctx.solver(adjoint, torch.zeros_like(rhs))
         ctx.record.append(stats)
@@ -85,8 +86,7 @@ class ImplicitGradient:
         record: list[SolveStats] = []
         if not torch.is_grad_enabled():
             return (fn(z_star) if training else z_star), stats, record
-        z = z_star.detach().requires_grad_()
-        f_z = fn(z)
+        z, f_z = evaluate(fn, z_star)
         return _Implicit.apply(f_z, z, f_z.detach() if training else z_star, self.solver, record), stats, record
 
 

@@ -6,10 +6,19 @@ from torch import Tensor
 from .solvers import FlatFn
 
 
-def _evaluate(fn: FlatFn, z: Tensor) -> tuple[Tensor, Tensor]:
+def evaluate(fn: FlatFn, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Return z as a fresh leaf, and f(z) with its graph."""
     with torch.enable_grad():
         z = z.detach().requires_grad_()
         return z, fn(z)
+
+
+def vjp(f_z: Tensor, z: Tensor, v: Tensor, **kwargs: bool) -> Tensor:
+    """Return v^T J `(B, D)`; zeros where f ignores z."""
+    if not f_z.requires_grad:
+        return torch.zeros_like(z)
+    (product,) = torch.autograd.grad(f_z, z, v, allow_unused=True, **kwargs)
+    return torch.zeros_like(z) if product is None else product
 
 
 def jacobian_frobenius(fn: FlatFn, z: Tensor, num_probes: int = 1) -> Tensor:
@@ -31,16 +40,11 @@ def jacobian_frobenius(fn: FlatFn, z: Tensor, num_probes: int = 1) -> Tensor:
     if num_probes < 1:
         raise ValueError(f"num_probes must be >= 1, got {num_probes}")
     differentiable = torch.is_grad_enabled()
-    z, f_z = _evaluate(fn, z)
+    z, f_z = evaluate(fn, z)
     total = z.new_zeros(())
     for probe in range(num_probes):
-        (product,) = torch.autograd.grad(
-            f_z,
-            z,
-            torch.randn_like(z),
-            create_graph=differentiable,
-            retain_graph=differentiable or probe + 1 < num_probes,
-        )
+        retain = differentiable or probe + 1 < num_probes
+        product = vjp(f_z, z, torch.randn_like(z), create_graph=differentiable, retain_graph=retain)
         total = total + product.square().sum()
     return total / (num_probes * z.numel())
 
@@ -61,12 +65,12 @@ def spectral_radius(fn: FlatFn, z: Tensor, num_iters: int = 100) -> Tensor:
     """
     if num_iters < 2:
         raise ValueError(f"num_iters must be >= 2, got {num_iters}")
-    z, f_z = _evaluate(fn, z)
+    z, f_z = evaluate(fn, z)
     v = torch.randn_like(z)
     v = v / torch.linalg.vector_norm(v, dim=1, keepdim=True)
     log_growth = []
     for _ in range(num_iters):
-        (v,) = torch.autograd.grad(f_z, z, v, retain_graph=True)
+        v = vjp(f_z, z, v, retain_graph=True)
         growth = torch.linalg.vector_norm(v, dim=1, keepdim=True)
         log_growth.append(growth.squeeze(1).log())
         v = v / torch.where(growth > 0, growth, torch.ones_like(growth))  # a nilpotent J ends in zeros: radius 0

@@ -41,7 +41,8 @@ class StateLayout:
         shapes = tuple(x.shape[1:] for x in state)
         if shapes != self.shapes:
             raise ValueError(f"expected a state of shapes {[*map(tuple, self.shapes)]}, got {[*map(tuple, shapes)]}")
-        return torch.cat([x.flatten(1).to(dtype or x.dtype) for x in state], dim=1)
+        parts = [x.reshape(x.shape[0], math.prod(shape)) for x, shape in zip(state, shapes)]
+        return torch.cat([part.to(dtype or part.dtype) for part in parts], dim=1)
 
     def unflatten(self, z: Tensor) -> State:
         """Return views of z `(B, D)`; no copy is made."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mdeq import DEQ, Broyden, ImplicitGradient, MultiscaleCell, State
-from mdeq.models.cell import CellFn
+from mdeq.models.implicit import CellFn
 
 Case = tuple[MultiscaleCell, State, tuple[Tensor | None, ...]]
 

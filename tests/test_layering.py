@@ -22,7 +22,7 @@ TABLE = {
     "solvers/*.py": "torch .solvers.base",
     "jacobian.py": "torch .solvers",
     # 1 differentiation; geometry
-    "gradients.py": "torch .solvers",
+    "gradients.py": "torch .jacobian .solvers",
     "state.py": "torch",
     "layers.py": "torch",
     # 2 the equilibrium layer

@@ -3,6 +3,7 @@
 import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -66,6 +67,11 @@ class Memory(Protocol):
     def take(self, index: Tensor) -> "Memory":
         """Return the memory of the samples `index` alone."""
         ...
+
+
+def full_precision(z: Tensor) -> AbstractContextManager[Any]:
+    """Return a context without autocast."""
+    return nullcontext() if z.is_meta else torch.autocast(z.device.type, enabled=False)
 
 
 def is_static(z: Tensor) -> bool:
@@ -152,7 +158,8 @@ class FixedPointSolver(ABC):
                     outer.append((progress, index))
                     progress, memory, fn = progress.take(index), memory.take(index), fn.take(index)
                     z, g, batch = z[index], g[index], num_active
-            update = self.direction(memory, z, g)
+            with full_precision(z):  # autocast is for f, not for the solver's own products
+                update = self.direction(memory, z, g)
             if static or num_active < batch:  # finished samples rest at their best iterate, which is always finite
                 z = _where(progress.active, z, progress.best)
                 update = _where(progress.active, update, torch.zeros_like(update))

@@ -1,0 +1,304 @@
+"""What the tests of the programs share: runs in this process and in others, small data sets, ways to die."""
+
+import contextlib
+import csv
+import io
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from sklearn.datasets import load_digits
+from sklearn.utils import Bunch
+from torch import Tensor
+
+import tools.train
+import tools.validate
+from tools.config import TrainConfig, load_config
+from tools.data import Process
+from tools.engine import SolveLog, Tally, Trainer
+from tools.report import program
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = Path(__file__).parent / "data" / "tiny.yaml"
+MAIN = {"train": tools.train.main, "validate": tools.validate.main}
+
+# Everything that chance has a part in, at once.
+RANDOM = (
+    "model.kwargs.dropout=0.2", "data.augment=crop_flip", "data.mixup=0.4", "data.cutmix=0.4", "optim.ema_decay=0.9",
+    "optim.label_smoothing=0.1", "optim.warmup_epochs=0.5", "deq.jacobian_weight=0.1", "deq.jacobian_prob=0.5",
+    "deq.warmup_steps=2", "deq.warmup_unroll=2",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a program ended and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+    def ok(self) -> str:
+        """Return what it printed, after asserting that all went well."""
+        assert self.code == 0, self.err
+        return self.out
+
+    def refusal(self) -> str:
+        """Return the one line that said why it refused, after asserting that it was one line and exit code 2."""
+        assert self.code == 2, f"exit code {self.code}\n{self.err}"
+        assert "Traceback" not in self.out + self.err
+        assert len(self.err.splitlines()) == 1, self.err
+        assert self.err.startswith("error: ")
+        assert self.err.strip() not in ("error:", "error: None")
+        return self.err
+
+
+def few_digits() -> Bunch:
+    """The first 100 digits: 80 to train on and 20 to test."""
+    digits = load_digits()
+    return Bunch(images=digits.images[:100], target=digits.target[:100])
+
+
+def run(name: str, *words: Any) -> Outcome:
+    """Run a program in this process, on few digits."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch("sys.argv", [f"tools/{name}.py", *map(str, words)]))
+        stack.enter_context(mock.patch("tools.data.load_digits", few_digits))
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
+        try:
+            program(MAIN[name])
+        except SystemExit as end:
+            code = end.code
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def train(folder: Path, *words: Any) -> Outcome:
+    """Train by the tiny config into a folder."""
+    return run("train", TINY, f"run.out_dir={folder}", *words)
+
+
+def validate(*words: Any) -> Outcome:
+    return run("validate", *words)
+
+
+def make_config(folder: Path, *words: str) -> TrainConfig:
+    return load_config(TINY, [f"run.out_dir={folder}", *words])
+
+
+def make_run(folder: Path, *words: str) -> tools.train.Run:
+    """Return what tools/train.py trains by the tiny config, before its first step."""
+    with mock.patch("tools.data.load_digits", few_digits):
+        return tools.train.Run(make_config(folder, *words), "tiny", Process())
+
+
+def losses(run: tools.train.Run, count: int) -> list[float]:
+    """Return the losses of so many steps, taken over as many epochs as that needs."""
+    return [loss for loss, _ in zip(steps(run), range(count))]
+
+
+def steps(run: tools.train.Run) -> Iterator[float]:
+    """Take a step whenever the next loss is asked for."""
+    run.trainer.train_mode()
+    for epoch in range(1000):
+        for x, y in run.train_batches.epoch(epoch):
+            yield run.trainer.step(x, y, epoch, Tally(), SolveLog(), SolveLog())
+
+
+def state(run: tools.train.Run) -> dict[str, Tensor]:
+    """Return a copy of a model's parameters and buffers."""
+    return {name: value.clone() for name, value in run.model.state_dict().items()}
+
+
+def changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> set[str]:
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def rows(folder: Path, name: str = "log.csv") -> list[dict[str, str]]:
+    with open(folder / name, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    """Assert that two runs ended with the same bits, and say where they differ if not."""
+    differing = changed(load_file(a / "model.safetensors"), load_file(b / "model.safetensors"))
+    assert not differing, f"{len(differing)} tensors differ, such as {min(differing)}"
+    assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
+
+
+def assert_nothing_partial(folder: Path) -> None:
+    """Assert that a folder that a program refused to go on in holds complete files alone."""
+    files = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    assert files <= {"config.yaml"}
+    if files:
+        load_config(folder / "config.yaml")
+
+
+def write_images(
+    folder: Path, classes: Sequence[str], count: int, size: tuple[int, int] = (24, 20), channels: int = 3
+) -> Path:
+    """Write `count` PNG files a class, `<class>/<number>.png`, bright where the class says so; return the folder."""
+    rng = np.random.default_rng(0)
+    for k, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.integers(0, 60, (size[1], size[0], channels))
+            pixels[:, k * size[0] // len(classes) : (k + 1) * size[0] // len(classes)] += 150
+            Image.fromarray(pixels.squeeze().astype(np.uint8)).save(folder / name / f"{i:03d}.png")
+    return folder
+
+
+def image_folder(root: Path, classes: Sequence[str] = ("ant", "bee", "cat"), count: int = 8) -> Path:
+    """Write an image folder with the splits train and validation; return its root."""
+    write_images(root / "train", classes, count)
+    write_images(root / "validation", classes, 3)
+    return root
+
+
+# Other processes come from a server that has the libraries loaded: a quarter of a second each.
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(
+    ["torch", "torch.distributed", "timm.data", "timm.models", "timm.optim", "timm.task", "torchvision.datasets"]
+    + ["sklearn.datasets", "omegaconf", "matplotlib.pyplot", "safetensors.torch", "tqdm", "pytest", "_pytest.config"]
+)
+
+Hook = Callable[[], None]
+"""Called in another process before the program, to change what happens there."""
+
+
+class Started:
+    """A program in another process."""
+
+    def __init__(self, logs: Path, name: str, words: Sequence[Any], hook: Hook | None, env: Mapping[str, str]) -> None:
+        logs.mkdir(parents=True, exist_ok=True)
+        self.out, self.err = logs / "out", logs / "err"
+        arguments = (name, [str(w) for w in words], hook, dict(env), self.out, self.err)
+        self.process = _SERVER.Process(target=_child, args=arguments)
+        self.process.start()
+
+    def wait(self, seconds: float = 300) -> Outcome:
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise AssertionError(f"still running after {seconds} s: {self.err.read_text()}")
+        return Outcome(self.process.exitcode, self.out.read_text(), self.err.read_text())
+
+
+def _child(name: str, words: list[str], hook: Hook | None, env: dict[str, str], out: Path, err: Path) -> None:
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    sys.argv = [f"tools/{name}.py", *words]
+    with mock.patch("tools.data.load_digits", few_digits):
+        if hook is not None:
+            hook()
+        program(MAIN[name])
+
+
+def spawn(logs: Path, name: str, *words: Any, hook: Hook | None = None) -> Outcome:
+    """Run a program in a process of its own, on few digits, with its output in the folder `logs`."""
+    return Started(logs, name, words, hook, {}).wait()
+
+
+def spawn_train(folder: Path, *words: Any, hook: Hook | None = None) -> Outcome:
+    """Train by the tiny config into a folder, in a process of its own."""
+    return spawn(folder.parent / "logs", "train", TINY, f"run.out_dir={folder}", *words, hook=hook)
+
+
+def spawn_distributed(logs: Path, name: str, *words: Any, world: int = 2, hook: Hook | None = None) -> list[Outcome]:
+    """Run a program in several processes that form a group, as torchrun does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = dict(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    started = [
+        Started(logs / str(rank), name, words, hook, {**group, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(world)
+    ]
+    return [process.wait() for process in started]
+
+
+def _die() -> None:
+    sys.stdout.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _patch(owner: Any, name: str, number: int, before: Callable[..., None] | None, after: Hook | None) -> None:
+    """Have something happen before or after call `number` of a function, counted from 1."""
+    original, calls = getattr(owner, name), iter(range(1, 1_000_000))
+
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        this = next(calls) == number
+        if this and before is not None:
+            before(*args, **kwargs)
+        result = original(*args, **kwargs)
+        if this and after is not None:
+            after()
+        return result
+
+    setattr(owner, name, patched)
+
+
+def _kill_after_step(number: int) -> None:
+    _patch(Trainer, "step", number, None, _die)
+
+
+def _kill_in_save(number: int) -> None:
+    save = torch.save
+
+    def half(content: Any, path: Path) -> None:
+        buffer = io.BytesIO()
+        save(content, buffer)
+        path.write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+        _die()
+
+    _patch(torch, "save", number, half, None)
+
+
+def _kill_at_replace(name: str, number: int, done: bool) -> None:
+    replace, calls = os.replace, iter(range(1, 1_000_000))
+
+    def patched(source: Any, target: Any) -> None:
+        this = Path(target).name == name and next(calls) == number
+        if this and not done:
+            _die()
+        replace(source, target)
+        if this:
+            _die()
+
+    os.replace = patched
+
+
+def kill_after_step(number: int) -> Hook:
+    """Kill -9 after training step `number` of the process."""
+    return partial(_kill_after_step, number)
+
+
+def kill_in_save(number: int) -> Hook:
+    """Kill -9 when half the bytes of checkpoint `number` of the process are on disk."""
+    return partial(_kill_in_save, number)
+
+
+def kill_before_replace(name: str, number: int) -> Hook:
+    """Kill -9 with version `number` of a file written beside it, not yet in its place."""
+    return partial(_kill_at_replace, name, number, False)
+
+
+def kill_after_replace(name: str, number: int) -> Hook:
+    """Kill -9 as soon as version `number` of a file is in its place."""
+    return partial(_kill_at_replace, name, number, True)
