@@ -165,7 +165,7 @@ def write_images(
 def image_folder(root: Path, classes: Sequence[str] = ("ant", "bee", "cat"), count: int = 8) -> Path:
     """Write an image folder with the splits train and validation; return its root."""
     write_images(root / "train", classes, count)
-    write_images(root / "validation", classes, 3)
+    write_images(root / "validation", classes, 4)
     return root
 
 
@@ -202,6 +202,7 @@ def _child(name: str, words: list[str], hook: Hook | None, env: dict[str, str], 
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.environ.update(env)
+    multiprocessing.set_start_method("fork", force=True)  # what workers of data loaders start by
     torch.set_num_threads(1)
     sys.argv = [f"tools/{name}.py", *words]
     with mock.patch("tools.data.load_digits", few_digits):

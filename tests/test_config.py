@@ -171,7 +171,12 @@ def test_numbers_with_an_exponent_are_numbers(number: str, tmp_path: Path) -> No
     path.write_text(f"optim: {{lr: {number}}}\nmodel: {{solver: {{name: broyden, tol: {number}}}}}\n")
     words = [f"optim.min_lr={number}", f"model.kwargs.dropout={number}"]
     config = load_config(path, words)
-    values: list[Any] = [config.optim.lr, config.model.solver["tol"], config.optim.min_lr, config.model.kwargs["dropout"]]
+    values: list[Any] = [
+        config.optim.lr,
+        config.model.solver["tol"],
+        config.optim.min_lr,
+        config.model.kwargs["dropout"],
+    ]
     assert values == [3e-4] * 4
     assert all(type(value) is float for value in values)
 

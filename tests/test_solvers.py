@@ -272,6 +272,30 @@ def test_zero_tolerance_runs_all_steps(solver: FixedPointSolver) -> None:
     assert stats.status.tolist() == [MAX_STEPS] * 5
 
 
+def test_zero_residual_with_zero_tolerance(solver: FixedPointSolver, problems: dict[str, Any]) -> None:
+    """An exact fixed point is CONVERGED even where no residual is below the tolerance."""
+    for name in ("identity", "origin"):
+        problem = problems[name]()
+        _, stats = limits(solver, tol=0)(problem.fn, problem.z0)
+        assert stats.status.tolist() == [CONVERGED] * 5
+        assert stats.nfe == 1
+
+
+def test_finished_samples_rest(solver: FixedPointSolver) -> None:
+    """Without `take`, f is evaluated for a finished sample at the point that is returned, and nowhere else."""
+    problem, inputs = affine(), []
+
+    def fn(z: Tensor) -> Tensor:
+        inputs.append(z.clone())
+        return affine_rule(z, *problem.fn.params)
+
+    z, stats = limits(solver, tol=1e-8, max_steps=1000)(fn, problem.z0)
+    assert stats.num_steps.min() < stats.num_steps.max() - 2
+    halvings = stats.nfe - 1 - int(stats.num_steps.max())  # a line search evaluates f more often than it steps
+    for i, steps in enumerate(stats.num_steps.tolist()):
+        assert all(torch.equal(later[i], z[i]) for later in inputs[steps + 1 + halvings :])
+
+
 def test_one_step(solver: FixedPointSolver) -> None:
     """The first step of every solver is a damped Picard step."""
     problem = affine(largest=0.5)

@@ -313,8 +313,9 @@ def _reader_batches(
             batch_size=per_process,
             input_img_mode="L" if spec.size[0] == 1 else "RGB",
         )
-    except (RuntimeError, OSError, ValueError, ImportError, AssertionError) as error:
-        raise BadInput(f"cannot read data set {config.name} in {config.root}: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, OSError, ValueError, LookupError, TypeError, ImportError, AssertionError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise BadInput(f"cannot read data set {config.name} in {config.root}: {reason}") from None
     if spec.size[0] not in (1, 3):
         raise BadInput(f"image files have 1 or 3 channels, the model takes {spec.size[0]} (model.kwargs.in_chans)")
     classes = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
@@ -328,7 +329,9 @@ def _reader_batches(
         batch_size=per_process if training else min(per_process, len(dataset)),
         is_training=training,
         no_aug=config.augment == "none",
-        train_crop_mode=None if config.augment == "imagenet" else "rkrc",
+        train_crop_mode={"crop_flip": "rkrr", "flip": "rkrc"}.get(config.augment),
+        scale=(1.0, 1.0) if config.augment == "flip" else None,
+        ratio=(1.0, 1.0) if config.augment == "flip" else None,
         color_jitter=0.4 if config.augment == "imagenet" else 0.0,
         auto_augment=config.auto_augment,
         re_prob=config.reprob,

@@ -1,0 +1,463 @@
+"""Data sets, their batches, and what is wrong with files."""
+
+import io
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import image_folder, write_images
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+from tools.config import BadInput, DataConfig
+from tools.data import (
+    CIFAR_CLASSES,
+    ArrayBatches,
+    Arrays,
+    Batches,
+    ImageSpec,
+    Process,
+    augment,
+    build_batches,
+    read_cifar10,
+    read_digits,
+)
+
+GREY = ImageSpec((1, 16, 16), (0.5,), (0.25,))
+COLOUR = ImageSpec((3, 16, 16), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), crop_pct=1.0)
+
+# timm's readers leave it to the garbage collector to close an image file.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+
+
+def numbered(count: int, size: int = 16, channels: int = 1) -> Arrays:
+    """Images that hold their own number, which is also their label."""
+    labels = torch.arange(count)
+    return Arrays(labels.view(-1, 1, 1, 1).expand(-1, channels, size, size).to(torch.uint8).contiguous(), labels)
+
+
+def batches(
+    arrays: Arrays, config: DataConfig, process: Process = Process(), training: bool = True, seed: int = 0
+) -> ArrayBatches:
+    spec = GREY if arrays.images.shape[1] == 1 else COLOUR
+    return ArrayBatches(arrays, spec, config, process, training=training, seed=seed)
+
+
+def labels(data: Batches, epoch: int = 0, start: int = 0) -> list[list[int]]:
+    return [y.tolist() for _, y in data.epoch(epoch, start)]
+
+
+# Digits.
+
+
+def test_digits_are_split_once_and_for_all() -> None:
+    train, test = read_digits(True), read_digits(False)
+    assert train.images.shape == (1437, 1, 8, 8)
+    assert test.images.shape == (360, 1, 8, 8)
+    assert train.images.dtype == torch.uint8
+    assert train.images.max() == 255
+    digits = load_digits()
+    assert torch.equal(test.labels, torch.from_numpy(digits.target[::5]))
+    # Together they are all of the digits, each once.
+    everything = torch.cat((train.images, test.images)).flatten(1)
+    expected = torch.from_numpy(np.round(digits.images * (255 / 16)).astype(np.uint8)).flatten(1)
+    assert sorted(everything.tolist()) == sorted(expected.tolist())
+
+
+def test_no_digit_is_in_both_splits() -> None:
+    train, test = ({tuple(x) for x in read_digits(s).images.flatten(1).tolist()} for s in (True, False))
+    assert not train & test
+
+
+# Batches of arrays.
+
+
+def test_two_processes_share_each_batch() -> None:
+    config = DataConfig(batch_size=8)
+    whole = labels(batches(numbered(37), config))
+    parts = [labels(batches(numbered(37), config, Process(rank, 2))) for rank in range(2)]
+    assert len(whole) == 4  # the incomplete batch is left out of training
+    for batch, a, b in zip(whole, *parts):
+        assert len(a) == len(b) == 4
+        assert sorted(a + b) == sorted(batch)
+
+
+def test_two_processes_share_a_test_split() -> None:
+    parts = [batches(numbered(37), DataConfig(batch_size=8), Process(rank, 2), training=False) for rank in range(2)]
+    seen = [label for part in parts for batch in labels(part) for label in batch]
+    assert sorted(seen) == list(range(37))
+    assert len(parts[0]) == len(parts[1]) == 5
+
+
+def test_test_batches_hold_every_image_in_order() -> None:
+    data = batches(numbered(37), DataConfig(batch_size=8), training=False)
+    assert sum(labels(data), []) == list(range(37))
+    assert len(data) == 5
+
+
+def test_order_depends_on_seed_and_epoch_alone() -> None:
+    data = batches(numbered(40), DataConfig(batch_size=8))
+    first = labels(data, 0)
+    torch.manual_seed(123)
+    assert labels(data, 0) == first == labels(batches(numbered(40), DataConfig(batch_size=8)), 0)
+    assert sorted(sum(first, [])) == list(range(40))
+    assert labels(data, 1) != first
+    assert labels(batches(numbered(40), DataConfig(batch_size=8), seed=1)) != first
+
+
+@pytest.mark.parametrize("kind", ["flip", "crop_flip"])
+def test_an_epoch_is_entered_anywhere(kind: str) -> None:
+    data = batches(random_arrays(40), DataConfig(batch_size=8, augment=kind))
+    whole = list(data.epoch(3))
+    for start in range(6):
+        tail = list(data.epoch(3, start))
+        assert len(tail) == 5 - start
+        for (x, y), (x_whole, y_whole) in zip(tail, whole[start:]):
+            assert torch.equal(x, x_whole)
+            assert torch.equal(y, y_whole)
+
+
+def test_fewer_images_than_a_batch_are_one_batch() -> None:
+    assert [len(y) for y in labels(batches(numbered(5), DataConfig(batch_size=64)))] == [5]
+
+
+def test_images_are_normalised() -> None:
+    ((x, _),) = batches(numbered(4, channels=3), DataConfig(batch_size=4), training=False).epoch()
+    for channel in range(3):
+        expected = (torch.arange(4) / 255 - COLOUR.mean[channel]) / COLOUR.std[channel]
+        torch.testing.assert_close(x[:, channel, 0, 0], expected)
+    assert x.dtype == torch.float32
+
+
+def test_arrays_on_the_device_give_the_same_batches() -> None:
+    arrays = random_arrays(24)
+    cached, fresh = (
+        list(batches(arrays, DataConfig(batch_size=8, augment="crop_flip", cache_on_device=c)).epoch())
+        for c in (True, False)
+    )
+    assert all(torch.equal(a, b) for pair in zip(cached, fresh) for a, b in zip(*pair))
+
+
+# Augmentation.
+
+
+def random_arrays(count: int, size: int = 16) -> Arrays:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(1, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
+    return Arrays(images, torch.arange(count))
+
+
+def one_augmentation(images: Tensor, pad: int, seed: int = 0) -> Tensor:
+    return augment(images, torch.Generator().manual_seed(seed), pad)
+
+
+def test_flip_mirrors_some_images_and_leaves_the_others() -> None:
+    images = random_arrays(32).images
+    out = one_augmentation(images, 0)
+    mirrored = [torch.equal(a, b.flip(2)) for a, b in zip(out, images)]
+    same = [torch.equal(a, b) for a, b in zip(out, images)]
+    assert all(m != s for m, s in zip(mirrored, same))
+    assert 0 < sum(mirrored) < 32
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (17, 23)])
+def test_crop_is_a_window_of_the_padded_image(shape: tuple[int, int]) -> None:
+    images = torch.randint(1, 256, (24, 3, *shape), dtype=torch.uint8)
+    out = one_augmentation(images, 2)
+    assert out.shape == images.shape
+    assert out.dtype == torch.uint8
+    offsets = set()
+    for a, b in zip(out, images):
+        padded = [torch.nn.functional.pad(x, (2, 2, 2, 2)) for x in (b, b.flip(2))]
+        places = [
+            (i, j)
+            for p in padded
+            for i in range(5)
+            for j in range(5)
+            if torch.equal(a, p[:, i : i + shape[0], j : j + shape[1]])
+        ]
+        assert len(places) == 1
+        offsets.add(places[0])
+    assert len(offsets) > 8
+
+
+def test_augmentation_depends_on_seed_epoch_and_batch() -> None:
+    arrays = random_arrays(1).images.expand(32, -1, -1, -1)  # the order of the images shows nowhere
+    arrays = Arrays(arrays, torch.arange(32))
+    config = DataConfig(batch_size=16, augment="crop_flip")
+
+    def first(epoch: int, number: int, seed: int = 0) -> Tensor:
+        torch.rand(epoch + number + 1)  # whatever else draws from the global generator
+        return list(batches(arrays, config, seed=seed).epoch(epoch))[number][0]
+
+    assert torch.equal(first(0, 0), first(0, 0))
+    for other in (first(0, 1), first(1, 0), first(0, 0, seed=1)):
+        assert not torch.equal(first(0, 0), other)
+
+
+def test_test_images_are_not_augmented() -> None:
+    arrays = random_arrays(8)
+    config = DataConfig(batch_size=8, augment="crop_flip")
+    plain, augmented = (
+        next(iter(batches(arrays, c, training=False).epoch()))[0] for c in (DataConfig(batch_size=8), config)
+    )
+    assert torch.equal(plain, augmented)
+
+
+# Fitting images to a model.
+
+
+def test_grey_images_for_a_colour_model_and_the_other_way() -> None:
+    grey = numbered(3, size=8).fitted((3, 16, 16), "digits").images
+    assert grey.shape == (3, 3, 16, 16)
+    assert torch.equal(grey[:, 0], grey[:, 2])
+    assert grey[2].unique().tolist() == [2]
+    colour = torch.tensor([[[[255]], [[0]], [[0]]]], dtype=torch.uint8).expand(1, 3, 8, 8)
+    assert Arrays(colour, torch.zeros(1)).fitted((1, 8, 8), "x").images.unique().tolist() == [76]
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_other_numbers_of_channels_are_refused(channels: int) -> None:
+    with pytest.raises(BadInput, match=rf"1 channels.* {channels} "):
+        build_batches(DataConfig(), ImageSpec((channels, 16, 16), (0.5,), (0.5,)), Process(), training=True)
+
+
+@pytest.mark.parametrize("size", [8, 15])
+def test_images_under_16_pixels_are_refused(size: int) -> None:
+    cfg = dict(input_size=(3, size, 64), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear", crop_pct=1.0)
+    with pytest.raises(BadInput, match=f">= 16, got {size}"):
+        ImageSpec.of(cfg, 3, None)
+    with pytest.raises(BadInput, match=f">= 16, got {size}"):
+        ImageSpec.of({**cfg, "input_size": (3, 64, 64)}, 3, size)
+
+
+def test_odd_sizes_work() -> None:
+    data, classes = build_batches(
+        DataConfig(batch_size=4), ImageSpec((3, 17, 17), (0.5,) * 3, (0.5,) * 3), Process(), training=False
+    )
+    assert next(iter(data.epoch()))[0].shape == (4, 3, 17, 17)
+    assert classes == 10
+
+
+def test_number_of_training_images() -> None:
+    config = DataConfig(batch_size=10, num_train=35)
+    train, _ = build_batches(config, GREY, Process(), training=True)
+    test, _ = build_batches(config, GREY, Process(), training=False)
+    assert (len(train), len(test)) == (3, 36)
+
+
+# CIFAR-10.
+
+
+def png(value: int) -> bytes:
+    """A PNG file of noise with `value` in its first pixel."""
+    pixels = np.random.default_rng(value).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    pixels[0, 0] = value
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_archive(path: Path, members: Sequence[tuple[str, bytes]]) -> None:
+    with tarfile.open(path, "w:xz") as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+def write_archives(root: Path) -> Path:
+    """Write both archives: image k starts with the value k and is of class k modulo 10."""
+    root.mkdir(exist_ok=True)
+    for split, count in (("train", 30), ("test", 10)):
+        members = [(f"{CIFAR_CLASSES[k % 10]}/{k}.png", png(k)) for k in range(count)]
+        write_archive(root / f"cifar10_{split}.tar.xz", members)
+    return root
+
+
+def test_cifar10_from_archives(tmp_path: Path) -> None:
+    write_archives(tmp_path)
+    train, test = read_cifar10(tmp_path, True), read_cifar10(tmp_path, False)
+    assert train.images.shape == (30, 3, 32, 32)
+    assert train.images[:, 0, 0, 0].tolist() == list(range(30))
+    assert train.labels.tolist() == [k % 10 for k in range(30)]
+    assert len(test.labels) == 10
+    assert len(read_cifar10(tmp_path, True, limit=7).labels) == 7
+
+
+@pytest.mark.parametrize("test_folder", ["test", "val", "validation"])
+def test_cifar10_from_image_folders(test_folder: str, tmp_path: Path) -> None:
+    write_images(tmp_path / "train", CIFAR_CLASSES, 2, size=(32, 32))
+    write_images(tmp_path / test_folder, CIFAR_CLASSES[:3], 1, size=(32, 32))
+    train, test = read_cifar10(tmp_path, True), read_cifar10(tmp_path, False)
+    assert train.images.shape == (20, 3, 32, 32)
+    assert train.labels.tolist() == [k // 2 for k in range(20)]
+    assert test.labels.tolist() == [0, 1, 2]
+
+
+def test_cifar10_the_first_images_of_folders_are_of_several_classes(tmp_path: Path) -> None:
+    """Folders list class after class: a prefix of that would be airplanes alone."""
+    write_images(tmp_path / "train", CIFAR_CLASSES, 5, size=(32, 32))
+    assert len(read_cifar10(tmp_path, True, limit=10).labels.unique()) > 1
+
+
+def test_cifar10_classes_are_those_of_the_model(tmp_path: Path) -> None:
+    write_images(tmp_path / "train", ["airplane", "zebra"], 2, size=(32, 32))
+    with pytest.raises(BadInput, match="zebra"):
+        read_cifar10(tmp_path, True)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.6, 0.9, 0.98])
+def test_cifar10_truncated_archive(share: float, tmp_path: Path) -> None:
+    path = write_archives(tmp_path) / "cifar10_train.tar.xz"
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(BadInput, match=r"cifar10_train\.tar\.xz"):
+        read_cifar10(tmp_path, True)
+
+
+@pytest.mark.parametrize("content", [b"no archive at all" * 100, bytes(10_000)])
+def test_cifar10_something_else_by_the_name_of_an_archive(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "cifar10_train.tar.xz").write_bytes(content)
+    with pytest.raises(BadInput, match=r"cifar10_train\.tar\.xz"):
+        read_cifar10(tmp_path, True)
+
+
+def test_cifar10_damaged_byte_in_an_archive(tmp_path: Path) -> None:
+    path = write_archives(tmp_path) / "cifar10_train.tar.xz"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(BadInput, match=r"cifar10_train\.tar\.xz"):
+        read_cifar10(tmp_path, True)
+
+
+@pytest.mark.parametrize(
+    ("members", "named"),
+    [
+        ([], "cifar10_train.tar.xz"),
+        ([("zebra/0.png", png(0))], "zebra"),
+        ([("0.png", png(0))], "cifar10_train.tar.xz"),
+        ([("cat/0.png", png(0)[:60])], "cat/0.png"),
+        ([("cat/0.png", b"")], "cat/0.png"),
+        ([("cat/0.png", b"GIF89a but no more")], "cat/0.png"),
+    ],
+    ids=["empty", "unknown class", "no class", "truncated image", "empty image", "no image"],
+)
+def test_cifar10_archive_of_something_else(members: list[tuple[str, bytes]], named: str, tmp_path: Path) -> None:
+    write_archive(tmp_path / "cifar10_train.tar.xz", members)
+    with pytest.raises(BadInput, match=named):
+        read_cifar10(tmp_path, True)
+
+
+def test_cifar10_missing_or_empty_folders(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="no CIFAR-10"):
+        read_cifar10(tmp_path, True)
+    (tmp_path / "train").mkdir()
+    with pytest.raises(BadInput, match="no images"):
+        read_cifar10(tmp_path, True)
+    with pytest.raises(BadInput, match="nowhere"):
+        build_batches(DataConfig(name="cifar10", root=str(tmp_path / "nowhere")), COLOUR, Process(), training=True)
+
+
+def test_cifar10_damaged_download(tmp_path: Path) -> None:
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"cos\nsystem\n(S'exit'\ntR.")
+    with pytest.raises(BadInput, match="CIFAR-10"):
+        read_cifar10(tmp_path, True)
+
+
+# What timm reads.
+
+
+def reader(root: Path, training: bool, spec: ImageSpec = COLOUR, **kwargs: object) -> tuple[Batches, int | None]:
+    config = DataConfig(name="folder", root=str(root), batch_size=4, workers=0, **kwargs)
+    return build_batches(config, spec, Process(), training=training)
+
+
+def test_image_folder(tmp_path: Path) -> None:
+    image_folder(tmp_path)
+    train, classes = reader(tmp_path, True)
+    test, test_classes = reader(tmp_path, False)
+    assert (len(train), classes, len(test), test_classes) == (6, 3, 3, 3)
+    x, y = next(iter(train.epoch()))
+    assert x.shape == (4, 3, 16, 16)
+    assert y.shape == (4,)
+    assert sorted(sum(labels(train), [])) == [0] * 8 + [1] * 8 + [2] * 8
+    assert sum(labels(test), []) == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_image_folder_gives_the_pixels_of_its_files(tmp_path: Path) -> None:
+    image_folder(tmp_path, count=2)
+    write_images(tmp_path / "square" / "validation", ["a"], 1, size=(16, 16))
+    ((x, _),) = reader(tmp_path / "square", False)[0].epoch()
+    pixels = torch.tensor(np.asarray(Image.open(tmp_path / "square" / "validation" / "a" / "000.png"))).permute(2, 0, 1)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (COLOUR.mean, COLOUR.std))
+    torch.testing.assert_close(x[0] * std + mean, pixels / 255, atol=1e-6, rtol=0)
+
+
+def test_grey_model_on_an_image_folder(tmp_path: Path) -> None:
+    x, _ = next(iter(reader(image_folder(tmp_path), True, GREY)[0].epoch()))
+    assert x.shape == (4, 1, 16, 16)
+
+
+@pytest.mark.parametrize("kind", ["none", "flip", "crop_flip", "imagenet"])
+def test_image_folder_is_entered_anywhere(kind: str, tmp_path: Path) -> None:
+    data, _ = reader(image_folder(tmp_path), True, augment=kind, reprob=0.5)
+    whole = list(data.epoch(2))
+    torch.rand(3)
+    tail = list(data.epoch(2, 4))
+    assert len(tail) == 2
+    for (x, y), (x_whole, y_whole) in zip(tail, whole[4:]):
+        assert torch.equal(x, x_whole)
+        assert torch.equal(y, y_whole)
+    assert labels(data, 2) != labels(data, 3)
+
+
+def test_classes_of_the_test_split_are_those_of_training(tmp_path: Path) -> None:
+    """A class without test images must not shift the labels of the others."""
+    write_images(tmp_path / "train", ["ant", "bee", "cat"], 4)
+    write_images(tmp_path / "validation", ["bee", "cat"], 2)
+    config = DataConfig(name="folder", root=str(tmp_path), batch_size=4, workers=0)
+    try:
+        data, _ = build_batches(config, COLOUR, Process(), training=False)
+    except BadInput:
+        return
+    assert sum(labels(data), []) == [1, 1, 2, 2]
+
+
+def test_missing_split_is_not_replaced_by_another(tmp_path: Path) -> None:
+    """Without a test split the training images must not be taken for it."""
+    write_images(tmp_path / "train", ["ant", "bee"], 4)
+    with pytest.raises(BadInput, match="validation"):
+        reader(tmp_path, False)
+
+
+def test_missing_or_empty_image_folders(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="nowhere"):
+        reader(tmp_path / "nowhere", True)
+    with pytest.raises(BadInput, match=tmp_path.name):
+        reader(tmp_path, True)
+    (tmp_path / "train" / "ant").mkdir(parents=True)
+    with pytest.raises(BadInput, match=tmp_path.name):
+        reader(tmp_path, True)
+
+
+def test_fewer_images_than_a_batch_of_an_image_folder(tmp_path: Path) -> None:
+    write_images(tmp_path / "train", ["ant"], 3)
+    with pytest.raises(BadInput, match="batch"):
+        reader(tmp_path, True)
+
+
+@pytest.mark.parametrize("name", ["digitz", "foo/bar", "torch/nothing", "hfds/nothing", "wds/nothing", "tfds/nothing"])
+def test_unknown_data_set(name: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=name.rpartition("/")[2]):
+        build_batches(DataConfig(name=name, root=str(tmp_path / "nowhere")), COLOUR, Process(), training=True)
+
+
+def test_number_of_training_images_is_for_arrays(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"data\.num_train"):
+        reader(image_folder(tmp_path), True, num_train=5)
