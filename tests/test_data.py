@@ -1,14 +1,12 @@
 """Data sets, their batches, and what is wrong with files."""
 
-import io
 import tarfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import image_folder, write_images
+from helpers import image_folder, png, write_archive, write_archives, write_images
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
@@ -253,32 +251,6 @@ def test_number_of_training_images() -> None:
 # CIFAR-10.
 
 
-def png(value: int) -> bytes:
-    """A PNG file of noise with `value` in its first pixel."""
-    pixels = np.random.default_rng(value).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    pixels[0, 0] = value
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
-
-
-def write_archive(path: Path, members: Sequence[tuple[str, bytes]]) -> None:
-    with tarfile.open(path, "w:xz") as archive:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-
-
-def write_archives(root: Path) -> Path:
-    """Write both archives: image k starts with the value k and is of class k modulo 10."""
-    root.mkdir(exist_ok=True)
-    for split, count in (("train", 30), ("test", 10)):
-        members = [(f"{CIFAR_CLASSES[k % 10]}/{k}.png", png(k)) for k in range(count)]
-        write_archive(root / f"cifar10_{split}.tar.xz", members)
-    return root
-
-
 def test_cifar10_from_archives(tmp_path: Path) -> None:
     write_archives(tmp_path)
     train, test = read_cifar10(tmp_path, True), read_cifar10(tmp_path, False)
@@ -397,6 +369,15 @@ def test_image_folder_gives_the_pixels_of_its_files(tmp_path: Path) -> None:
     pixels = torch.tensor(np.asarray(Image.open(tmp_path / "square" / "validation" / "a" / "000.png"))).permute(2, 0, 1)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (COLOUR.mean, COLOUR.std))
     torch.testing.assert_close(x[0] * std + mean, pixels / 255, atol=1e-6, rtol=0)
+
+
+def test_archive_of_image_folders(tmp_path: Path) -> None:
+    """timm reads a tar file as it reads the folder that was packed."""
+    image_folder(tmp_path)
+    with tarfile.open(tmp_path / "train.tar", "w") as archive:
+        archive.add(tmp_path / "train", "")
+    plain, packed = (reader(root, True)[0] for root in (tmp_path, tmp_path / "train.tar"))
+    assert labels(packed) == labels(plain)
 
 
 def test_grey_model_on_an_image_folder(tmp_path: Path) -> None:

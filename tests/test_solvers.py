@@ -95,6 +95,39 @@ def test_broyden_with_shortened_steps_is_the_textbook_method() -> None:
     assert torch.stack(lengths).min() < 0.6, "no step was shortened, nothing was tested"
 
 
+def dense_anderson(path: list[Tensor], values: list[Tensor], history: int, beta: float) -> list[Tensor]:
+    """Return the textbook Anderson step at every point of a path, by least squares on one sample after another."""
+    steps = []
+    for k, g in enumerate(values):
+        first = max(0, k - history + 1)
+        step = beta * g
+        if k > first:
+            dg = torch.stack([values[j + 1] - values[j] for j in range(first, k)], dim=2)
+            dz = torch.stack([path[j + 1] - path[j] for j in range(first, k)], dim=2)
+            gamma = torch.linalg.lstsq(dg, g.unsqueeze(2), driver="gelsd").solution
+            step = step - ((dz + beta * dg) @ gamma).squeeze(2)
+        steps.append(step)
+    return steps
+
+
+@pytest.mark.parametrize("name", ["affine", "tanh"])
+@pytest.mark.parametrize(("history", "beta"), [(1, 0.7), (2, 1.0), (3, 0.8), (6, 1.0)])
+def test_anderson_is_the_textbook_method(problems: dict[str, Any], name: str, history: int, beta: float) -> None:
+    """While the least-squares problem is well posed: the package's is regularised, which shows in the last digits."""
+    problem, path = problems[name](), []
+
+    def fn(z: Tensor) -> Tensor:
+        path.append(z.clone())
+        return problem.fn(z)
+
+    Anderson(history=history, beta=beta, tol=0, max_steps=9)(fn, problem.z0)
+    path = path[:9]
+    values = [problem.fn(z) - z for z in path]
+    for k, expected in enumerate(dense_anderson(path, values, history, beta)[:-1]):
+        step = path[k + 1] - path[k]
+        assert (step - expected).norm() < 1e-8 * expected.norm(), f"step {k}"
+
+
 def test_anderson_is_finite_on_linear_problems() -> None:
     """With the whole history it is GMRES: D + 1 steps for D unknowns, where Picard takes many."""
     problem = affine(dim=6, largest=0.99)
@@ -179,6 +212,15 @@ def test_diverged_by_every_solver(name: str) -> None:
     assert (stats.num_steps < 30).all()
     assert z.isfinite().all()
     assert stats.residual.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["broyden", "broyden-restart", "anderson", "picard"])
+def test_no_fixed_point(name: str) -> None:
+    """z + 1 has none, and its residual carries no secant information: no division by zero comes of it."""
+    z, stats = limits(SOLVERS[name], stop_mode="abs", max_steps=12)(lambda z: z + 1, torch.zeros(2, 4).double())
+    assert stats.status.tolist() == [MAX_STEPS] * 2
+    assert (stats.trace == 2).all()
+    assert z.isfinite().all()
 
 
 def test_divergence_factor() -> None:
@@ -405,6 +447,7 @@ def test_a_nan_sample_stays_alone(solver: FixedPointSolver, compaction: bool) ->
     good = stats.converged
     assert relative(z[good], problem.answer[good]) < 1.1e-9, report(stats, relative(z[good], problem.answer[good]))
     assert torch.equal(z[~good], problem.z0[~good]), "no later iterate was finite"
+    assert stats.residual[1] == stats.trace[0, 1] > 0.99, "the residual of the start is reported with it"
 
 
 def test_a_diverging_sample_stays_alone(solver: FixedPointSolver) -> None:

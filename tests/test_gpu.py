@@ -1,0 +1,50 @@
+"""On a CUDA device: the same answers as on the CPU, and training in mixed precision."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import mdeq
+from tests.official import official_model
+from tools.config import load_config
+from tools.data import Process
+from tools.train import Run
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def test_equilibrium_and_gradients_equal_those_of_the_cpu() -> None:
+    x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    results = []
+    for device in ("cpu", "cuda"):
+        model = official_model().to(device)
+        logits, equilibrium = model(x.to(device), return_equilibrium=True)
+        logits.square().sum().backward()
+        results.append((logits, [p.grad for p in model.parameters()], equilibrium.stats.converged))
+    (logits, gradients, converged), (cuda_logits, cuda_gradients, cuda_converged) = results
+    assert converged.all()
+    assert cuda_converged.all()
+    torch.testing.assert_close(cuda_logits.cpu(), logits, rtol=1e-9, atol=1e-10)
+    for a, b in zip(cuda_gradients, gradients):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-7, atol=1e-9 * float(b.norm()) + 1e-13)
+
+
+@pytest.mark.parametrize("solver", [mdeq.Broyden(max_steps=5), mdeq.Anderson(max_steps=5), mdeq.Picard(max_steps=5)])
+def test_solve_in_mixed_precision(solver: mdeq.FixedPointSolver) -> None:
+    model = official_model(torch.float32).cuda()
+    x = torch.randn(2, 3, 32, 32, device="cuda")
+    with torch.autocast("cuda", dtype=torch.bfloat16), torch.no_grad():
+        _, equilibrium = model(x, return_equilibrium=True, solver=solver)
+    assert equilibrium.stats.residual.dtype == torch.float32
+    assert torch.isfinite(equilibrium.stats.residual).all()
+
+
+@pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
+def test_training(amp: str, tmp_path: Path) -> None:
+    words = ["model.name=test_mdeq", "data.num_train=64", "data.image_size=32", "data.cache_on_device=true"]
+    words += ["run.epochs=2", "run.progress=false", f"run.amp={amp}", f"run.out_dir={tmp_path / 'run'}"]
+    run = Run(load_config(None, words), "gpu", Process(device=torch.device("cuda", 0)))
+    assert run.train()
+    assert run.trainer.num_steps == 2
+    assert (tmp_path / "run" / "model.safetensors").exists()

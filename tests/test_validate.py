@@ -1,0 +1,286 @@
+"""tools/validate.py: what it prints, the table over solver steps, and what it refuses."""
+
+import dataclasses
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from helpers import FOUR_BRANCHES, TINY, image_folder, make_run, rows, train, validate
+from PIL import Image
+from torch import Tensor
+
+from mdeq import Broyden, Picard
+from mdeq.models import MDEQ
+from tools.engine import evaluate
+from tools.validate import COLUMNS, save_table
+
+# timm's readers leave it to the garbage collector to close an image file.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run that learnt something."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    words = ["run.epochs=6", "run.eval_every=6", "data.num_train=80", "data.batch_size=10", "optim.lr=1e-2"]
+    train(folder, *words, "model.gradient.num_steps=2").ok()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> MDEQ:
+    run = make_run(tmp_path_factory.mktemp("again"), f"model.checkpoint={trained}")
+    return run.model.eval()
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tensor, Tensor]:
+    """The test images and labels."""
+    batches = list(make_run(tmp_path_factory.mktemp("split")).test_batches.epoch())
+    return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    return 100 * float((logits.argmax(1) == labels).double().mean())
+
+
+def printed(out: str) -> float:
+    return float(re.search(r"^test accuracy: (\d+\.\d+) %", out, re.M).group(1))
+
+
+def test_accuracy_and_solves(trained: Path, model: MDEQ, split: tuple[Tensor, Tensor]) -> None:
+    out = validate("--checkpoint", trained / "model.safetensors").ok()
+    x, y = split
+    with torch.no_grad():
+        logits, equilibrium = model(x, return_equilibrium=True)
+    assert printed(out) == pytest.approx(accuracy(logits, y), abs=0.01)
+    assert f"loss {float(torch.nn.functional.cross_entropy(logits, y)):.4f}" in out
+    assert re.search(r"^at twice the solver steps \(4\D*\): \d+\.\d+ %$", out, re.M)
+    assert "\nevaluations of f: mean 3.0\n" in out
+    mean, median = re.search(
+        r"^residual: mean (\S+), median (\S+), 90 % \S+, 99 % \S+, largest \S+$", out, re.M
+    ).groups()
+    residual = equilibrium.stats.residual
+    assert float(mean) == pytest.approx(float(residual.mean()), rel=0.01)
+    assert float(median) == pytest.approx(float(residual.sort().values[10]), rel=0.01)
+    assert "solver status: converged 0.0 %, max_steps 100.0 %, diverged 0.0 %, nonfinite 0.0 %" in out
+    assert not (trained / "steps.csv").exists()
+
+
+def test_it_agrees_with_the_end_of_training(trained: Path) -> None:
+    out = validate("--checkpoint", trained).ok()
+    assert printed(out) == pytest.approx(float(rows(trained)[-1]["test_top1"]), abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["", "model.safetensors", "checkpoint.pt"])
+def test_config_beside_the_checkpoint(name: str, trained: Path) -> None:
+    out = validate("--checkpoint", trained / name).ok()
+    assert out.startswith("test_mdeq on digits, Picard(")
+    assert "max_steps=2" in out
+
+
+def test_another_config_and_overrides(trained: Path, tmp_path: Path) -> None:
+    moved = shutil.copy(trained / "model.safetensors", tmp_path / "moved.safetensors")
+    assert "nothing to evaluate" in validate("--checkpoint", moved).refusal()
+    plain = validate("--config", TINY, "--checkpoint", moved).ok()
+    assert printed(plain) == printed(validate("--checkpoint", trained).ok())
+    more = validate("--config", TINY, "--checkpoint", moved, "model.solver.max_steps=7").ok()
+    assert "max_steps=7" in more
+    assert "at twice the solver steps (14" in more
+
+
+def test_a_model_by_name_with_a_checkpoint(tmp_path: Path) -> None:
+    """Without a config, the model, its settings and the weights are all there is."""
+    run = make_run(tmp_path / "run", "data.num_train=16", *FOUR_BRANCHES)
+    run.train()
+    moved = shutil.copy(tmp_path / "run" / "model.safetensors", tmp_path / "moved.safetensors")
+    words = ["data.image_size=16", "data.batch_size=10", "run.threads=1", "run.progress=false"]
+    out = validate("--model", "test_mdeq", "--checkpoint", moved, *words).ok()
+    assert out.startswith("test_mdeq on digits, Broyden(")
+    result = evaluate(run.model, run.test_batches, solver=Broyden(max_steps=8, stop_mode="abs"))
+    assert printed(out) == pytest.approx(result["top1"], abs=0.01)
+
+
+def test_a_model_from_a_folder(trained: Path) -> None:
+    """timm's own way to name weights."""
+    words = ["data.image_size=16", "data.batch_size=16", "run.threads=1", "run.progress=false"]
+    out = validate("--model", f"local-dir:{trained}", *words).ok()
+    assert printed(out) == printed(validate("--checkpoint", trained).ok())
+
+
+# The table over solver steps.
+
+
+@pytest.fixture(scope="module")
+def table(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a table at 1, 2, 4 and 8 steps, and what was printed."""
+    out = tmp_path_factory.mktemp("table") / "new"
+    return out, validate("--checkpoint", trained, "--steps", 4, 1, 2, 8, 2, "--out", out).ok()
+
+
+def test_steps_csv(table: tuple[Path, str], model: MDEQ, split: tuple[Tensor, Tensor]) -> None:
+    folder, _ = table
+    lines = rows(folder, "steps.csv")
+    assert list(lines[0]) == COLUMNS
+    assert [line["steps"] for line in lines] == ["1", "2", "4", "8"]
+    x, y = split
+    for line in lines:
+        solver = dataclasses.replace(model.deq.solver, max_steps=int(line["steps"]))
+        with torch.no_grad():
+            logits, equilibrium = model(x, return_equilibrium=True, solver=solver)
+        assert float(line["top1"]) == pytest.approx(accuracy(logits, y), abs=1e-6)
+        assert float(line["residual_mean"]) == pytest.approx(float(equilibrium.stats.residual.mean()), rel=1e-4)
+        assert float(line["evaluations"]) == int(line["steps"]) + 1
+
+
+def test_explicit_twin(table: tuple[Path, str], model: MDEQ, split: tuple[Tensor, Tensor]) -> None:
+    """The twin at K is f applied K times: its accuracy, and its residual |f(z) - z| / |f(z)| there."""
+    x, y = split
+    for line in rows(table[0], "steps.csv"):
+        count = int(line["steps"])
+        with torch.no_grad():
+            logits, equilibrium = model(x, return_equilibrium=True, unroll=count)
+            fn = model.equilibrium.fn(model.inject(model.stem(x)))
+            z = torch.cat([s.flatten(1) for s in equilibrium.state], 1)
+            f = torch.cat([s.flatten(1) for s in fn(equilibrium.state)], 1)
+        assert float(line["twin_top1"]) == pytest.approx(accuracy(logits, y), abs=1e-6)
+        residual = ((f - z).norm(dim=1) / f.norm(dim=1)).mean()
+        assert float(line["twin_residual_mean"]) == pytest.approx(float(residual), rel=1e-4)
+
+
+def test_the_twin_and_picard_are_the_same_network(table: tuple[Path, str], model: MDEQ) -> None:
+    """The solver of this run is undamped Picard: where its last iterate is its best, it is the twin."""
+    assert isinstance(model.deq.solver, Picard)
+    for line in rows(table[0], "steps.csv"):
+        if line["residual_mean"] == line["twin_residual_mean"]:
+            assert line["top1"] == line["twin_top1"]
+
+
+def test_steps_are_printed(table: tuple[Path, str]) -> None:
+    folder, out = table
+    lines = out[out.index("\n steps ") + 1 :].splitlines()
+    for line, row in zip(lines[1:], rows(folder, "steps.csv")):
+        cells = line.split()
+        assert cells[0] == row["steps"]
+        assert float(cells[1]) == pytest.approx(float(row["top1"]), abs=0.01)
+        assert float(cells[-1]) == pytest.approx(float(row["twin_residual_mean"]), rel=0.01)
+    assert f"saved: {folder / 'steps.csv'}, {folder / 'steps.png'}" in out
+
+
+def test_steps_png_is_a_picture(table: tuple[Path, str]) -> None:
+    with Image.open(table[0] / "steps.png") as picture:
+        pixels = np.asarray(picture.convert("L"))
+    assert pixels.shape[0] >= 300
+    assert pixels.shape[1] >= 600
+    assert 0.01 < (pixels < 200).mean() < 0.5
+    assert {path.name for path in table[0].iterdir()} == {"steps.csv", "steps.png"}
+    assert not plt.get_fignums()
+
+
+def test_table_lies_beside_the_checkpoint(trained: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(trained, tmp_path / "run")
+    validate("--checkpoint", folder / "model.safetensors", "--steps", 1).ok()
+    assert len(rows(folder, "steps.csv")) == 1
+    assert (folder / "steps.png").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Data has no positive values")
+def test_table_of_numbers_that_are_not_finite(tmp_path: Path) -> None:
+    row = {name: math.inf for name in COLUMNS}
+    save_table([{**row, "steps": 1}, {**row, "steps": 2, "residual_mean": 0.0}], tmp_path, "x")
+    assert (tmp_path / "steps.png").exists()
+
+
+# Image folders.
+
+
+def test_image_folder_with_classes_of_its_own(tmp_path: Path) -> None:
+    """The number of classes is that of the checkpoint beside the config, which does not name it."""
+    image_folder(tmp_path / "data")
+    words = ["data.name=folder", f"data.root={tmp_path / 'data'}", "data.num_train=null", "data.batch_size=8"]
+    train(tmp_path / "run", *words).ok()
+    out = validate("--checkpoint", tmp_path / "run").ok()
+    assert printed(out) == pytest.approx(float(rows(tmp_path / "run")[-1]["test_top1"]), abs=0.01)
+
+
+def test_top5_of_three_classes(tmp_path: Path) -> None:
+    image_folder(tmp_path / "data")
+    words = ["data.name=folder", f"data.root={tmp_path / 'data'}", "data.num_train=null", "data.batch_size=8"]
+    out = train(tmp_path / "run", *words, "data.num_classes=3").ok()
+    assert "test accuracy" in out
+    assert "top-5 100.00 %" in validate("--checkpoint", tmp_path / "run").ok()
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ([], "--checkpoint"),
+        (["run.seed=1"], "--checkpoint"),
+        (["--checkpoint", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--model", "mdeq_smal"], "mdeq_small"),
+        (["--config", str(TINY), "--steps", "0"], "--steps"),
+        (["--config", str(TINY), "--steps", "2", "-1"], "--steps"),
+        (["--config", str(TINY), "optim.lrr=1"], "optim.lr"),
+        (["--model", "test_mdeq", "data.image_size=16"], "pretrained"),
+        (["--model", "local-dir:nowhere"], "nowhere"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_arguments(words: list[str], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert named in validate(*words).refusal()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [["stray"], ["--nothing"], ["--steps", "many"]], ids=" ".join)
+def test_words_that_are_no_arguments(words: list[str], trained: Path) -> None:
+    outcome = validate("--checkpoint", trained, *words)
+    assert outcome.code == 2
+    assert words[-1] in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+def test_output_folder_that_cannot_be_made(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    assert "file" in validate("--checkpoint", trained, "--steps", 1, "--out", tmp_path / "file").refusal()
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_bad_config_beside_the_checkpoint(trained: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(trained, tmp_path / "run")
+    (folder / "config.yaml").write_text("optim: {lrr: 1}")
+    line = validate("--checkpoint", folder).refusal()
+    assert "config.yaml" in line
+    assert "optim.lr" in line
+
+
+# The evaluation itself.
+
+
+def test_evaluate_wraps_its_batches(model: MDEQ, tmp_path: Path) -> None:
+    seen = []
+
+    def watch(batches: Iterator[Any]) -> Iterator[Any]:
+        for batch in batches:
+            seen.append(len(batch[1]))
+            yield batch
+
+    evaluate(model, make_run(tmp_path / "run").test_batches, watch=watch)
+    assert seen == [16, 4]
+    assert not model.training
+
+
+def test_no_progress_bar_where_it_is_switched_off(trained: Path) -> None:
+    assert validate("--checkpoint", trained).err == ""
+    assert "test" in validate("--checkpoint", trained, "run.progress=true").err
