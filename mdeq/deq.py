@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .gradients import GradientSpec, build_gradient
 from .jacobian import jacobian_frobenius, spectral_radius
-from .solvers import FixedPointSolver, SolverSpec, SolveStats, build_solver
+from .solvers import SolverSpec, SolveStats, build_solver
 from .state import State, StateLayout
 
 StateFn = Callable[[State], State]
@@ -41,7 +41,10 @@ class _FlatFn:
             self.take = lambda index: _FlatFn(fn.take(index), layout, inner, outer)
 
     def __call__(self, z: Tensor) -> Tensor:
-        return self.layout.flatten(self.fn(self.layout.unflatten(z.to(self.inner))), self.outer)
+        f_z = self.layout.flatten(self.fn(self.layout.unflatten(z.to(self.inner))), self.outer)
+        if f_z.shape != z.shape:
+            raise ValueError(f"f must keep the batch size, {z.shape[0]}, got {f_z.shape[0]}")
+        return f_z
 
 
 class DEQ(nn.Module):
@@ -74,7 +77,7 @@ class DEQ(nn.Module):
         fn: StateFn,
         z0: State,
         *,
-        solver: FixedPointSolver | None = None,
+        solver: SolverSpec | None = None,
         unroll: int = 0,
         jacobian_probes: int = 0,
     ) -> Equilibrium:
@@ -91,17 +94,20 @@ class DEQ(nn.Module):
         Raises:
             ValueError: for a z0 of mixed batch sizes or an fn that changes shapes.
         """
+        if unroll < 0 or jacobian_probes < 0:
+            raise ValueError(f"unroll and jacobian_probes must be >= 0, got {unroll} and {jacobian_probes}")
         layout = StateLayout.of(z0)
         inner = z0[0].dtype
         outer = torch.promote_types(inner, torch.float32)
         flat = _FlatFn(fn, layout, inner, outer)
         z_start = layout.flatten(z0, outer).detach()
+        forward_solver = self.solver if solver is None else build_solver(solver)
         if unroll > 0:
             z, stats, record = z_start, None, []
             for _ in range(unroll):
                 z = flat(z)
         else:
-            z, stats, record = self.gradient.solve(flat, z_start, solver or self.solver, training=self.training)
+            z, stats, record = self.gradient.solve(flat, z_start, forward_solver, training=self.training)
         penalty = jacobian_frobenius(flat, z, jacobian_probes) if jacobian_probes > 0 else None
         return Equilibrium(layout.unflatten(z.to(inner)), stats, penalty, record)
 

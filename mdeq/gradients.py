@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .jacobian import evaluate, vjp
-from .solvers import Broyden, FixedPointSolver, FlatFn, SolverSpec, SolveStats, build_solver
+from .solvers import Broyden, FixedPointSolver, FlatFn, SolveStats, SolveStatus, build_solver
 
 
 class GradientEstimator(Protocol):
@@ -60,6 +60,9 @@ class _Implicit(torch.autograd.Function):
 
         u, stats = ctx.solver(adjoint, torch.zeros_like(rhs))
         ctx.record.append(stats)
+        # Where no step was possible, zero would pass for a gradient.
+        lost = (stats.status == SolveStatus.NONFINITE) & (stats.num_steps == 0)
+        u = u.masked_fill(lost.unsqueeze(1), float("nan"))
         return u * size, None, None, None, None
 
 
@@ -78,6 +81,9 @@ class ImplicitGradient:
     """
 
     solver: FixedPointSolver = Broyden()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "solver", build_solver(self.solver))
 
     def solve(
         self, fn: FlatFn, z0: Tensor, solver: FixedPointSolver, *, training: bool
@@ -122,7 +128,7 @@ class PhantomGradient:
     damping: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.num_steps < 1:
+        if not isinstance(self.num_steps, int) or self.num_steps < 1:
             raise ValueError(f"num_steps must be >= 1, got {self.num_steps}")
         if not 0 < self.damping <= 1:
             raise ValueError(f"damping must be in (0, 1], got {self.damping}")
@@ -149,16 +155,15 @@ def build_gradient(spec: GradientSpec) -> GradientEstimator:
     """Return the gradient estimator that a spec describes.
 
     Raises:
-        ValueError: for an unknown name or a setting out of range.
+        ValueError: for what describes no estimator, an unknown name or a setting out of range.
         TypeError: for a setting that the estimator does not have.
     """
-    if not isinstance(spec, Mapping):
+    if hasattr(spec, "solve"):
         return spec
+    if not isinstance(spec, Mapping):
+        raise ValueError(f"expected a gradient estimator or a mapping such as {{'name': 'implicit'}}, got {spec!r}")
     settings: dict[str, Any] = dict(spec)
     name = settings.pop("name", None)
     if name not in GRADIENTS:
         raise ValueError(f"unknown gradient {name!r}; valid names: {', '.join(sorted(GRADIENTS))}")
-    if "solver" in settings:
-        solver: SolverSpec = settings["solver"]
-        settings["solver"] = build_solver(solver)
     return GRADIENTS[name](**settings)

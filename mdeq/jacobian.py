@@ -8,8 +8,8 @@ from .solvers import FlatFn
 
 def evaluate(fn: FlatFn, z: Tensor) -> tuple[Tensor, Tensor]:
     """Return z as a fresh leaf, and f(z) with its graph."""
-    with torch.enable_grad():
-        z = z.detach().requires_grad_()
+    with torch.inference_mode(False), torch.enable_grad():
+        z = z.detach().clone().requires_grad_()
         return z, fn(z)
 
 

@@ -21,9 +21,13 @@ class StateLayout:
         """Return the layout of a state.
 
         Raises:
-            ValueError: if the state is empty, or its tensors differ in batch size.
+            ValueError: if it is no tuple of floating-point tensors of one dtype and one batch size.
         """
-        if not state or any(x.shape[0] != state[0].shape[0] for x in state):
+        if not isinstance(state, tuple | list) or not state or any(x.ndim == 0 for x in state):
+            raise ValueError("a state is a tuple of tensors (batch, ...), one per branch")
+        if any(x.dtype != state[0].dtype or not x.is_floating_point() for x in state):
+            raise ValueError(f"a state needs tensors of one floating-point dtype, got {[x.dtype for x in state]}")
+        if any(x.shape[0] != state[0].shape[0] for x in state):
             raise ValueError(f"a state needs tensors of one batch size, got {[tuple(x.shape) for x in state]}")
         return cls(tuple(x.shape[1:] for x in state))
 

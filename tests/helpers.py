@@ -205,10 +205,11 @@ def write_archives(root: Path) -> Path:
 
 # Other processes come from a server that has the libraries loaded: a quarter of a second each.
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(
-    ["torch", "torch.distributed", "timm.data", "timm.models", "timm.optim", "timm.task", "torchvision.datasets"]
-    + ["sklearn.datasets", "omegaconf", "matplotlib.pyplot", "safetensors.torch", "tqdm", "pytest", "_pytest.config"]
+_PRELOAD = (
+    "torch torch.distributed timm.data timm.models timm.optim timm.task torchvision.datasets sklearn.datasets "
+    "omegaconf matplotlib.pyplot safetensors.torch tqdm pytest _pytest.config"
 )
+_SERVER.set_forkserver_preload(_PRELOAD.split())
 
 Hook = Callable[[], None]
 """Called in another process before the program, to change what happens there."""

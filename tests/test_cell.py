@@ -174,6 +174,16 @@ def test_two_branches_by_hand() -> None:
         torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
 
 
+def test_two_steps_down() -> None:
+    """From branch 0 to branch 2: two strided convolutions with their norms, ReLU between them only."""
+    cell, state, _ = make(2)
+    link = cell.fuse[2][0]
+    middle = link.norms[0](link.convs[0](state[0]))
+    expected = link.norms[1](link.convs[1](torch.relu(middle)))
+    assert middle.shape == (2, 8, 5, 5), "channels change at the last step"
+    torch.testing.assert_close(link(state[0], (3, 3), cell.kernels()), expected, rtol=0, atol=1e-12)
+
+
 @dims
 def test_every_injection_counts(spatial_dims: int) -> None:
     cell, state, _ = make(spatial_dims)

@@ -153,10 +153,8 @@ def test_overrides_win_over_the_file_and_the_last_one_wins() -> None:
     assert load_config(None).run.epochs == 10
     assert load_config(TINY).run.epochs == 1
     assert load_config(TINY, ["run.epochs=3", "run.epochs=4"]).run.epochs == 4
-    assert load_config(TINY, ["model.kwargs.dropout=0.5", "model.kwargs.in_chans=1"]).model.kwargs == {
-        "dropout": 0.5,
-        "in_chans": 1,
-    }
+    kwargs = load_config(TINY, ["model.kwargs.dropout=0.5", "model.kwargs.num_features=8"]).model.kwargs
+    assert kwargs == {"channels": [4, 8], "head_channels": [4, 4], "num_features": 8, "dropout": 0.5}
 
 
 def test_another_solver_or_gradient_takes_the_place_of_the_file_s(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mdeq import DEQ, Anderson, Broyden, ImplicitGradient, PhantomGradient, Picard, State
+from mdeq import DEQ, Anderson, Broyden, ImplicitGradient, PhantomGradient, Picard, SolveStatus, State
 
 TIGHT = Broyden(tol=1e-6, max_steps=50)
 
@@ -384,3 +384,34 @@ def test_compiled() -> None:
 def test_empty_batch() -> None:
     state = DEQ(TIGHT, ImplicitGradient())(lambda z: (z[0].cos(),), (torch.zeros(0, 2, 3, 3),)).state
     assert state[0].shape == (0, 2, 3, 3)
+
+
+def test_bad_arguments_are_named() -> None:
+    x = torch.zeros(3, 2)
+    deq = DEQ({"name": "broyden"}, {"name": "implicit", "solver": {"name": "picard"}})
+    with pytest.raises(ValueError, match="f must keep the batch size, 3, got 1"):
+        deq(lambda z: (z[0][:1],), (x,))
+    with pytest.raises(ValueError, match="unroll and jacobian_probes must be >= 0"):
+        deq(lambda z: z, (x,), unroll=-1)
+    with pytest.raises(ValueError, match="expected a gradient estimator"):
+        DEQ(Broyden(), Broyden())
+    with pytest.raises(ValueError, match="expected a solver"):
+        DEQ("broyden", ImplicitGradient())
+    with pytest.raises(ValueError, match="expected a solver"):
+        ImplicitGradient(solver="x")
+    assert deq(lambda z: (0.5 * z[0] + 1,), (x,), solver={"name": "picard"}).stats.converged.all()
+
+
+def test_divergence_is_not_judged_by_a_lucky_start() -> None:
+    """tanh(3 z) leads from 1e-10, near the unstable fixed point 0, to 0.9949: growth, but no divergence."""
+    z, stats = Picard(tol=1e-6, max_steps=200)(lambda z: torch.tanh(3 * z) + 1e-10, torch.zeros(1, 3).double())
+    assert stats.converged.all()
+    assert z[0].tolist() == pytest.approx([0.9949015] * 3, abs=1e-5)
+
+
+def test_a_jacobian_that_is_not_finite_is_no_zero_gradient() -> None:
+    c = torch.ones(1, 1, requires_grad=True)
+    eq = DEQ(Broyden(), ImplicitGradient())(lambda z: (0.25 * z[0].sqrt() * c,), (torch.zeros(1, 1),))
+    eq.state[0].sum().backward()
+    assert eq.backward_stats[0].status.item() == SolveStatus.NONFINITE
+    assert torch.isnan(c.grad).all()

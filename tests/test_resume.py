@@ -29,18 +29,18 @@ from tools.config import load_config
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 
 EVERY_STEP = "run.checkpoint_minutes=1e-9"
-THREE_EPOCHS = (*RANDOM, "run.epochs=3")  # of 4 steps
+TWO_EPOCHS = (*RANDOM, "run.epochs=2")  # of 4 steps
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of 12 steps with all that is random."""
+    """The folder of a run of 8 steps with all that is random."""
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
-    train(folder, *THREE_EPOCHS).ok()
+    train(folder, *TWO_EPOCHS).ok()
     return folder
 
 
-def assert_one_log(folder: Path, reference: Path, epochs: int = 3) -> None:
+def assert_one_log(folder: Path, reference: Path, epochs: int = 2) -> None:
     """Assert that a log has each epoch once, and the test results of another."""
     log, expected = rows(folder), rows(reference)
     assert [row["epoch"] for row in log] == [str(e) for e in range(epochs)]
@@ -50,18 +50,18 @@ def assert_one_log(folder: Path, reference: Path, epochs: int = 3) -> None:
 
 
 def test_saving_often_changes_nothing(uninterrupted: Path, tmp_path: Path) -> None:
-    train(tmp_path / "run", *THREE_EPOCHS, EVERY_STEP).ok()
+    train(tmp_path / "run", *TWO_EPOCHS, EVERY_STEP).ok()
     assert_same_weights(tmp_path / "run", uninterrupted)
 
 
 def test_out_of_time_in_the_middle_of_an_epoch(uninterrupted: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    out = train(folder, *THREE_EPOCHS, "run.max_minutes=1e-7").ok()
+    out = train(folder, *TWO_EPOCHS, "run.max_minutes=1e-7").ok()
     assert "run.resume=true" in out
     assert "test accuracy" not in out
     stopped = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert (stopped["epoch"], stopped["batch"]) == (0, 1)  # at the next step
-    out = train(folder, *THREE_EPOCHS, "run.resume=true").ok()
+    out = train(folder, *TWO_EPOCHS, "run.resume=true").ok()
     assert "test accuracy" in out
     assert_same_weights(folder, uninterrupted)
     assert_one_log(folder, uninterrupted)
@@ -70,13 +70,13 @@ def test_out_of_time_in_the_middle_of_an_epoch(uninterrupted: Path, tmp_path: Pa
 def test_out_of_time_again_and_again(uninterrupted: Path, tmp_path: Path) -> None:
     """Step after step in a program of its own, over the ends of epochs."""
     folder = tmp_path / "run"
-    train(folder, *THREE_EPOCHS, "run.max_minutes=1e-7").ok()
+    train(folder, *TWO_EPOCHS, "run.max_minutes=1e-7").ok()
     places = []
-    for _ in range(11):
-        out = train(folder, *THREE_EPOCHS, "run.max_minutes=1e-7", "run.resume=true").ok()
+    for _ in range(7):
+        out = train(folder, *TWO_EPOCHS, "run.max_minutes=1e-7", "run.resume=true").ok()
         state = torch.load(folder / "checkpoint.pt", weights_only=True)
         places.append((state["epoch"], state["batch"]))
-    assert places == [(0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (1, 3), (2, 0), (2, 1), (2, 2), (2, 3), (3, 0)]
+    assert places == [(0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (1, 3), (2, 0)]
     assert "test accuracy" in out
     assert_same_weights(folder, uninterrupted)
     assert_one_log(folder, uninterrupted)
@@ -84,9 +84,9 @@ def test_out_of_time_again_and_again(uninterrupted: Path, tmp_path: Path) -> Non
 
 def test_resuming_a_finished_run_prints_its_result_again(uninterrupted: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    first = train(folder, *THREE_EPOCHS).ok()
+    first = train(folder, *TWO_EPOCHS).ok()
     before = {name: (folder / name).read_bytes() for name in ("model.safetensors", "checkpoint.pt", "log.csv")}
-    again = train(folder, *THREE_EPOCHS, "run.resume=true").ok()
+    again = train(folder, *TWO_EPOCHS, "run.resume=true").ok()
     assert again[again.index("test accuracy") :] == first[first.index("test accuracy") :]
     assert {name: (folder / name).read_bytes() for name in before} == before
     assert_same_weights(folder, uninterrupted)
@@ -113,20 +113,18 @@ def test_resuming_for_more_epochs(tmp_path: Path) -> None:
     ids=["accumulate", "sgd and step", "freeze", "bfloat16", "float64"],
 )
 def test_other_settings_are_resumed_as_well(words: list[str], tmp_path: Path) -> None:
-    words = [*words, "run.epochs=2", "data.num_train=48"]
+    words = [*words, "run.epochs=2", "data.num_train=32"]
     train(tmp_path / "whole", *words).ok()
     train(tmp_path / "run", *words, "run.max_minutes=1e-7").ok()
-    for _ in range(2):
-        train(tmp_path / "run", *words, "run.max_minutes=1e-7", "run.resume=true").ok()
     train(tmp_path / "run", *words, "run.resume=true").ok()
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
 
 
 def test_skipped_steps_are_remembered(tmp_path: Path) -> None:
-    words = ["run.epochs=2", "optim.lr=1e30", "run.max_bad_steps=100"]
+    words = ["optim.lr=1e30", "run.max_bad_steps=100"]
     train(tmp_path / "whole", *words).ok()
     train(tmp_path / "run", *words, "run.max_minutes=1e-7").ok()
-    for _ in range(4):
+    for _ in range(2):
         train(tmp_path / "run", *words, "run.max_minutes=1e-7", "run.resume=true").ok()
     train(tmp_path / "run", *words, "run.resume=true").ok()
     skipped = [row["skipped_steps"] for row in rows(tmp_path / "whole")]
@@ -139,8 +137,8 @@ MOMENTS: list[tuple[str, Hook]] = [
     ("after a step that was not saved", kill_after_step(2)),
     ("half-way through a checkpoint", kill_in_save(2)),
     ("with a checkpoint that is not in place", kill_before_replace("checkpoint.pt", 2)),
-    ("between the checkpoint and the weights", kill_after_replace("checkpoint.pt", 2)),
-    ("with weights that are not in place", kill_before_replace("model.safetensors", 2)),
+    ("between the checkpoint and the weights", kill_after_replace("checkpoint.pt", 1)),
+    ("with weights that are not in place", kill_before_replace("model.safetensors", 1)),
     ("between config.json and the weights", kill_after_replace("config.json", 1)),
     ("before the row of an epoch", kill_before_replace("log.csv", 1)),
     ("after the row of an epoch, before its checkpoint", kill_after_replace("log.csv", 1)),
@@ -158,39 +156,38 @@ def test_killed_at_one_moment_after_another(uninterrupted: Path, tmp_path: Path)
     places = []
     for number, (moment, hook) in enumerate(MOMENTS):
         resume = f"run.resume={'true' if number else 'false'}"
-        outcome = spawn_train(folder, *THREE_EPOCHS, EVERY_STEP, resume, hook=hook)
+        outcome = spawn_train(folder, *TWO_EPOCHS, EVERY_STEP, resume, hook=hook)
         assert outcome.code == -signal.SIGKILL, f"{moment}: {outcome.err}"
         places.append(position(folder))
     assert all(a <= b for a, b in pairwise(places)), places
     assert places[0] == (0, 1)
-    spawn_train(folder, *THREE_EPOCHS, EVERY_STEP, "run.resume=true").ok()
+    spawn_train(folder, *TWO_EPOCHS, EVERY_STEP, "run.resume=true").ok()
     assert_same_weights(folder, uninterrupted)
     assert_one_log(folder, uninterrupted)
     json.loads((folder / "config.json").read_text())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("kind", ["step", "save", "checkpoint.pt", "model.safetensors", "config.json", "log.csv"])
 def test_killed_once_at_any_moment(kind: str, number: int, uninterrupted: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     hooks = {"step": kill_after_step, "save": kill_in_save}
     hook = hooks[kind](number + 1) if kind in hooks else kill_before_replace(kind, number + (kind != "log.csv"))
-    assert spawn_train(folder, *THREE_EPOCHS, EVERY_STEP, hook=hook).code == -signal.SIGKILL
-    spawn_train(folder, *THREE_EPOCHS, EVERY_STEP, "run.resume=true").ok()
+    assert spawn_train(folder, *TWO_EPOCHS, EVERY_STEP, hook=hook).code == -signal.SIGKILL
+    spawn_train(folder, *TWO_EPOCHS, EVERY_STEP, "run.resume=true").ok()
     assert_same_weights(folder, uninterrupted)
     assert_one_log(folder, uninterrupted)
 
 
-@pytest.mark.parametrize("hook", [kill_after_step(2), kill_in_save(1)], ids=["after a step", "in the first checkpoint"])
-def test_killed_before_the_first_checkpoint(hook: Hook, uninterrupted: Path, tmp_path: Path) -> None:
+def test_killed_before_the_first_checkpoint(uninterrupted: Path, tmp_path: Path) -> None:
     """There is nothing to resume from, and nothing in the way of a new start."""
     folder = tmp_path / "run"
-    outcome = spawn_train(folder, *THREE_EPOCHS, hook=hook)
+    outcome = spawn_train(folder, *TWO_EPOCHS, hook=kill_in_save(1))
     assert outcome.code == -signal.SIGKILL
     assert not (folder / "checkpoint.pt").exists()
-    assert "leave it out" in train(folder, *THREE_EPOCHS, "run.resume=true").refusal()
-    train(folder, *THREE_EPOCHS).ok()
+    assert "leave it out" in train(folder, *TWO_EPOCHS, "run.resume=true").refusal()
+    train(folder, *TWO_EPOCHS).ok()
     assert_same_weights(folder, uninterrupted)
 
 
@@ -213,26 +210,37 @@ def test_log_of_an_epoch_whose_last_step_was_saved(tmp_path: Path) -> None:
     train(folder, "run.resume=true").ok()
     (row,) = rows(folder)
     loss = float(row["train_loss"] or math.nan)
-    assert not loss == 0
+    assert loss != 0
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_image_folder_is_resumed(workers: int, tmp_path: Path) -> None:
-    image_folder(tmp_path / "data")
-    words = [
-        "data.name=folder", f"data.root={tmp_path / 'data'}", "data.num_train=null", f"data.workers={workers}",
+def folder_words(root: Path, workers: int) -> list[str]:
+    """Return the words of 6 steps on an image folder with all that is random."""
+    return [
+        "data.name=folder", f"data.root={image_folder(root)}", "data.num_train=null", f"data.workers={workers}",
         "data.batch_size=8", "data.augment=imagenet", "data.auto_augment=rand-m5-mstd0.5", "data.reprob=0.5",
-        *RANDOM[:1], *RANDOM[2:], "run.epochs=2",
+        *(word for word in RANDOM if not word.startswith("data.augment")), "run.epochs=2",
     ]  # fmt: skip
+
+
+def test_image_folder_is_resumed(tmp_path: Path) -> None:
+    words = folder_words(tmp_path / "data", workers=0)
+    train(tmp_path / "whole", *words).ok()
+    train(tmp_path / "run", *words, "run.max_minutes=1e-7").ok()
+    train(tmp_path / "run", *words, "run.max_minutes=1e-7", "run.resume=true").ok()
+    assert position(tmp_path / "run") == (0, 2)
+    train(tmp_path / "run", *words, "run.resume=true").ok()
+    assert_same_weights(tmp_path / "run", tmp_path / "whole")
+    assert [row["epoch"] for row in rows(tmp_path / "run")] == ["0", "1"]
+
+
+def test_image_folder_read_by_a_worker_is_resumed(tmp_path: Path) -> None:
+    words = folder_words(tmp_path / "data", workers=1)
     spawn_train(tmp_path / "whole", *words).ok()
-    outcome = spawn_train(tmp_path / "run", *words, EVERY_STEP, hook=kill_after_step(2))
+    outcome = spawn_train(tmp_path / "run", *words, EVERY_STEP, hook=kill_after_step(3))
     assert outcome.code == -signal.SIGKILL
-    assert position(tmp_path / "run") == (0, 1)
-    spawn_train(tmp_path / "run", *words, "run.resume=true", "run.max_minutes=1e-7").ok()
     assert position(tmp_path / "run") == (0, 2)
     spawn_train(tmp_path / "run", *words, "run.resume=true").ok()
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
-    assert [row["epoch"] for row in rows(tmp_path / "run")] == ["0", "1"]
 
 
 def test_averaged_weights_are_resumed(uninterrupted: Path) -> None:

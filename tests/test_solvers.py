@@ -435,7 +435,10 @@ def test_a_nan_sample_stays_alone(solver: FixedPointSolver, compaction: bool) ->
     a, b = (p.clone() for p in problem.fn.params)
     b[3, 5] = float("nan")
 
+    inputs = []
+
     def rule(z: Tensor, a: Tensor, b: Tensor, poison: Tensor) -> Tensor:
+        inputs.append(z.clone())
         return torch.where((poison & (z != 0).any(dim=1))[:, None], torch.nan, affine_rule(z, a, b))
 
     poison = torch.tensor([False, True, False, False, False])
@@ -448,6 +451,9 @@ def test_a_nan_sample_stays_alone(solver: FixedPointSolver, compaction: bool) ->
     assert relative(z[good], problem.answer[good]) < 1.1e-9, report(stats, relative(z[good], problem.answer[good]))
     assert torch.equal(z[~good], problem.z0[~good]), "no later iterate was finite"
     assert stats.residual[1] == stats.trace[0, 1] > 0.99, "the residual of the start is reported with it"
+    assert all(x.isfinite().all() for x in inputs)
+    if not compaction:
+        assert torch.equal(inputs[-1][~good], z[~good]), "a failed sample rests at what is returned"
 
 
 def test_a_diverging_sample_stays_alone(solver: FixedPointSolver) -> None:

@@ -477,7 +477,7 @@ def mdeq_xlarge(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 def test_mdeq(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """The shape of the ImageNet models with under 20,000 parameters, for tests."""
     args = dict(
-        _IMAGENET, channels=(4, 4, 8, 8), head_channels=(4, 4, 4, 4), num_features=32, expansion=2, num_groups=4
+        _IMAGENET, channels=(4, 4, 8, 8), head_channels=(4, 4, 4, 4), num_features=32, expansion=2, num_groups=2
     )
     args["solver"], args["gradient"] = Broyden(max_steps=8), ImplicitGradient(Broyden(max_steps=8))
     return _create("test_mdeq", pretrained, args, kwargs)

@@ -18,11 +18,13 @@ def build_solver(spec: SolverSpec) -> FixedPointSolver:
     """Return the solver that a spec describes.
 
     Raises:
-        ValueError: for an unknown name or a setting out of range.
+        ValueError: for what describes no solver, an unknown name or a setting out of range.
         TypeError: for a setting that the solver does not have.
     """
     if isinstance(spec, FixedPointSolver):
         return spec
+    if not isinstance(spec, Mapping):
+        raise ValueError(f"expected a solver or a mapping such as {{'name': 'broyden'}}, got {spec!r}")
     settings = dict(spec)
     name = settings.pop("name", None)
     if name not in SOLVERS:

@@ -91,8 +91,9 @@ class FixedPointSolver(ABC):
         tol: a sample has converged when its residual is below this; relative (unitless) or absolute (units of z).
         max_steps: most updates; a solve takes at most `max_steps + 1` evaluations of f.
         stop_mode: `"rel"`: `|f(z) - z| / (|f(z)| + 1e-9)`; `"abs"`: `|f(z) - z|`; 2-norms of one sample.
-        divergence_factor: a sample has diverged when `|f(z) - z|` exceeds this many times its first value. Judged on
-            the absolute residual in both modes, since the relative one saturates near 1.
+        divergence_factor: a sample has diverged when `|f(z) - z|` exceeds this many times its first value, or
+            times `1e-3 sqrt(D)` where that is more: a start that happens to be near a fixed point is no yardstick.
+            Judged on the absolute residual in both modes, since the relative one saturates near 1.
 
     Raises:
         ValueError: at construction, for a setting out of range.
@@ -105,7 +106,7 @@ class FixedPointSolver(ABC):
 
     def __post_init__(self) -> None:
         _require(self.tol >= 0, "tol must be >= 0", self.tol)
-        _require(self.max_steps >= 1, "max_steps must be >= 1", self.max_steps)
+        _require(isinstance(self.max_steps, int) and self.max_steps >= 1, "max_steps must be >= 1", self.max_steps)
         _require(self.stop_mode in ("rel", "abs"), "stop_mode must be 'rel' or 'abs'", self.stop_mode)
         _require(self.divergence_factor > 1, "divergence_factor must be > 1", self.divergence_factor)
 
@@ -177,7 +178,7 @@ class _Progress:
     active: Tensor  # (B,) bool
     best: Tensor  # (B, D)
     best_residual: Tensor  # (B,)
-    first: Tensor  # (B,) absolute residual of the starting point
+    first: Tensor  # (B,) absolute residual of the starting point, or a floor: what divergence is measured against
     status: Tensor  # (B,) int64
     num_steps: Tensor  # (B,) int64
     trace: list[Tensor]  # of (B,)
@@ -199,7 +200,7 @@ class _Progress:
     def update(self, solver: FixedPointSolver, step: int, z: Tensor, absolute: Tensor, residual: Tensor) -> None:
         """Take note of iterate z and decide which samples go on."""
         if step == 0:
-            self.first = absolute
+            self.first = absolute.clamp(min=1e-3 * z.shape[1] ** 0.5)
         finite = torch.isfinite(absolute)
         converged = finite & ((residual < solver.tol) | (absolute == 0))
         diverged = finite & (absolute > solver.divergence_factor * self.first) & ~converged

@@ -50,7 +50,8 @@ class Broyden(FixedPointSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.history is None or self.history >= 1, "history must be >= 1 or None", self.history)
+        valid = self.history is None or (isinstance(self.history, int) and self.history >= 1)
+        _require(valid, "history must be >= 1 or None", self.history)
         _require(self.line_search >= 0, "line_search must be >= 0", self.line_search)
 
     def init(self, z0: Tensor) -> _Directions:
