@@ -44,7 +44,7 @@ UNKNOWN_NAMES = [
     ("model.solver.max_stepz=3", "max_steps"),
     ("model.gradient.name=implict", "implicit"),
     ("optim.name=adamww", "adamw"),
-    ("optim.schedule=cosin", "cosine"),
+    ("optim.schedule=cosime", "cosine"),
     ("data.name=digitz", "digits"),
     ("run.device=gpu", "cpu"),
 ]

@@ -271,7 +271,7 @@ def test_cifar10_from_image_folders(test_folder: str, tmp_path: Path) -> None:
     write_images(tmp_path / test_folder, CIFAR_CLASSES[:3], 1, size=(32, 32))
     train, test = read_cifar10(tmp_path, True), read_cifar10(tmp_path, False)
     assert train.images.shape == (20, 3, 32, 32)
-    assert train.labels.tolist() == [k // 2 for k in range(20)]
+    assert train.labels.tolist() == [k % 10 for k in range(20)]  # classes mixed, for data.num_train
     assert test.labels.tolist() == [0, 1, 2]
 
 

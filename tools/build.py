@@ -1,6 +1,8 @@
 """From a config to the objects of a run: device and processes, model, data, optimiser."""
 
+import inspect
 import os
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -59,6 +61,16 @@ def known_model(name: str) -> str:
     return name
 
 
+def _reason(error: Exception) -> str:
+    """Return the first line of an error, with the nearest argument where an unknown one was given."""
+    text = (str(error).splitlines() or [type(error).__name__])[0]
+    unknown = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
+    if unknown is None or not hasattr(mdeq, unknown[1]):
+        return text
+    valid = list(inspect.signature(getattr(mdeq, unknown[1])).parameters)
+    return f"unknown argument {unknown[2]}; {nearest(unknown[2], valid)}"
+
+
 def build_model(config: ModelConfig, num_classes: int | None, *, for_training: bool) -> nn.Module:
     """Return the model of a config with its weights.
 
@@ -78,9 +90,8 @@ def build_model(config: ModelConfig, num_classes: int | None, *, for_training: b
         kwargs["num_classes"] = num_classes
     try:
         model = timm.create_model(known_model(config.name), pretrained=config.pretrained, **kwargs)
-    except (TypeError, ValueError, RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0].replace("MDEQ.__init__() ", "")
-        raise BadInput(f"model {config.name}: {reason}") from None
+    except (TypeError, ValueError, RuntimeError, OSError, AssertionError, AttributeError, LookupError) as error:
+        raise BadInput(f"model {config.name}: {_reason(error)}") from None
     if config.checkpoint is not None:
         classifier = model.pretrained_cfg["classifier"]
         load_weights(model, config.checkpoint, classifier=classifier, new_classifier=for_training)
@@ -92,7 +103,7 @@ def freeze(model: nn.Module, config: ModelConfig) -> tuple[nn.Module, ...]:
     norms = tuple(m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
     if not config.freeze:
         return norms if config.freeze_bn else ()
-    head = (model.head, model.get_classifier())
+    head = (model.head, model.head_drop, model.get_classifier())
     trained = {id(p) for part in head for p in part.parameters()}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
@@ -129,17 +140,3 @@ def check_classes(model: nn.Module, found: int | None, origin: str) -> None:
     """Raise BadInput if data have more classes than a model."""
     if found is not None and found > model.num_classes:
         raise BadInput(f"{origin} has {found} classes, the model {model.num_classes}; set data.num_classes={found}")
-
-
-__all__ = [
-    "DTYPES",
-    "autocast",
-    "build_model",
-    "build_split",
-    "check_classes",
-    "freeze",
-    "image_spec",
-    "known_model",
-    "mdeq",
-    "start_process",
-]

@@ -1,9 +1,8 @@
 """Checkpoints that are complete or not there at all, and weights read from files that may be damaged or hostile."""
 
 import os
-import pickle
+import shutil
 import tempfile
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,20 @@ STATE_FILE = "checkpoint.pt"
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.yaml"
 FORMAT = {"format": "pt", "mdeq_format": "1"}  # version of the names and shapes in the file
+
+
+def check_folder(path: Path) -> None:
+    """Raise BadInput if no folder can be made at a path because a file is in its place."""
+    for place in (path, *path.parents):
+        if place.exists() and not place.is_dir():
+            raise BadInput(f"{place} is a file, no folder to write to")
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove the half-written files that a kill left in a run's folder."""
+    for name in (STATE_FILE, WEIGHTS_FILE, CONFIG_FILE, "config.json", "log.csv", "export"):
+        for path in folder.glob(f".{name}.*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -96,7 +109,7 @@ def _unpickle(path: Path) -> Any:
         raise BadInput(f"no checkpoint {path}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, OSError) as error:
+    except Exception as error:  # what a damaged pickle raises depends on where it is damaged
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BadInput(f"{path} is damaged, or needs more than plain weights to be unpickled: {reason}") from None
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,10 +119,17 @@ _CHOICES = {
     "run.dtype": ("float32", "float64"),
 }
 _AT_LEAST_ONE = (
-    "data.batch_size", "data.image_size", "data.num_train", "optim.accumulate", "deq.warmup_unroll",
-    "deq.jacobian_probes", "deq.jacobian_increment_steps", "run.epochs", "run.eval_every", "run.max_bad_steps",
-    "run.threads",
+    "data.batch_size", "data.image_size", "data.num_train", "data.num_classes", "optim.accumulate",
+    "deq.warmup_unroll", "deq.jacobian_probes", "deq.jacobian_increment_steps", "run.epochs", "run.eval_every",
+    "run.max_bad_steps", "run.threads",
 )  # fmt: skip
+_POSITIVE = ("optim.lr", "optim.clip_grad", "optim.decay_epochs", "run.checkpoint_minutes", "run.max_minutes")
+_NOT_NEGATIVE = (
+    "data.workers", "data.mixup", "data.cutmix", "optim.weight_decay", "optim.momentum", "optim.warmup_epochs",
+    "optim.min_lr", "optim.decay_rate", "optim.layer_decay", "deq.warmup_steps", "deq.jacobian_weight",
+    "deq.jacobian_increment", "deq.warmup_jacobian_weight", "run.seed",
+)  # fmt: skip
+_SHARES = ("data.reprob", "optim.label_smoothing", "optim.ema_decay", "deq.jacobian_prob")
 
 
 def nearest(word: str, valid: Sequence[str]) -> str:
@@ -143,7 +151,13 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Train
         if "=" not in override:
             raise BadInput(f"expected key=value, got {override!r}")
         config = _merge(config, lambda o=override: OmegaConf.from_dotlist([o]), override)
-    result = OmegaConf.to_object(config)
+    try:
+        missing = OmegaConf.missing_keys(config)
+        result = OmegaConf.to_object(config)
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        raise BadInput(f"config: {str(error).splitlines()[0]}") from None
+    if missing:
+        raise BadInput(f"{min(missing)} has no value")
     _check(result)
     return result
 
@@ -154,12 +168,16 @@ def _merge(config: Any, read: Any, origin: str) -> Any:
         if not OmegaConf.is_dict(update):
             raise BadInput(f"{origin}: expected a mapping of settings")
         _check_keys(OmegaConf.to_container(update), origin)
+        for key in ("solver", "gradient"):
+            # Another solver has other settings: it takes the place of the one before instead of adding to it.
+            if "name" in (OmegaConf.select(update, f"model.{key}") or {}):
+                config.model[key] = None
         return OmegaConf.merge(config, update)
     except FileNotFoundError:
         raise BadInput(f"no config file {origin}") from None
     except YAMLError as error:
         raise BadInput(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
-    except (OmegaConfBaseException, ValueError, OSError) as error:
+    except (OmegaConfBaseException, ValueError, TypeError, OSError) as error:
         key = getattr(error, "full_key", None)
         reason = str(error).splitlines()[0]
         raise BadInput(f"{origin}: {f'{key}: ' if key else ''}{reason}") from None
@@ -202,9 +220,15 @@ def _check(config: TrainConfig) -> None:
     for key in _AT_LEAST_ONE:
         if value(key) is not None and value(key) < 1:
             raise BadInput(f"{key} must be >= 1, got {value(key)}")
-    for key in ("optim.lr", "run.checkpoint_minutes", "run.max_minutes"):
-        if value(key) is not None and value(key) <= 0:
-            raise BadInput(f"{key} must be > 0, got {value(key)}")
+    for keys, rule, holds in (
+        (_POSITIVE, "> 0", lambda number: number > 0),
+        (_NOT_NEGATIVE, ">= 0", lambda number: number >= 0),
+        (_SHARES, "in [0, 1]", lambda number: 0 <= number <= 1),
+    ):
+        for key in keys:
+            number = value(key)
+            if number is not None and not (math.isfinite(number) and holds(number)):
+                raise BadInput(f"{key} must be {rule} and finite, got {number}")
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:

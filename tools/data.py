@@ -1,5 +1,6 @@
 """Data sets and loaders. Small image sets are arrays in memory; everything else is read by timm."""
 
+import logging
 import lzma
 import random
 import tarfile
@@ -19,10 +20,14 @@ from timm.task.evaluator import evaluation_sample_limit
 from torch import Tensor
 from torchvision.datasets import CIFAR10
 
-from tools.config import BadInput, DataConfig
+from tools.config import BadInput, DataConfig, nearest
 
 CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MIN_SIZE = 16
+DATA_NAMES = ("digits", "cifar10", "folder", "hfds/...", "hfids/...", "wds/...", "tfds/...", "torch/...")
+
+# An image that cannot be read ends a run with one line, see StrictImages; timm would say so a second time.
+logging.getLogger("timm.data.dataset").setLevel(logging.ERROR)
 
 Batch = tuple[Tensor, Tensor]
 """Normalised images `(B, C, H, W)` on the device, labels `(B,)`."""
@@ -114,6 +119,8 @@ class ArrayBatches:
         self.images, self.labels = arrays.images.to(home), arrays.labels.to(home)
         self.training, self.seed, self.process = training, seed, process
         self.batch_size = min(config.batch_size, len(self.labels))
+        if training:  # every process has as many images of a batch, or the mean of the processes' gradients is none
+            self.batch_size -= self.batch_size % process.world_size
         self.augment = config.augment if training else "none"
         constants = dict(device=process.device, dtype=torch.float32)
         self.mean = 255 * torch.tensor(spec.mean, **constants).view(1, -1, 1, 1)
@@ -191,9 +198,9 @@ def read_cifar10(root: Path, train: bool, limit: int | None = None, download: bo
         root / name for name in (("train",) if train else ("test", "val", "validation")) if (root / name).is_dir()
     ]
     if archive.exists():
-        return _stack(_read_archive(archive), limit)
+        return _stack(_read_archive(archive), limit, archive)
     if folders:
-        return _stack(_read_folder(folders[0]), limit)
+        return _stack(_read_folder(folders[0]), limit, folders[0])
     if not download and not (root / CIFAR10.base_folder).is_dir():
         raise BadInput(
             f"no CIFAR-10 in {root}: expected {archive.name}, a folder {'train' if train else 'test'}/ of images, "
@@ -207,8 +214,11 @@ def read_cifar10(root: Path, train: bool, limit: int | None = None, download: bo
     return Arrays(images, torch.tensor(dataset.targets[:limit]))
 
 
-def _stack(samples: Iterator[tuple[np.ndarray, int]], limit: int | None) -> Arrays:
-    images, labels = zip(*islice(samples, limit))
+def _stack(samples: Iterator[tuple[np.ndarray, int]], limit: int | None, origin: Path) -> Arrays:
+    chosen = list(islice(samples, limit))
+    if not chosen:
+        raise BadInput(f"no images in {origin}")
+    images, labels = zip(*chosen)
     return Arrays(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels))
 
 
@@ -237,10 +247,8 @@ def _read_archive(path: Path) -> Iterator[tuple[np.ndarray, int]]:
 
 
 def _read_folder(root: Path) -> Iterator[tuple[np.ndarray, int]]:
-    files = sorted(path for path in root.glob("*/*") if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp"))
-    if not files:
-        raise BadInput(f"no images in {root}")
-    for path in files:
+    files = [path for path in root.glob("*/*") if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp")]
+    for path in sorted(files, key=lambda path: (path.name, path.parent.name)):  # classes mixed, for data.num_train
         yield _pixels(path, str(path)), _label(path.parent.name, root)
 
 
@@ -257,8 +265,8 @@ class StrictImages(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> Any:
         try:
             return self.dataset[index]
-        except (RuntimeError, OSError, SyntaxError) as error:
-            raise BadInput(f"cannot read image {self.dataset.filename(index, absolute=True)}: {error}") from None
+        except (RuntimeError, OSError, SyntaxError):
+            raise BadInput(f"cannot read image {self.dataset.filename(index, absolute=True)}") from None
 
     @property
     def transform(self) -> Any:
@@ -295,13 +303,37 @@ class ReaderBatches:
                 yield x[:keep].to(self.process.device), y[:keep].to(self.process.device)
 
 
+_SPLITS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation", "test"))
+
+
+def _require_split(root: Path, split: str) -> None:
+    """Raise BadInput where timm would take the whole folder for a split that is not there."""
+    if not root.exists():
+        raise BadInput(f"no data folder {root}; set data.root")
+    names = next((names for names in _SPLITS if split in names), (split,))
+    if root.is_dir() and not any((root / name).is_dir() for name in (split, *names)):
+        raise BadInput(f"{root} has no folder {split}; set data.train_split and data.test_split to what is there")
+
+
+def _require_same_classes(root: Path, train_split: str, classes: set[str], split: str) -> None:
+    """Raise BadInput if a split lacks a class of the training folder: the labels of the others would shift."""
+    names = (train_split, *next((names for names in _SPLITS if train_split in names), ()))
+    folder = next((root / name for name in names if (root / name).is_dir()), None)
+    if folder is not None:
+        differing = {path.name for path in folder.iterdir() if path.is_dir()} ^ classes
+        if differing:
+            raise BadInput(f"{root}: {split} and {folder.name} differ in their classes, such as {min(differing)}")
+
+
 def _reader_batches(
     config: DataConfig, spec: ImageSpec, process: Process, training: bool, seed: int
 ) -> tuple[Batches, int | None]:
     name = "" if config.name == "folder" else config.name
+    if name and "/" not in name:
+        raise BadInput(f"unknown data.name {name}; {nearest(name, DATA_NAMES)}")
     split = config.train_split if training else config.test_split
-    if name == "" and not Path(config.root).exists():
-        raise BadInput(f"no data folder {config.root}; set data.root")
+    if name == "":
+        _require_split(Path(config.root), split)
     per_process = config.batch_size // process.world_size
     try:
         dataset = create_dataset(
@@ -319,6 +351,8 @@ def _reader_batches(
     if spec.size[0] not in (1, 3):
         raise BadInput(f"image files have 1 or 3 channels, the model takes {spec.size[0]} (model.kwargs.in_chans)")
     classes = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
+    if name == "" and classes and not training:
+        _require_same_classes(Path(config.root), config.train_split, set(classes), split)
     if not isinstance(dataset, torch.utils.data.IterableDataset):
         if training and config.num_train is not None:
             raise BadInput("data.num_train is for digits and cifar10; use a split or a smaller folder")

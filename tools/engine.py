@@ -27,18 +27,23 @@ class SolveLog:
         self.status: list[Tensor] = []
         self.evaluations: list[Tensor] = []
 
-    def add(self, stats: SolveStats | None) -> None:
+    def add(self, stats: SolveStats | None, last_iterate: bool = False) -> None:
+        """Count a solve, by the residual of the iterate it returned or of its last one."""
         if stats is not None:
-            self.residual.append(stats.residual.detach().double())
+            self.residual.append((stats.trace[-1] if last_iterate else stats.residual).detach().double())
             self.status.append(stats.status)
             self.evaluations.append(stats.num_steps.double() + 1)
 
     def summary(self, process: Process = Process(), prefix: str = "") -> dict[str, float]:
         """Return mean evaluations, mean and quantiles of the residual, and shares of the statuses, of all processes."""
-        if not self.residual:
+        columns = torch.zeros(3, 0, dtype=torch.float64)
+        if self.residual:
+            parts = (self.residual, self.status, self.evaluations)
+            columns = torch.stack([torch.cat(x).double().cpu() for x in parts])
+        # A process without samples takes part too, or the others would wait for it.
+        residual, status, evaluations = _gather(columns, process)
+        if len(residual) == 0:
             return {}
-        columns = [torch.cat(x).double().cpu() for x in (self.residual, self.status, self.evaluations)]
-        residual, status, evaluations = _gather(torch.stack(columns), process)
         finite = residual.nan_to_num(nan=math.inf)
         result = {"evaluations": float(evaluations.mean()), "residual_mean": float(finite.mean())}
         ordered = finite.sort().values
@@ -75,7 +80,7 @@ class Tally:
     def summary(self, process: Process) -> dict[str, float]:
         values = _gather(self.values.unsqueeze(1), process).sum(dim=1)
         samples, loss, top1, top5 = values.tolist()
-        samples = max(samples, 1)
+        samples = samples or math.nan  # of nothing there is no mean
         return {"loss": loss / samples, "top1": 100 * top1 / samples, "top5": 100 * top5 / samples}
 
 
@@ -89,6 +94,7 @@ def evaluate(
     dtype: torch.dtype = torch.float32,
     solver: FixedPointSolver | None = None,
     unroll: int = 0,
+    last_iterate: bool = False,
     watch: Callable[[Iterator[Any]], Iterator[Any]] = iter,
 ) -> dict[str, float]:
     """Return loss, top-1 and top-5 (per cent), and how the solves went, of a model in eval mode on a split.
@@ -101,6 +107,7 @@ def evaluate(
         dtype: of the images.
         solver: replaces the model's own.
         unroll: if above 0, f is applied that many times instead of solving (the explicit twin).
+        last_iterate: report the residual of the solver's last iterate, not of its best.
         watch: wraps the iterator, for a progress bar.
     """
     model.eval()
@@ -112,7 +119,7 @@ def evaluate(
             logits, equilibrium = model(x.to(dtype), return_equilibrium=True, solver=solver, unroll=unroll)
         logits = logits.float()
         tally.add(nn.functional.cross_entropy(logits, y), logits, y)
-        solves.add(equilibrium.stats)
+        solves.add(equilibrium.stats, last_iterate)
     return {**tally.summary(process), **solves.summary(process)}
 
 
@@ -161,11 +168,11 @@ class Trainer:
         Raises:
             BadInput: after `max_bad_steps` skipped steps in a row, or if a batch norm is left with one value.
         """
-        if self.mixup is not None:
-            x, y = self.mixup(x, y)
         # Chance depends on the step alone, so that a resumed run goes the same way; dropout differs between processes.
         draw = random.Random(f"{self.seed} {self.num_steps}").random()
         seed_everything(self.seed, self.num_steps, self.process.rank, 1)
+        if self.mixup is not None:
+            x, y = self.mixup(x, y)
         weight = jacobian_weight(self.deq, self.num_steps, epoch)
         probes = self.deq.jacobian_probes if weight > 0 and draw < self.deq.jacobian_prob else 0
         unroll = self.deq.warmup_unroll if self.num_steps < self.deq.warmup_steps else 0

@@ -42,17 +42,26 @@ class RunLog:
         if self.path.exists():  # epochs after the checkpoint are done again
             with open(self.path, newline="") as file:
                 self.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < first_epoch]
+        self.folder, self.settings = folder, settings
+        # Looked for at once, opened with the first row: a run that fails to start leaves nothing behind.
+        self._tensorboard = _optional("torch.utils.tensorboard", "tensorboard") if run.tensorboard else None
+        self._wandb = _optional("wandb", "wandb") if run.wandb else None
         self.board: Any = None
         self.wandb: Any = None
-        if run.tensorboard:
-            self.board = _optional("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(folder))
-        if run.wandb:
-            self.wandb = _optional("wandb", "wandb").init(
-                project="mdeq", name=folder.name, dir=str(folder), config=settings, resume="allow", id=folder.name
+
+    def _open(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self._tensorboard is not None and self.board is None:
+            self.board = self._tensorboard.SummaryWriter(str(self.folder))
+        if self._wandb is not None and self.wandb is None:
+            name, folder = self.folder.name, str(self.folder)
+            self.wandb = self._wandb.init(
+                project="mdeq", name=name, dir=folder, config=self.settings, resume="allow", id=name
             )
 
     def add(self, row: dict[str, float]) -> None:
         """Add the row of an epoch."""
+        self._open()
         self.rows.append(row)
         names = dict.fromkeys(name for r in self.rows for name in r)
         names = [n for n in METRICS if n in names] + [n for n in names if n not in METRICS]

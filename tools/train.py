@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch._functorch.config
+from omegaconf import OmegaConf
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, list_optimizers
@@ -28,11 +29,22 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from tools import build
-from tools.checkpoint import CONFIG_FILE, STATE_FILE, export, load_state, save_state, write_atomically
+from tools.checkpoint import (
+    CONFIG_FILE,
+    STATE_FILE,
+    check_folder,
+    clear_leftovers,
+    export,
+    load_state,
+    save_state,
+    write_atomically,
+)
 from tools.config import DEFAULT_CONFIG, BadInput, TrainConfig, config_yaml, load_config, nearest, split_overrides
 from tools.data import Batches, Process
 from tools.engine import Trainer, evaluate, train_epoch
 from tools.report import RunLog, program, result_lines
+
+SCHEDULES = ("cosine", "step", "multistep", "tanh", "poly", "wsd", "rsqrt", "constant", "none")
 
 
 def parse_arguments() -> tuple[Path, TrainConfig]:
@@ -40,7 +52,10 @@ def parse_arguments() -> tuple[Path, TrainConfig]:
     parser.add_argument("config", nargs="?", type=Path, default=DEFAULT_CONFIG, help="YAML file; default: digits")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file")
     overrides, rest = split_overrides(sys.argv[1:])
-    path = parser.parse_args(rest).config
+    arguments = parser.parse_args(rest)
+    if arguments.overrides:
+        raise BadInput(f"expected key=value, got {arguments.overrides[0]!r}")
+    path = arguments.config
     return path, load_config(path, overrides)
 
 
@@ -52,6 +67,7 @@ def run_folder(config: TrainConfig, name: str) -> Path:
     """
     if config.run.out_dir is not None:
         folder = Path(config.run.out_dir)
+        check_folder(folder)
         if not config.run.resume and (folder / STATE_FILE).exists():
             raise BadInput(
                 f"{folder} holds a run already; set run.resume=true to go on with it, or another run.out_dir"
@@ -85,8 +101,6 @@ class Run:
         if config.run.resume:
             self._restore(load_state(self.folder / STATE_FILE))
         if process.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.folder / CONFIG_FILE, lambda path: path.write_text(config_yaml(config)))
             self.log = RunLog(self.folder, config.run, dataclasses.asdict(config), self.epoch)
 
     def _model_and_data(self) -> tuple[nn.Module, Batches, Batches]:
@@ -101,12 +115,15 @@ class Run:
             model = build.build_model(config.model, classes, for_training=True)
         for found, origin in ((classes, "the training split"), (test_classes, "the test split")):
             build.check_classes(model, found, origin)
+        config.data.num_classes = model.num_classes  # the effective config, from which validate.py builds the model
         model.pretrained_cfg = {**model.pretrained_cfg, "input_size": spec.size, "tag": "", "hf_hub_id": None}
         return model.to(process.device, self.dtype), train_batches, test_batches
 
     def _trainer(self) -> Trainer:
         config, process, model = self.config, self.process, self.model
         optim, data = config.optim, config.data
+        if process.world_size > 1 and process.device.type == "cuda":
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)  # before anything holds on to the batch norms it replaces
         frozen = build.freeze(model, config.model)
         if config.run.compile:
             # The implicit gradient goes through the backward graph of one evaluation many times.
@@ -114,14 +131,19 @@ class Run:
             model.equilibrium.cell.compile(dynamic=True)
         if optim.name not in list_optimizers():
             raise BadInput(f"unknown optim.name {optim.name}; {nearest(optim.name, list_optimizers())}")
-        optimizer = create_optimizer_v2(
-            model,
-            opt=optim.name,
-            lr=optim.lr,
-            weight_decay=optim.weight_decay,
-            momentum=optim.momentum,
-            layer_decay=optim.layer_decay,
-        )
+        try:
+            optimizer = create_optimizer_v2(
+                model,
+                opt=optim.name,
+                lr=optim.lr,
+                weight_decay=optim.weight_decay,
+                momentum=optim.momentum,
+                layer_decay=optim.layer_decay,
+            )
+        except (ValueError, TypeError, AssertionError, RuntimeError, ImportError) as error:
+            raise BadInput(f"optim.name={optim.name}: {error}") from None
+        if optim.schedule not in SCHEDULES:
+            raise BadInput(f"unknown optim.schedule {optim.schedule}; {nearest(optim.schedule, SCHEDULES)}")
         try:
             scheduler, _ = create_scheduler_v2(
                 optimizer,
@@ -140,9 +162,16 @@ class Run:
             raise BadInput(f"optim.schedule={optim.schedule}: {error}") from None
         if scheduler is not None:
             scheduler.step_update(0)
+        else:  # it is the scheduler that applies the layer-wise rates
+            for group in optimizer.param_groups:
+                group["lr"] *= group.get("lr_scale", 1.0)
         mixup = None
         criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=optim.label_smoothing)
         if data.mixup > 0 or data.cutmix > 0:
+            if data.batch_size // process.world_size % 2:
+                raise BadInput(
+                    f"mixup needs an even number of images per process, got data.batch_size={data.batch_size}"
+                )
             mixup = Mixup(
                 mixup_alpha=data.mixup,
                 cutmix_alpha=data.cutmix,
@@ -155,8 +184,6 @@ class Run:
             ema = ModelEmaV3(model, decay=optim.ema_decay, use_warmup=True)
         wrapped = model
         if process.world_size > 1:
-            if process.device.type == "cuda":
-                nn.SyncBatchNorm.convert_sync_batchnorm(model)
             wrapped = DistributedDataParallel(
                 model, device_ids=[process.device] if process.device.type == "cuda" else None
             )
@@ -184,10 +211,18 @@ class Run:
         """The weights that are evaluated and exported: the average, where one is kept."""
         return self.model if self.trainer.ema is None else self.trainer.ema.module
 
-    def save(self) -> None:
-        """Write the state to resume from, then the weights for use."""
+    def save(self, final: bool = False) -> None:
+        """Write the state to resume from, then the weights for use.
+
+        Amid steps that had to be skipped the last good checkpoint stays, unless this one is the last and its weights
+        are finite.
+        """
         trainer = self.trainer
-        if self.process.is_main:
+        good = trainer.bad_in_a_row == 0 or (final and all(torch.isfinite(p).all() for p in self.model.parameters()))
+        if self.process.is_main and good:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            clear_leftovers(self.folder)
+            write_atomically(self.folder / CONFIG_FILE, lambda path: path.write_text(config_yaml(self.config)))
             state = {
                 "epoch": self.epoch,
                 "batch": self.batch,
@@ -205,18 +240,21 @@ class Run:
     def _restore(self, state: dict[str, Any]) -> None:
         trainer = self.trainer
         try:
+            before = OmegaConf.create(state["config"]).optim.name
+            if before != self.config.optim.name:
+                raise ValueError(f"optim.name={before}")
             self.model.load_state_dict(state["model"])
             if trainer.ema is not None:
                 trainer.ema.module.load_state_dict(state["ema"])
             trainer.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError, AttributeError, TypeError) as error:
+            trainer.scaler.load_state_dict(state["scaler"])
+            trainer.num_steps, trainer.bad_steps, trainer.bad_in_a_row = state["counts"]
+            self.epoch, self.batch = state["epoch"], state["batch"]
+        except (RuntimeError, ValueError, AttributeError, TypeError, LookupError) as error:
             reason = str(error).splitlines()[0]
             raise BadInput(f"{self.folder / STATE_FILE} is of a run with other settings: {reason}") from None
-        trainer.scaler.load_state_dict(state["scaler"])
-        trainer.num_steps, trainer.bad_steps, trainer.bad_in_a_row = state["counts"]
         if trainer.scheduler is not None:
             trainer.scheduler.step_update(trainer.num_steps)
-        self.epoch, self.batch = state["epoch"], state["batch"]
 
     def _out_of_time(self) -> bool:
         late = self.deadline is not None and time.monotonic() > self.deadline
@@ -243,10 +281,12 @@ class Run:
                     self.save()
                 return True
 
-            result = train_epoch(self.trainer, self.train_batches, self.epoch, start=self.batch, after_step=after_step)
-            bar.close()
+            with bar:  # an error must not be said on the line of the bar
+                result = train_epoch(
+                    self.trainer, self.train_batches, self.epoch, start=self.batch, after_step=after_step
+                )
             if not result.complete:
-                self.save()
+                self.save(final=True)
                 return False
             self._end_epoch(result.metrics)
             if self._out_of_time() and self.epoch < config.run.epochs:
@@ -279,7 +319,7 @@ class Run:
                 f"{train['images_per_s']:.0f} images/s"
                 + (f", residual {row['test_residual_mean']:.1e}" if "test_residual_mean" in row else "")
             )
-        self.save()
+        self.save(final=last)
 
     def _bar(self, desc: str, unit: str, iterable: Any = None, **kwargs: Any) -> tqdm:
         quiet = not (self.config.run.progress and self.process.is_main)

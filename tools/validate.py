@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from mdeq import Picard
 from tools import build
-from tools.checkpoint import CONFIG_FILE, write_atomically
+from tools.checkpoint import CONFIG_FILE, check_folder, write_atomically
 from tools.config import BadInput, TrainConfig, load_config, split_overrides
 from tools.data import Batches, Process
 from tools.engine import evaluate
@@ -60,6 +60,8 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
         parser.error(f"expected key=value, got {arguments.overrides[0]}")
     if arguments.steps is not None and min(arguments.steps) < 1:
         raise BadInput(f"--steps must be >= 1, got {min(arguments.steps)}")
+    if arguments.out is not None:
+        check_folder(arguments.out)
     path, checkpoint = arguments.config, arguments.checkpoint
     if checkpoint is not None:
         if not checkpoint.exists():
@@ -98,9 +100,8 @@ def steps_table(model: Any, steps: list[int], run: Any) -> list[dict[str, float]
     for count in sorted(set(steps)):
         row = run(f"{count} steps", solver=dataclasses.replace(model.deq.solver, max_steps=count))
         twin = run(f"{count} times f", unroll=count)
-        plain = run(
-            f"{count} times f, residual", solver=Picard(max_steps=count, tol=0.0, divergence_factor=float("inf"))
-        )
+        picard = Picard(max_steps=count, tol=0.0, divergence_factor=float("inf"))
+        plain = run(f"{count} times f, residual", solver=picard, last_iterate=True)
         row = {"steps": count, **row, "twin_top1": twin["top1"], "twin_residual_mean": plain["residual_mean"]}
         rows.append({name: row[name] for name in COLUMNS})
     return rows
