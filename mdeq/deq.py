@@ -47,6 +47,13 @@ class _FlatFn:
         return f_z
 
 
+def _flatten(fn: StateFn, state: State) -> tuple[_FlatFn, Tensor]:
+    """Return a map and a state in the form and dtype that solvers work in, at least float32."""
+    layout, inner = StateLayout.of(state), state[0].dtype
+    outer = torch.promote_types(inner, torch.float32)
+    return _FlatFn(fn, layout, inner, outer), layout.flatten(state, outer)
+
+
 class DEQ(nn.Module):
     """Finds z* = f(z*) and differentiates through it, for any f over a tuple of tensors `(B, ...)` of any rank.
 
@@ -96,11 +103,8 @@ class DEQ(nn.Module):
         """
         if unroll < 0 or jacobian_probes < 0:
             raise ValueError(f"unroll and jacobian_probes must be >= 0, got {unroll} and {jacobian_probes}")
-        layout = StateLayout.of(z0)
-        inner = z0[0].dtype
-        outer = torch.promote_types(inner, torch.float32)
-        flat = _FlatFn(fn, layout, inner, outer)
-        z_start = layout.flatten(z0, outer).detach()
+        flat, z_start = _flatten(fn, z0)
+        z_start = z_start.detach()
         forward_solver = self.solver if solver is None else build_solver(solver)
         if unroll > 0:
             z, stats, record = z_start, None, []
@@ -109,15 +113,12 @@ class DEQ(nn.Module):
         else:
             z, stats, record = self.gradient.solve(flat, z_start, forward_solver, training=self.training)
         penalty = jacobian_frobenius(flat, z, jacobian_probes) if jacobian_probes > 0 else None
-        return Equilibrium(layout.unflatten(z.to(inner)), stats, penalty, record)
+        return Equilibrium(flat.layout.unflatten(z.to(flat.inner)), stats, penalty, record)
 
     @staticmethod
     def spectral_radius(fn: StateFn, state: State, num_iters: int = 100) -> Tensor:
         """Return the spectral radius of the Jacobian of fn at a state, `(B,)`; see `mdeq.spectral_radius`."""
-        layout = StateLayout.of(state)
-        inner = state[0].dtype
-        outer = torch.promote_types(inner, torch.float32)
-        return spectral_radius(_FlatFn(fn, layout, inner, outer), layout.flatten(state, outer), num_iters)
+        return spectral_radius(*_flatten(fn, state), num_iters)
 
     def extra_repr(self) -> str:
         return f"solver={self.solver}, gradient={self.gradient}"

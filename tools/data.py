@@ -306,19 +306,23 @@ class ReaderBatches:
 _SPLITS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation", "test"))
 
 
+def _split_folder(root: Path, split: str) -> Path | None:
+    """Return the folder of a split, by its name or one of the others that timm knows it by."""
+    names = (split, *next((names for names in _SPLITS if split in names), ()))
+    return next((root / name for name in names if (root / name).is_dir()), None)
+
+
 def _require_split(root: Path, split: str) -> None:
     """Raise BadInput where timm would take the whole folder for a split that is not there."""
     if not root.exists():
         raise BadInput(f"no data folder {root}; set data.root")
-    names = next((names for names in _SPLITS if split in names), (split,))
-    if root.is_dir() and not any((root / name).is_dir() for name in (split, *names)):
+    if root.is_dir() and _split_folder(root, split) is None:
         raise BadInput(f"{root} has no folder {split}; set data.train_split and data.test_split to what is there")
 
 
 def _require_same_classes(root: Path, train_split: str, classes: set[str], split: str) -> None:
     """Raise BadInput if a split lacks a class of the training folder: the labels of the others would shift."""
-    names = (train_split, *next((names for names in _SPLITS if train_split in names), ()))
-    folder = next((root / name for name in names if (root / name).is_dir()), None)
+    folder = _split_folder(root, train_split)
     if folder is not None:
         differing = {path.name for path in folder.iterdir() if path.is_dir()} ^ classes
         if differing:
