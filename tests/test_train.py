@@ -46,7 +46,22 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_files_of_a_run(finished: tuple[Path, str]) -> None:
     names = {path.name for path in finished[0].iterdir()}
-    assert names == {"config.yaml", "log.csv", "model.safetensors", "config.json", "checkpoint.pt"}
+    assert names == {"config.yaml", "log.csv", "model.safetensors", "config.json", "checkpoint.pt", "results.json"}
+
+
+def test_results_are_those_of_the_last_lines(finished: tuple[Path, str]) -> None:
+    """And the command holds no place of this machine."""
+    folder, out = finished
+    record = json.loads((folder / "results.json").read_text())
+    metrics, twice = record["evaluation"]["metrics"], record["evaluation"]["metrics_at_twice_the_steps"]
+    assert f"test accuracy: {metrics['top1']:.1f} %" in out
+    assert f"without tolerance): {twice['top1']:.1f} %" in out
+    assert f"residual: mean {metrics['residual_mean']:.2e}" in out
+    assert record["evaluation"]["solver"]["name"] == "picard"
+    assert record["training"]["seed"] == 0
+    assert record["training"]["minutes"] > 0
+    command = record["training"]["command"]
+    assert command == "python tools/train.py tests/data/tiny.yaml run.out_dir=DIR run.epochs=2 optim.ema_decay=0.9"
 
 
 def test_saved_config_is_the_effective_one(finished: tuple[Path, str]) -> None:

@@ -1,6 +1,7 @@
 """tools/validate.py: what it prints, the table over solver steps, and what it refuses."""
 
 import dataclasses
+import json
 import math
 import re
 import shutil
@@ -53,6 +54,21 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 def printed(out: str) -> float:
     return float(re.search(r"^test accuracy: (\d+\.\d+) %", out, re.M).group(1))
+
+
+def test_record(trained: Path, tmp_path: Path) -> None:
+    """With --record the evaluation takes the place of the one before; how the run was trained stays."""
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    before = json.loads((folder / "results.json").read_text())
+    validate("--checkpoint", folder, "--record", "model.solver.max_steps=5").ok()
+    after = json.loads((folder / "results.json").read_text())
+    assert after["training"] == before["training"]
+    assert (before["evaluation"]["solver"]["max_steps"], after["evaluation"]["solver"]["max_steps"]) == (2, 5)
+    command = "python tools/validate.py --checkpoint run --record model.solver.max_steps=5"
+    assert after["evaluation"]["command"] == command
+    (folder / "results.json").write_text("{")
+    assert "results.json is damaged" in validate("--checkpoint", folder, "--record").refusal()
 
 
 def test_accuracy_and_solves(trained: Path, model: MDEQ, split: tuple[Tensor, Tensor]) -> None:

@@ -18,6 +18,7 @@ from tools.config import BadInput
 STATE_FILE = "checkpoint.pt"
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.yaml"
+RESULTS_FILE = "results.json"
 FORMAT = {"format": "pt", "mdeq_format": "1"}  # version of the names and shapes in the file
 
 
@@ -30,7 +31,7 @@ def check_folder(path: Path) -> None:
 
 def clear_leftovers(folder: Path) -> None:
     """Remove the half-written files that a kill left in a run's folder."""
-    for name in (STATE_FILE, WEIGHTS_FILE, CONFIG_FILE, "config.json", "log.csv", "export"):
+    for name in (STATE_FILE, WEIGHTS_FILE, CONFIG_FILE, RESULTS_FILE, "config.json", "log.csv", "export"):
         for path in folder.glob(f".{name}.*"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 

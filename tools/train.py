@@ -43,6 +43,7 @@ from tools.config import DEFAULT_CONFIG, BadInput, TrainConfig, config_yaml, loa
 from tools.data import Batches, Process
 from tools.engine import Trainer, evaluate, train_epoch
 from tools.report import RunLog, program, result_lines
+from tools.results import circumstances, evaluation, write_results
 
 SCHEDULES = ("cosine", "step", "multistep", "tanh", "poly", "wsd", "rsqrt", "constant", "none")
 
@@ -96,7 +97,7 @@ class Run:
         self.trainer = self._trainer()
         self.epoch, self.batch = 0, 0  # where to go on: this epoch, after so many batches of it
         self.deadline = None if config.run.max_minutes is None else time.monotonic() + 60 * config.run.max_minutes
-        self.saved = time.monotonic()
+        self.started = self.saved = time.monotonic()
         self.result: dict[str, float] = {}  # of the last evaluation
         if config.run.resume:
             self._restore(load_state(self.folder / STATE_FILE))
@@ -350,7 +351,15 @@ class Run:
         print("\n".join(result_lines(result)))
         if self.trainer.bad_steps:
             print(f"skipped steps (loss or gradient not finite): {self.trainer.bad_steps}")
+        self._record(result, twice)
         print(f"checkpoint: {self.folder / 'model.safetensors'}")
+
+    def _record(self, result: dict[str, float], twice: dict[str, float]) -> None:
+        """Write results.json, from which tools/publish.py makes the model card."""
+        config, where = self.config, (self.process.device, self.process.world_size)
+        minutes = None if config.run.resume else (time.monotonic() - self.started) / 60
+        training = {"seed": config.run.seed, "epochs": config.run.epochs, "minutes": minutes, **circumstances(*where)}
+        write_results(self.folder, training=training, evaluation=evaluation(self.final_model, result, twice, *where))
 
 
 def _peak_resident_mib() -> float:

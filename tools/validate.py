@@ -33,6 +33,7 @@ from tools.config import BadInput, TrainConfig, load_config, split_overrides
 from tools.data import Batches, Process
 from tools.engine import evaluate
 from tools.report import program, result_lines
+from tools.results import evaluation, write_results
 
 COLUMNS = [
     "steps",
@@ -53,6 +54,9 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
     parser.add_argument("--checkpoint", type=Path, help="weights: .safetensors, a run's folder, or a PyTorch file")
     parser.add_argument("--steps", type=int, nargs="+", help="numbers of solver steps to compare")
     parser.add_argument("--out", type=Path, help="folder for steps.csv and steps.png; default: that of the checkpoint")
+    parser.add_argument(
+        "--record", action="store_true", help="put this evaluation into results.json, for the model card"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the config")
     overrides, rest = split_overrides(sys.argv[1:])
     arguments = parser.parse_args(rest)
@@ -157,6 +161,13 @@ def main() -> None:
     print(f"test accuracy: {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['loss']:.4f}")
     print(f"at twice the solver steps ({2 * solver.max_steps}, without tolerance): {twice['top1']:.2f} %")
     print("\n".join(result_lines(result)))
+    checkpoint = arguments.checkpoint
+    fresh = Path("runs") / f"validate_{config.model.name.replace('/', '_')}"
+    beside = fresh if checkpoint is None else checkpoint if checkpoint.is_dir() else checkpoint.parent
+    folder = arguments.out or beside
+    if arguments.record:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_results(folder, evaluation=evaluation(model, result, twice, process.device, process.world_size))
     if rows:
         print(
             f"{'steps':>6} {'top-1':>8} {'residual':>10} {'evaluations':>12} {'twin top-1':>11} {'twin residual':>14}"
@@ -166,10 +177,6 @@ def main() -> None:
                 f"{row['steps']:6d} {row['top1']:8.2f} {row['residual_mean']:10.2e} {row['evaluations']:12.1f} "
                 f"{row['twin_top1']:11.2f} {row['twin_residual_mean']:14.2e}"
             )
-        checkpoint = arguments.checkpoint
-        fresh = Path("runs") / f"validate_{config.model.name.replace('/', '_')}"
-        beside = fresh if checkpoint is None else checkpoint if checkpoint.is_dir() else checkpoint.parent
-        folder = arguments.out or beside
         save_table(rows, folder, f"{config.model.name} on {config.data.name}")
         print(f"saved: {folder / 'steps.csv'}, {folder / 'steps.png'}")
 

@@ -1,0 +1,111 @@
+"""results.json: what a run reached, how, and on what; the records from which model cards and tables are made."""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+import mdeq
+from tools.checkpoint import RESULTS_FILE, write_atomically
+from tools.config import BadInput
+
+ROOT = Path(__file__).resolve().parent.parent
+PLACES = ("data.root", "run.out_dir")  # settings that say where, not what
+
+
+def hardware(device: torch.device, processes: int = 1) -> str:
+    """Return what a run ran on, as `1 x NVIDIA H100` or `2 threads of a CPU with 8 cores`."""
+    if device.type == "cuda":
+        return f"{processes} x {torch.cuda.get_device_name(device)}"
+    count = f"{processes} x " if processes > 1 else ""
+    cores = os.cpu_count()
+    return f"{count}{torch.get_num_threads()} thread(s) of a CPU with {cores} cores ({platform.machine()}), no GPU"
+
+
+def command() -> str:
+    """Return the command line of this program for people elsewhere: relative to the repository, `DIR` for places."""
+    return shlex.join(["python", *map(_elsewhere, sys.argv)])
+
+
+def _elsewhere(word: str) -> str:
+    if "=" in word:
+        key = word.partition("=")[0]
+        return f"{key}=DIR" if key in PLACES else word
+    path = Path(word)
+    if not (path.is_absolute() or path.exists()):
+        return word
+    path = path.resolve()
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
+
+
+def circumstances(device: torch.device, processes: int = 1) -> dict[str, Any]:
+    """Return command, hardware and versions of this process."""
+    return {
+        "command": command(),
+        "hardware": hardware(device, processes),
+        "versions": {"mdeq": mdeq.__version__, "torch": torch.__version__, "timm": timm.__version__},
+    }
+
+
+def evaluation(
+    model: Any, result: dict[str, float], twice: dict[str, float], device: torch.device, processes: int = 1
+) -> dict[str, Any]:
+    """Return the record of an evaluation.
+
+    Args:
+        model: what was evaluated.
+        result: its metrics at its own solver, as `engine.evaluate` returns them.
+        twice: its metrics at twice the steps, without tolerance.
+        device, processes: where.
+    """
+    solver = model.deq.solver
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "metrics": result,
+        "metrics_at_twice_the_steps": twice,
+        "solver": {"name": type(solver).__name__.lower(), **dataclasses.asdict(solver)},
+        **circumstances(device, processes),
+    }
+
+
+def write_results(folder: Path, **sections: Any) -> None:
+    """Put sections (`training`, `evaluation`) into the results.json of a folder; others stay as they are."""
+    path = folder / RESULTS_FILE
+    record = read_results(folder) if path.exists() else {}
+    text = json.dumps(_finite({**record, **sections}), indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def _finite(value: Any) -> Any:
+    """Return a record with null for numbers that JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """Return the results.json of a folder.
+
+    Raises:
+        BadInput: if there is none, or a damaged one.
+    """
+    path = folder / RESULTS_FILE
+    try:
+        record = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise BadInput(
+            f"{folder} has no {RESULTS_FILE}; train to the end, or run tools/validate.py --record on it"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} is damaged: {error}") from None
+    if not isinstance(record, dict):
+        raise BadInput(f"{path} is damaged: it holds no mapping")
+    return record
