@@ -8,7 +8,7 @@ from ._version import __version__
 from .deq import DEQ, Equilibrium
 from .gradients import GradientEstimator, ImplicitGradient, PhantomGradient, build_gradient
 from .jacobian import jacobian_frobenius, spectral_radius
-from .models import MDEQ, MultiscaleCell
+from .models import MDEQ, MultiscaleCell, list_models
 from .solvers import Anderson, Broyden, FixedPointSolver, Picard, SolveStats, SolveStatus, build_solver
 from .state import State, StateLayout
 
@@ -32,5 +32,6 @@ __all__ = [
     "build_gradient",
     "build_solver",
     "jacobian_frobenius",
+    "list_models",
     "spectral_radius",
 ]

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import yaml
 from helpers import ROOT, TINY, run, train
 from timm.optim import list_optimizers
 
+import mdeq
 from tools.config import DEFAULT_CONFIG, BadInput, TrainConfig, config_yaml, load_config, split_overrides
 from tools.report import program
 
@@ -138,7 +138,7 @@ def test_split_overrides() -> None:
 @pytest.mark.parametrize("path", [None, *CONFIGS, TINY], ids=lambda p: p.stem if p else "defaults")
 def test_config_loads_and_survives_writing(path: Path | None, tmp_path: Path) -> None:
     config = load_config(path)
-    assert config.model.name.partition(".")[0] in timm.list_models(module="mdeq")
+    assert config.model.name.partition(".")[0] in mdeq.list_models()
     assert config.optim.name in list_optimizers()
     (tmp_path / "again.yaml").write_text(config_yaml(config))
     assert load_config(tmp_path / "again.yaml") == config

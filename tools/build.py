@@ -55,7 +55,7 @@ def known_model(name: str) -> str:
     Raises:
         BadInput: naming the nearest model.
     """
-    valid = timm.list_models(module="mdeq")
+    valid = mdeq.list_models()
     if name.partition(".")[0] not in valid and not name.startswith(("hf-hub:", "local-dir:")):
         raise BadInput(f"unknown model {name}; {nearest(name, valid)} (all: {', '.join(valid)})")
     return name

@@ -21,7 +21,7 @@ class BadInput(Exception):
 
 @dataclass
 class ModelConfig:
-    name: str = "mdeq_tiny_cifar"  # a name of timm.list_models(module="mdeq"), with or without a weight tag
+    name: str = "mdeq_tiny_cifar"  # a name of mdeq.list_models(), with or without a weight tag
     pretrained: bool = False
     checkpoint: str | None = None  # .safetensors or .pt file to start from; a classifier of other size is left out
     freeze: bool = False  # train the head alone; all else stays as it is, batch-norm statistics included

@@ -1,0 +1,302 @@
+"""What classifiers and segmenters share: stem, injection, equilibrium, feature maps; all but the head."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.models._features import FeatureGetterNet, feature_take_indices
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..deq import DEQ, Equilibrium
+from ..gradients import GradientSpec
+from ..layers import BATCH_NORM, CONV, SpatialDims, conv
+from ..solvers import FixedPointSolver, SolverSpec, is_static
+from ..state import State
+from .cell import MultiscaleCell
+from .implicit import MultiscaleDEQ
+
+MIN_SIZE = 16
+"""Smallest side of an input, in pixels or voxels."""
+
+
+def stem_strides(spatial_dims: int, total: int | Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the total stride of the stem, per axis 1, 2 or 4, split over its two convolutions."""
+    per_axis = (total,) * spatial_dims if isinstance(total, int) else tuple(total)
+    if len(per_axis) != spatial_dims or any(s not in (1, 2, 4) for s in per_axis):
+        raise ValueError(f"stem_stride must be 1, 2 or 4, or {spatial_dims} of these, got {total}")
+    return tuple(min(s, 2) for s in per_axis), tuple(max(s // 2, 1) for s in per_axis)
+
+
+class Backbone(nn.Module):
+    """Base of the models: everything up to the equilibrium, and the maps that features_only returns.
+
+    A subclass adds `head`, from a state to a feature map of `num_features` channels, `classifier`, `forward_head` and
+    `reset_classifier`, and ends its constructor with `_init_weights()`.
+
+    Args:
+        in_chans: channels of the input.
+        norm_momentum: momentum of the batch norms.
+        device, dtype: of all parameters and buffers.
+        Others: see `MDEQ`.
+
+    Raises:
+        ValueError: for a setting out of range.
+    """
+
+    num_features: int
+    head: nn.Module
+    classifier: nn.Module
+
+    def __init__(
+        self,
+        in_chans: int,
+        *,
+        spatial_dims: SpatialDims,
+        channels: Sequence[int],
+        stem_stride: int | Sequence[int],
+        expansion: float,
+        num_groups: int,
+        dropout: float,
+        weight_norm: bool,
+        post_norm_affine: bool,
+        solver: SolverSpec,
+        gradient: GradientSpec,
+        norm_momentum: float,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
+        self.spatial_dims = spatial_dims
+        self.in_chans = in_chans
+        cell = MultiscaleCell(
+            channels,
+            spatial_dims=spatial_dims,
+            expansion=expansion,
+            num_groups=num_groups,
+            dropout=dropout,
+            weight_norm=weight_norm,
+            post_norm_affine=post_norm_affine,
+            **dd,
+        )
+        width, strides = channels[0], stem_strides(spatial_dims, stem_stride)
+        self.stem = nn.Sequential(
+            OrderedDict(
+                conv1=conv(spatial_dims, in_chans, width, 3, stride=strides[0], **dd),
+                norm1=BATCH_NORM[spatial_dims](width, momentum=norm_momentum, **dd),
+                act1=nn.ReLU(),
+                conv2=conv(spatial_dims, width, width, 3, stride=strides[1], **dd),
+                norm2=BATCH_NORM[spatial_dims](width, momentum=norm_momentum, **dd),
+                act2=nn.ReLU(),
+            )
+        )
+        # The official rule: a small model at full resolution injects the stem's output as it is.
+        self.inject = nn.Identity()
+        if not (max(strides[0]) == 1 and len(channels) <= 2):
+            self.inject = nn.Sequential(
+                OrderedDict(
+                    conv=conv(spatial_dims, width, width, 1, **dd),
+                    norm=BATCH_NORM[spatial_dims](width, momentum=norm_momentum, **dd),
+                    act=nn.ReLU(),
+                )
+            )
+        self.equilibrium = MultiscaleDEQ(cell, DEQ(solver, gradient))
+        self.last_tap: int | None = None  # set by pruning: the index in feature_info where the features end
+        self.feature_info = feature_table(spatial_dims, channels, stem_stride)
+        self._num_stem_taps = len(self.feature_info) - len(channels)
+
+    @torch.no_grad()
+    def _init_weights(self) -> None:
+        """Draw convolutions from N(0, 0.01^2) as the official code does; weight-normed ones keep PyTorch's default."""
+        for module in self.modules():
+            if isinstance(module, CONV[self.spatial_dims]) and not parametrize.is_parametrized(module):
+                nn.init.normal_(module.weight, std=0.01)
+                if module.bias is not None:
+                    nn.init.normal_(module.bias, std=0.01)
+
+    @property
+    def deq(self) -> DEQ:
+        """The equilibrium layer; its `solver` and `gradient` may be replaced."""
+        return self.equilibrium.deq
+
+    def solve(
+        self,
+        x: Tensor,
+        *,
+        z0: State | None = None,
+        solver: FixedPointSolver | None = None,
+        unroll: int = 0,
+        jacobian_probes: int = 0,
+    ) -> Equilibrium:
+        """Return the equilibrium of an input `(B, in_chans, *S)`: state, statistics, and the penalty if asked for.
+
+        Args:
+            x: the input.
+            z0: state to start from, such as the `state` of a similar input; zeros when absent.
+            solver: replaces `model.deq.solver` for this call.
+            unroll: if above 0, apply f that many times with ordinary backpropagation instead of solving.
+            jacobian_probes: if above 0, estimate the Jacobian penalty with that many probes.
+
+        Raises:
+            ValueError: for an input of wrong rank, channels or size, or a z0 of wrong shapes.
+        """
+        x = checked_input(x, self.spatial_dims, self.in_chans)
+        return self.equilibrium(self.inject(self.stem(x)), z0, solver, unroll, jacobian_probes)
+
+    def _features(self, x: Tensor, **options: Any) -> tuple[Tensor, Equilibrium | None]:
+        """Return the features that are pooled, and the equilibrium they came from; options as in `solve`."""
+        if self.last_tap is not None:  # pruned
+            maps, equilibrium = self.forward_intermediates(
+                x, [self.last_tap], intermediates_only=True, return_equilibrium=True, **options
+            )
+            return maps[0], equilibrium
+        equilibrium = self.solve(x, **options)
+        return self.head(equilibrium.state), equilibrium
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the unpooled features `(B, num_features, *S)`."""
+        return self._features(x)[0]
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        return_equilibrium: bool = False,
+        z0: State | None = None,
+        solver: FixedPointSolver | None = None,
+        unroll: int = 0,
+        jacobian_probes: int = 0,
+    ) -> Tensor | tuple[Tensor, Equilibrium]:
+        """Return the model's output, or it and the `Equilibrium` it came from; arguments as in `solve`."""
+        options = dict(z0=z0, solver=solver, unroll=unroll, jacobian_probes=jacobian_probes)
+        features, equilibrium = self._features(x, **options)
+        return with_equilibrium(self.forward_head(features), equilibrium, return_equilibrium)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        *,
+        return_equilibrium: bool = False,
+        z0: State | None = None,
+        solver: FixedPointSolver | None = None,
+        unroll: int = 0,
+        jacobian_probes: int = 0,
+    ) -> Any:
+        """Return the maps of `feature_info` at `indices`: the stem, then every branch of the equilibrium.
+
+        Args:
+            x: the input.
+            indices: which maps; the last n for an int, all for None.
+            norm: without effect, every branch ends in a norm.
+            stop_early: skip the solve if only maps of the stem are asked for.
+            output_fmt: only `"NCHW"` (channels second).
+            intermediates_only: return the maps alone, without the final features.
+            return_equilibrium: also return the `Equilibrium` (None where the solve was skipped).
+            z0, solver, unroll, jacobian_probes: as in `solve`.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        complete = not (stop_early or intermediates_only) and self.last_tap is None
+        x = checked_input(x, self.spatial_dims, self.in_chans)
+        x = self.stem.act1(self.stem.norm1(self.stem.conv1(x)))
+        taps = [x]
+        equilibrium = None
+        if complete or max_index > 0:
+            x = self.stem.act2(self.stem.norm2(self.stem.conv2(x)))
+            taps += [x][: self._num_stem_taps - 1]
+        if complete or max_index >= self._num_stem_taps:
+            equilibrium = self.equilibrium(self.inject(x), z0, solver, unroll, jacobian_probes)
+            taps += [equilibrium.state[i] for i in range(len(self.feature_info) - self._num_stem_taps)]
+        result = [taps[i] for i in take_indices]
+        if not intermediates_only:
+            result = (self.head(equilibrium.state) if complete else taps[max_index], result)
+        return with_equilibrium(result, equilibrium, return_equilibrium)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the maps of `feature_info` at `indices` do not need; return the indices, counted from 0.
+
+        The branches come from one solve and stay together. Afterwards `forward_features` ends at the last map.
+        """
+        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        if prune_norm or prune_head or max_index < len(self.feature_info) - 1:
+            self.last_tap = max_index
+            self.head = nn.Identity()
+            self.num_features = self.feature_info[max_index]["num_chs"]
+            self.reset_classifier(0 if prune_head else self.num_classes)
+        if max_index < self._num_stem_taps:
+            self.inject = self.equilibrium = nn.Identity()
+        if max_index == 0:
+            self.stem.conv2 = self.stem.norm2 = nn.Identity()
+        return take_indices
+
+    def get_classifier(self) -> nn.Module:
+        """Return the final linear layer."""
+        return self.classifier
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the input of each differentiated step of f (phantom, unrolled) and compute it again in backward."""
+        self.equilibrium.grad_checkpointing = enable
+
+
+def feature_table(
+    spatial_dims: SpatialDims, channels: Sequence[int], stem_stride: int | Sequence[int]
+) -> list[dict[str, Any]]:
+    """Return the feature maps of a model: the stem's, two at full resolution and else one, then every branch."""
+    strides = stem_strides(spatial_dims, stem_stride)
+    first, total = max(strides[0]), max(a * b for a, b in zip(*strides))
+    table = [dict(num_chs=channels[0], reduction=first, module="stem.act1")]
+    if first == 1:
+        table += [dict(num_chs=channels[0], reduction=total, module="stem.act2")]
+    return table + [dict(num_chs=c, reduction=total * 2**i, module=f"equilibrium.{i}") for i, c in enumerate(channels)]
+
+
+# fx takes these as they are: functions of the module that calls them, without a leading underscore.
+@torch.fx.wrap
+def checked_input(x: Tensor, spatial_dims: int, in_chans: int) -> Tensor:
+    """Return x if a model can take it, else raise ValueError."""
+    if x.ndim != spatial_dims + 2 or x.shape[1] != in_chans:
+        axes = "H, W" if spatial_dims == 2 else "D, H, W"
+        raise ValueError(f"expected an input (batch, {in_chans}, {axes}), got {tuple(x.shape)}")
+    if not is_static(x) and min(x.shape[2:]) < MIN_SIZE:
+        raise ValueError(f"every side of the input must be >= {MIN_SIZE}, got {tuple(x.shape[2:])}")
+    return x
+
+
+@torch.fx.wrap
+def with_equilibrium(output: Any, equilibrium: Equilibrium | None, return_equilibrium: bool) -> Any:
+    return (output, equilibrium) if return_equilibrium else output
+
+
+class Features(FeatureGetterNet):
+    """The feature maps of a model as a list; what `timm.create_model(..., features_only=True)` returns."""
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        return_equilibrium: bool = False,
+        z0: State | None = None,
+        solver: FixedPointSolver | None = None,
+    ) -> Any:
+        """Return the list of maps, or the list and the `Equilibrium`; arguments as in `MDEQ.forward`."""
+        return self.model.forward_intermediates(
+            x,
+            indices=self.out_indices,
+            intermediates_only=True,
+            return_equilibrium=return_equilibrium,
+            z0=z0,
+            solver=solver,
+        )
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.model.set_grad_checkpointing(enable)

@@ -1,0 +1,66 @@
+"""How every model of this package comes to timm: its configuration and its construction."""
+
+from typing import Any
+
+import timm
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg
+from torch import nn
+
+from .backbone import Backbone, Features, feature_table
+from .official import checkpoint_filter_fn
+
+MODULES = ("mdeq",)
+"""The modules that register models, under which timm lists them."""
+
+
+def cfg(**kwargs: Any) -> dict[str, Any]:
+    """Return a pretrained configuration of timm: that of an ImageNet classifier, but for what is given."""
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bilinear",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.conv1",
+        "classifier": "classifier",
+        "license": "apache-2.0",
+        **kwargs,
+    }
+
+
+def create(
+    model_cls: type[Backbone], variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]
+) -> nn.Module:
+    """Return a model as `timm.create_model` wants it: with its configuration, weights, features and head.
+
+    Args:
+        model_cls: the class.
+        variant: name of the architecture.
+        pretrained: whether to load weights.
+        defaults: the architecture's arguments.
+        kwargs: those of the caller, which win.
+    """
+    args = {**defaults, **kwargs}
+    taps = feature_table(args.get("spatial_dims", 2), args["channels"], args["stem_stride"])
+    return build_model_with_cfg(
+        model_cls,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=tuple(range(len(taps))), feature_cls=Features),
+        **args,
+    )
+
+
+def list_models(name_filter: str = "", pretrained: bool = False) -> list[str]:
+    """Return the names of this package's models, those that match a pattern or have weights.
+
+    Args:
+        name_filter: with wildcards, as in `timm.list_models`.
+        pretrained: list the names with tag that have weights.
+    """
+    return [name for m in MODULES for name in timm.list_models(name_filter, module=m, pretrained=pretrained)]
