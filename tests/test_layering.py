@@ -31,7 +31,8 @@ TABLE = {
     "models/__init__.py": ".models.*",
     "models/cell.py": "torch .layers .state",
     "models/head.py": "torch .layers .state",
-    "models/official.py": "torch",
+    "models/fit.py": "torch timm",
+    "models/official.py": "torch timm .models.fit",
     "models/*.py": "torch timm .deq .gradients .layers .solvers .state .models.*",
     # the public names
     "_version.py": "",

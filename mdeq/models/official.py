@@ -1,21 +1,33 @@
-"""Names of the official checkpoints, translated to the names of this package."""
+"""Checkpoints of the official code lines under this package's names, and the filter that timm loads weights through.
+
+Three layouts exist, told apart by their keys alone: MDEQ-Vision (locuslab/deq), the older locuslab/mdeq, and TorchDEQ's
+(locuslab/torchdeq). `docs/checkpoints.md` compares them.
+"""
 
 import re
+from collections.abc import Collection, Mapping
+from typing import Any
 
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
+from .fit import G, V, check_fit, identify, match_weight_norm
+
+_WRAPPERS = (
+    r"^(?:(?:module|model|_orig_mod)\.)+"  # of data parallelism, network with loss, features_only, torch.compile
+)
+_COPIES = ("fullstage_copy.", "deq.", "loss.")  # a second and third copy of f, and the class weights of the loss
+
+_CELL = r"^full_?stage\."
 _RENAMES = [
-    (
-        r"^full_?stage\.branches\.(\d+)\.blocks\.0\.conv([12])\.weight_([gv])$",
-        r"equilibrium.cell.blocks.\1.conv\2.weight_\3",
-    ),
-    (r"^full_?stage\.branches\.(\d+)\.blocks\.0\.gn([123])\.", r"equilibrium.cell.blocks.\1.norm\2."),
-    (r"^full_?stage\.fuse_layers\.(\d+)\.(\d+)\.net\.(\d+)\.conv\.", r"equilibrium.cell.fuse.\1.\2.convs.\3."),
-    (r"^full_?stage\.fuse_layers\.(\d+)\.(\d+)\.net\.(\d+)\.gnorm\.", r"equilibrium.cell.fuse.\1.\2.norms.\3."),
-    (r"^full_?stage\.fuse_layers\.(\d+)\.(\d+)\.net\.conv\.", r"equilibrium.cell.fuse.\1.\2.conv."),
-    (r"^full_?stage\.fuse_layers\.(\d+)\.(\d+)\.net\.gnorm\.", r"equilibrium.cell.fuse.\1.\2.norm."),
-    (r"^full_?stage\.post_fuse_layers\.(\d+)\.conv\.", r"equilibrium.cell.post_fuse.\1.conv."),
-    (r"^full_?stage\.post_fuse_layers\.(\d+)\.gnorm\.", r"equilibrium.cell.post_fuse.\1.norm."),
+    (_CELL + r"branches\.(\d+)\.blocks\.0\.conv([12])\.", r"equilibrium.cell.blocks.\1.conv\2."),
+    (_CELL + r"branches\.(\d+)\.blocks\.0\.gn([123])\.", r"equilibrium.cell.blocks.\1.norm\2."),
+    (_CELL + r"fuse_layers\.(\d+)\.(\d+)\.net\.(\d+)\.conv\.", r"equilibrium.cell.fuse.\1.\2.convs.\3."),
+    (_CELL + r"fuse_layers\.(\d+)\.(\d+)\.net\.(\d+)\.gnorm\.", r"equilibrium.cell.fuse.\1.\2.norms.\3."),
+    (_CELL + r"fuse_layers\.(\d+)\.(\d+)\.net\.conv\.", r"equilibrium.cell.fuse.\1.\2.conv."),
+    (_CELL + r"fuse_layers\.(\d+)\.(\d+)\.net\.gnorm\.", r"equilibrium.cell.fuse.\1.\2.norm."),
+    (_CELL + r"post_fuse_layers\.(\d+)\.conv\.", r"equilibrium.cell.post_fuse.\1.conv."),
+    (_CELL + r"post_fuse_layers\.(\d+)\.gnorm\.", r"equilibrium.cell.post_fuse.\1.norm."),
     (r"^downsample\.0\.", "stem.conv1."),
     (r"^downsample\.1\.", "stem.norm1."),
     (r"^downsample\.3\.", "stem.conv2."),
@@ -27,21 +39,96 @@ _RENAMES = [
     (r"^incre_modules\.(\d+)\.0\.bn(\d)\.", r"head.bottlenecks.\1.norm\2."),
     (r"^downsamp_modules\.(\d+)\.", r"head.downsamples.\1."),
     (r"^final_layer\.", "head.final."),
-    (r"\.weight_g$", ".parametrizations.weight.original0"),
-    (r"\.weight_v$", ".parametrizations.weight.original1"),
+    (r"^last_layer\.0\.", "head.conv."),
+    (r"^last_layer\.1\.", "head.norm."),
+    (r"^last_layer\.3\.", "classifier."),
+    (r"\.weight_g$", G),
+    (r"\.weight_v$", V),
 ]
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Return a state dict under this package's names; a native one passes through."""
-    return from_official(state_dict) if any(key.startswith("fullstage.") for key in state_dict) else state_dict
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict of a checkpoint in any layout under the names of a model, checked to fit it.
+
+    A native one is returned as it is; it may lack the head. The classifier, where timm is to drop it, and the channels
+    of the input, which timm adapts, need not fit.
+
+    Raises:
+        ValueError: for weights that do not fit, naming them, and the argument or architecture that does fit if any.
+    """
+    weights = unwrapped(state_dict)
+    layout = layout_of(weights)
+    if layout != "native":
+        weights = match_weight_norm(from_official(weights), model.state_dict().keys())
+    weights = _adapt_volume_stem(weights, model)
+    check_fit(weights, model, layout)
+    return weights
 
 
-def from_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return an official state dict (MDEQ-Vision layout) under this package's names."""
-    renamed = {}
+def identify_checkpoint(state_dict: Mapping[str, Any], name: str | None = None) -> tuple[str, str, dict[str, Any]]:
+    """Return the layout of a checkpoint, its model, and the arguments beside that model's defaults.
+
+    Args:
+        state_dict: the checkpoint, in any layout.
+        name: the model where it is known; any of its arguments may then differ, else only those in which released
+            files do.
+
+    Raises:
+        ValueError: if no model fits.
+    """
+    weights = unwrapped(state_dict)
+    layout = layout_of(weights)
+    return layout, *identify(weights if layout == "native" else from_official(weights), layout, name)
+
+
+def unwrapped(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the weights in a checkpoint, without what a training program or a wrapping module put around them.
+
+    Raises:
+        ValueError: if there is something else among them.
+    """
+    if isinstance(state_dict.get("state_dict"), Mapping):
+        state_dict = state_dict["state_dict"]
     for key, value in state_dict.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"the checkpoint holds {key!r}, a {type(value).__name__}, among its tensors")
+    if any(re.match(_WRAPPERS, key) for key in state_dict):
+        return {re.sub(_WRAPPERS, "", key): value for key, value in state_dict.items()}
+    return state_dict
+
+
+def layout_of(keys: Collection[str]) -> str:
+    """Return which layout the keys of unwrapped weights are of.
+
+    Raises:
+        ValueError: for keys of none.
+    """
+    if any(key.startswith(("stem.", "inject.", "equilibrium.")) for key in keys):
+        return "native"
+    if any(key.startswith("full_stage.") for key in keys):
+        return "TorchDEQ"
+    if any(key.startswith("fullstage.") for key in keys):
+        return "older locuslab/mdeq" if any(key.startswith("fullstage_copy.") for key in keys) else "MDEQ-Vision"
+    sample = ", ".join(list(keys)[:3]) or "none at all"
+    raise ValueError(f"not a checkpoint of an MDEQ: it has no weights of an implicit layer, its keys are {sample}")
+
+
+def from_official(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return unwrapped official weights of any layout under this package's names, without their copies of f."""
+    renamed = {}
+    for key, value in weights.items():
+        if key.startswith(_COPIES):
+            continue
         for pattern, replacement in _RENAMES:
             key = re.sub(pattern, replacement, key)
         renamed[key] = value
     return renamed
+
+
+def _adapt_volume_stem(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Give 3D weights the model's number of input channels by timm's rule; timm itself does so in 2D alone."""
+    kernel, own = weights.get("stem.conv1.weight"), model.stem.conv1.weight
+    if kernel is None or kernel.ndim != 5 or own.ndim != 5 or kernel.shape[1] == own.shape[1]:
+        return weights
+    flat = adapt_input_conv(own.shape[1], kernel.flatten(3), base_chans=kernel.shape[1])
+    return {**weights, "stem.conv1.weight": flat.unflatten(3, kernel.shape[3:])}

@@ -1,0 +1,196 @@
+"""Whether weights fit a model, which architecture they do fit, and what to tell people when they do not."""
+
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from functools import cache
+from itertools import count, takewhile
+from typing import Any
+
+import timm
+import torch
+from timm.models import model_entrypoint
+from torch import Tensor, nn
+
+G, V = ".parametrizations.weight.original0", ".parametrizations.weight.original1"
+"""What the names of a weight-normed kernel end in: its length and its direction."""
+
+Shapes = dict[str, tuple[int, ...]]
+
+_ADAPTED = ("num_classes", "in_chans")
+"""Arguments that timm adapts weights to."""
+_VARIABLE = ("post_norm_affine", "head_channels", "weight_norm")
+"""Arguments in which released files of one architecture differ."""
+
+
+def match_weight_norm(weights: Mapping[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
+    """Return weights whose kernels are in the form that a model has them in: plain, or length g and direction v.
+
+    Both directions leave the kernel as it is, up to rounding; they are computed in float64.
+
+    Args:
+        weights: under this package's names.
+        own: the names in the model's state dict.
+    """
+    matched = {}
+    for key, value in weights.items():
+        stem, kind = next(((key.removesuffix(end), end) for end in (G, V, ".weight") if key.endswith(end)), (key, ""))
+        if kind in (G, V) and stem + ".weight" in own and {stem + G, stem + V} <= weights.keys():
+            g, v = weights[stem + G].double(), weights[stem + V].double()
+            matched[stem + ".weight"] = (v * (g / _length(v))).to(value.dtype)
+        elif kind == ".weight" and stem + V in own:
+            length = _length(value.double())
+            matched[stem + G] = length.to(value.dtype)
+            # A kernel of zeros has no direction; any will do, as its length is zero.
+            matched[stem + V] = torch.where(length == 0, torch.ones_like(value), value)
+        else:
+            matched[key] = value
+    return matched
+
+
+def _length(kernel: Tensor) -> Tensor:
+    """Return the norm of every output channel's kernel, `(out, 1, ...)`."""
+    return kernel.flatten(1).norm(dim=1).view(-1, *(1 for _ in kernel.shape[1:]))
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
+    """Return the names and shapes of tensors; without batch norms' counters, which old files lack."""
+    return {k: tuple(v.shape) for k, v in tensors.items() if not k.endswith(".num_batches_tracked")}
+
+
+def describe(shapes: Shapes) -> dict[str, Any]:
+    """Return the constructor arguments that tensors of these names and shapes tell of.
+
+    The task, classification or segmentation, comes with them under `"task"`.
+    """
+    cell = "equilibrium.cell"
+
+    def numbered(pattern: str) -> tuple[int, ...]:
+        names = takewhile(shapes.__contains__, (pattern.format(i) for i in count()))
+        return tuple(width(name) for name in names)
+
+    def width(name: str) -> int:
+        return (*shapes.get(name, ()), 0)[0]
+
+    facts: dict[str, Any] = dict(channels=numbered(cell + ".blocks.{}.norm3.weight"))
+    if any(facts["channels"][:1]):
+        ratio = width(f"{cell}.blocks.0.norm1.weight") / facts["channels"][0]
+        facts["expansion"] = int(ratio) if ratio == int(ratio) else ratio
+    if len(facts["channels"]) > 1:
+        facts["post_norm_affine"] = f"{cell}.post_fuse.0.norm.weight" in shapes
+    facts["weight_norm"] = f"{cell}.blocks.0.conv1.parametrizations.weight.original1" in shapes
+    if len(kernel := shapes.get("stem.conv1.weight", ())) in (4, 5):
+        facts.update(spatial_dims=len(kernel) - 2, in_chans=kernel[1])
+    facts["task"] = "segmentation" if "head.conv.weight" in shapes else "classification"
+    if facts["task"] == "classification":
+        facts["head_channels"] = numbered("head.bottlenecks.{}.conv1.weight")
+        facts["num_features"] = width("head.final.0.weight")
+    facts["num_classes"] = width("classifier.weight")
+    return facts
+
+
+@cache
+def _default(name: str) -> Shapes:
+    return shapes_of(timm.create_model(name, device="meta").state_dict())
+
+
+def _own_models() -> list[str]:
+    return [name for name in timm.list_models() if model_entrypoint(name).__module__.startswith(f"{__package__}.")]
+
+
+def differences(facts: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those facts that others differ in."""
+    return {name: value for name, value in facts.items() if others.get(name) != value}
+
+
+def identify(weights: Mapping[str, Tensor], layout: str, name: str | None = None) -> tuple[str, dict[str, Any]]:
+    """Return the model, and the arguments beside its defaults, that weights under this package's names are of.
+
+    See `identify_checkpoint`.
+    """
+    meta = {key: value.to("meta") for key, value in weights.items()}
+    found = []
+    for candidate in _own_models() if name is None else [name]:
+        default = _default(candidate)
+        matched = shapes_of(meta if layout == "native" else match_weight_norm(meta, default))
+        args = differences(describe(matched), describe(default))
+        if {"task", "spatial_dims"} & set(args):
+            continue
+        if name is not None or set(args) <= {*_ADAPTED, *_VARIABLE}:
+            found.append((len(args), candidate, args, matched))
+    for _, candidate, args, matched in sorted(found, key=lambda entry: entry[:2]):
+        with suppress(ValueError):
+            if shapes_of(timm.create_model(candidate, device="meta", **args).state_dict()) == matched:
+                return candidate, args
+    raise ValueError("the checkpoint fits " + (f"{name} with no arguments" if name else "none of the models"))
+
+
+def check_fit(weights: Mapping[str, Tensor], model: nn.Module, layout: str) -> None:
+    """Check that weights under this package's names fit a model; see `checkpoint_filter_fn`.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    found, own = shapes_of(weights), shapes_of(model.state_dict())
+    cfg = getattr(model, "pretrained_cfg", {})
+    replaced = cfg.get("num_classes", model.num_classes) != model.num_classes  # timm then drops the classifier
+    headless = layout == "native" and not any(key.startswith("head.") for key in found)
+
+    def optional(key: str) -> bool:
+        if key.startswith("classifier."):
+            return replaced or layout == "native"
+        return headless and key.startswith("head.")
+
+    classes = found.get("classifier.weight", (model.num_classes,))[0]
+    if not replaced and classes != model.num_classes:
+        raise ValueError(
+            f"the checkpoint has {classes} classes, the model {model.num_classes}; with pretrained_cfg_overlay="
+            f"dict(num_classes={classes}) it loads and the classifier starts afresh"
+        )
+    missing = [key for key in own if key not in found and not optional(key)]
+    left = [key for key in found if key not in own and not optional(key)]
+    changed = [
+        f"{key} {found[key]} for {own[key]}"
+        for key in own
+        if key in found and found[key] != own[key] and not optional(key) and not _other_channels(key, found, own)
+    ]
+    if not (missing or left or changed):
+        return
+    name = cfg.get("architecture", type(model).__name__)
+    advice = _advice(weights, layout, describe(own), name)
+    lines = [
+        f"{problem} {len(keys)}: {_listed(keys, 8 if advice else None)}"
+        for problem, keys in (("it lacks", missing), ("it has in addition", left), ("of another shape are", changed))
+        if keys
+    ]
+    raise ValueError(f"the checkpoint ({layout} layout) does not fit {name}{advice}; " + "; ".join(lines))
+
+
+def _other_channels(key: str, found: Shapes, own: Shapes) -> bool:
+    """Whether this is the stem's kernel for another number of input channels, which timm adapts."""
+    a, b = found[key], own[key]
+    return key == "stem.conv1.weight" and (a[0], *a[2:]) == (b[0], *b[2:])
+
+
+def _advice(weights: Mapping[str, Tensor], layout: str, own: Mapping[str, Any], name: str) -> str:
+    """Return the model and arguments that do fit, to go on a sentence; nothing if there are none."""
+    facts = describe(shapes_of(weights))
+    try:
+        fitting, args = identify(weights, layout)
+    except ValueError:
+        if name not in _own_models() or facts["channels"] != own["channels"]:
+            return ""
+        try:
+            fitting, args = identify(weights, layout, name)
+        except ValueError:
+            return ""
+    if fitting == name:
+        args = differences(facts, own)
+    text = ", ".join(f"{key}={value}" for key, value in args.items() if key not in _ADAPTED)
+    if fitting == name:
+        return f" as it is built: pass {text}" if text else ""
+    return f": it fits {fitting}" + (f" with {text}" if text else "")
+
+
+def _listed(keys: list[str], limit: int | None) -> str:
+    more = f" and {len(keys) - limit} more" if limit and len(keys) > limit else ""
+    return ", ".join(keys[:limit]) + more

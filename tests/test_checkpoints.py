@@ -1,0 +1,282 @@
+"""Official checkpoints of every layout through timm's ordinary path; what does not fit says so."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import mdeq
+from mdeq.models.official import checkpoint_filter_fn, identify_checkpoint
+from tests import official
+from tests.official_network import Official
+
+AFFINE, PLAIN = dict(post_norm_affine=True), dict(post_norm_affine=False)
+WIDE = dict(head_channels=(28, 56, 112, 224))
+LAYOUT = {"old_mdeq": "older locuslab/mdeq", "torchdeq": "TorchDEQ"}
+# Table -> the model whose defaults it is nearest to, and the arguments that differ.
+EXPECTED: dict[str, tuple[str, dict[str, Any]]] = {
+    "cifar_TINY": ("mdeq_tiny_cifar", {}),
+    "cifar_LARGE": ("mdeq_large_cifar", {}),
+    "cifar_LARGE_reg": ("mdeq_large_cifar", {}),
+    "imagenet_SMALL": ("mdeq_small", {}),
+    "imagenet_SMALL_reg": ("mdeq_small", PLAIN | WIDE),
+    "imagenet_LARGE": ("mdeq_large", {}),
+    "imagenet_LARGE_reg": ("mdeq_large", PLAIN),
+    "imagenet_XL": ("mdeq_xlarge", {}),
+    "old_mdeq/cifar_TINY": ("mdeq_tiny_cifar", AFFINE),
+    "old_mdeq/cifar_LARGE": ("mdeq_large_cifar", AFFINE),
+    "old_mdeq/imagenet_SMALL": ("mdeq_small", {}),
+    "old_mdeq/imagenet_LARGE": ("mdeq_xlarge", {}),  # the older LARGE is today's XL
+    "old_mdeq/imagenet_XL": ("mdeq_xlarge", {}),
+    "torchdeq/cifar_TINY": ("mdeq_tiny_cifar", AFFINE),
+    "torchdeq/cifar_LARGE": ("mdeq_large_cifar", AFFINE),
+    "torchdeq/imagenet_SMALL": ("mdeq_small", {}),
+}
+
+
+def load(name: str, weights: dict[str, Tensor], **kwargs: Any) -> nn.Module:
+    """Return a model with weights through timm's ordinary path; `overlay` says what the weights are of."""
+    overlay = dict(state_dict=weights) | kwargs.pop("overlay", {})
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+
+
+def small(**kwargs: Any) -> dict[str, Tensor]:
+    """Return native weights of the smallest model."""
+    return timm.create_model("test_mdeq", **kwargs).state_dict()
+
+
+# -- every configuration of every code line
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_every_table(name: str) -> None:
+    """Layout, model and arguments are found from keys and shapes; with them nothing is missing or left over."""
+    weights = official.random_weights(name, "meta")
+    layout, model_name, args = identify_checkpoint(weights)
+    assert layout == LAYOUT.get(name.split("/")[0] if "/" in name else "", "MDEQ-Vision")
+    assert (model_name, args) == EXPECTED[name]
+    model = load(model_name, weights, device="meta", **args)
+    parameters = sum(p.numel() for p in model.parameters())
+    # TorchDEQ has lengths for fusion convolutions too (CIFAR), or none after fusion (ImageNet).
+    lengths = {"torchdeq/cifar_TINY": 48, "torchdeq/cifar_LARGE": 1600, "torchdeq/imagenet_SMALL": -480}
+    assert parameters == official.table(name)[1] - lengths.get(name, 0)
+    converted = checkpoint_filter_fn(weights, model)
+    assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in model.state_dict().items()}
+
+
+NUMBERS = ["torchdeq/cifar_LARGE", "imagenet_SMALL_reg"]
+MORE_NUMBERS = [name for name in EXPECTED if name not in NUMBERS]
+
+
+@pytest.mark.parametrize("name", [*NUMBERS, *(pytest.param(n, marks=pytest.mark.slow) for n in MORE_NUMBERS)])
+def test_numbers_of_every_configuration(name: str) -> None:
+    """Random weights of every configuration give the scores that ARCHITECTURE's formulas give, in float64."""
+    weights = {k: v.double() if v.is_floating_point() else v for k, v in official.random_weights(name).items()}
+    model_name, args = EXPECTED[name]
+    model = load(model_name, weights, dtype=torch.float64, **args).eval()
+    side, stride = (16, 1) if "cifar" in name else (64, 4)
+    x = torch.randn(1, 3, side, side, dtype=torch.float64)
+    bare = {re.sub(r"^(module|model)\.", "", k): v for k, v in weights.items()}
+    network = Official(bare, stride=stride, cell="full_stage" if "torchdeq" in name else "fullstage")
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, unroll=2), network.classify(x, 2), rtol=1e-9, atol=1e-9)
+
+
+# -- numbers of the official code, in every layout
+
+RELAYOUT = {
+    "MDEQ-Vision": (lambda w: w, {}),
+    "older": (official.older, AFFINE),
+    "TorchDEQ CIFAR": (official.torchdeq_cifar, AFFINE),
+    "TorchDEQ ImageNet": (official.torchdeq_imagenet, AFFINE),
+    "merged": (official.plain, {}),
+    "into a model without weight norm": (lambda w: w, dict(weight_norm=False)),
+}
+
+
+@pytest.mark.parametrize("layout", RELAYOUT)
+def test_official_numbers_in_every_layout(layout: str) -> None:
+    change, args = RELAYOUT[layout]
+    weights = {k: v.double() if v.is_floating_point() else v for k, v in official.official_weights().items()}
+    model = load("mdeq_tiny_cifar", change(weights), dropout=0.0, dtype=torch.float64, **args)
+    case = load_file(official.DATA / "official_cifar_tiny_case.safetensors")
+    with torch.no_grad():
+        logits = model.eval()(case["input"].double(), unroll=10)
+    assert float((logits - case["unrolled.logits"]).norm() / case["unrolled.logits"].norm()) < 1e-11
+
+
+def write_pickle(content: Any, path: Path) -> None:
+    torch.save(content, path)
+
+
+def write_old_pickle(content: Any, path: Path) -> None:
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+FILES = {
+    "released.safetensors": (lambda w: w, save_file),
+    "released.pkl": (lambda w: w, write_old_pickle),
+    "final.pth": (lambda w: w, write_pickle),
+    "resumable.pth.tar": (
+        lambda w: dict(epoch=3, best_acc1=torch.tensor(75.7), optimizer=dict(state={}), state_dict=w),
+        write_pickle,
+    ),
+    "parallel.pth": (lambda w: {f"module.model.{k}": v for k, v in w.items()}, write_pickle),
+    "with_loss.pkl": (
+        lambda w: {"loss.criterion.weight": torch.ones(19)} | {f"model.{k}": v for k, v in w.items()},
+        write_old_pickle,
+    ),
+}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_files(tmp_path: Path, file: str) -> None:
+    """Every kind of file gives the same weights, through `file=`."""
+    wrap, write = FILES[file]
+    write(wrap(official.official_weights()), tmp_path / file)
+    model = timm.create_model(
+        "mdeq_tiny_cifar",
+        pretrained=True,
+        pretrained_cfg_overlay=dict(file=str(tmp_path / file), num_classes=10),
+        num_classes=10,
+    )
+    expected = official.official_model(torch.float32).state_dict()
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, expected[key]), key
+
+
+def test_a_kernel_of_zeros_stays_one() -> None:
+    """A plain kernel has a direction even where its length is zero, else the division gives NaN."""
+    weights = official.plain(official.official_weights())
+    key = "fullstage.post_fuse_layers.0.conv.weight"
+    weights[key][3] = 0
+    model = load("mdeq_tiny_cifar", weights)
+    torch.testing.assert_close(model.equilibrium.cell.post_fuse[0].conv.weight.detach(), weights[key])
+
+
+# -- other classes, other channels
+
+
+def test_another_number_of_classes() -> None:
+    """As in timm: the classifier starts afresh where the file is said to have another number, else it is an error."""
+    weights = official.official_weights()
+    model = load("mdeq_tiny_cifar", weights, num_classes=7)
+    assert model.classifier.weight.shape == (7, 200)
+    assert torch.equal(model.stem.conv1.weight, weights["downsample.0.weight"])
+    assert load("mdeq_tiny_cifar", weights, num_classes=0).get_classifier().__class__ is nn.Identity
+    assert load("mdeq_tiny_cifar", weights, num_classes=7, overlay=dict(num_classes=-1)).num_classes == 7
+    weights["classifier.weight"], weights["classifier.bias"] = torch.ones(4, 200), torch.ones(4)
+    assert load("mdeq_tiny_cifar", weights, num_classes=4, overlay=dict(num_classes=4)).classifier.bias.sum() == 4
+    with pytest.raises(
+        ValueError, match=r"has 4 classes, the model 10; with pretrained_cfg_overlay=dict\(num_classes=4"
+    ):
+        load("mdeq_tiny_cifar", weights)
+
+
+@pytest.mark.parametrize("in_chans", [1, 2, 5])
+def test_another_number_of_channels(in_chans: int) -> None:
+    """timm's rule: one channel gets the sum, several get scaled copies."""
+    weights = official.official_weights()
+    kernel = weights["downsample.0.weight"]
+    own = load("mdeq_tiny_cifar", weights, in_chans=in_chans).stem.conv1.weight.detach()
+    expected = kernel.sum(1, keepdim=True) if in_chans == 1 else kernel[:, [0, 1, 2, 0, 1][:in_chans]] * 3 / in_chans
+    torch.testing.assert_close(own, expected)
+
+
+@pytest.mark.parametrize("in_chans", [1, 2, 4])
+def test_another_number_of_channels_in_3d(in_chans: int) -> None:
+    """timm adapts 2D kernels alone; the same rule holds for volumes, here from one channel to several."""
+    build = dict(spatial_dims=3, num_classes=2, channels=(8, 8), head_channels=(2, 2), num_features=8, expansion=1)
+    weights = mdeq.MDEQ(in_chans=1, **build).state_dict()
+    model = mdeq.MDEQ(in_chans=in_chans, **build)
+    model.load_state_dict(checkpoint_filter_fn(weights, model), strict=True)
+    expected = weights["stem.conv1.weight"].repeat(1, in_chans, 1, 1, 1) / in_chans
+    torch.testing.assert_close(model.stem.conv1.weight.detach(), expected)
+
+
+def test_features_only() -> None:
+    features = load("mdeq_tiny_cifar", official.official_weights(), features_only=True).state_dict()
+    assert torch.equal(features["model.stem.conv1.weight"], official.official_weights()["downsample.0.weight"])
+    # Its own weights, which have a prefix and no head, load again.
+    again = load("mdeq_tiny_cifar", features, features_only=True).state_dict()
+    assert all(torch.equal(again[key], value) for key, value in features.items())
+
+
+# -- native checkpoints
+
+
+def test_native_weights_pass_untouched() -> None:
+    weights = small()
+    assert checkpoint_filter_fn(weights, timm.create_model("test_mdeq")) is weights
+    headless = {k: v for k, v in weights.items() if not k.startswith(("head.", "classifier."))}
+    assert checkpoint_filter_fn(headless, timm.create_model("test_mdeq")) is headless
+    assert checkpoint_filter_fn(weights, timm.create_model("test_mdeq", num_classes=3)) is weights
+
+
+def test_native_weights_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"\(native layout\) does not fit mdeq_tiny_cifar: it fits test_mdeq; it has"):
+        load("mdeq_tiny_cifar", small())
+    with pytest.raises(ValueError, match="does not fit test_mdeq as it is built: pass weight_norm=False; it lacks"):
+        load("test_mdeq", small(weight_norm=False))
+
+
+# -- what does not fit
+
+MISFITS = {
+    "old_mdeq/cifar_TINY": ("mdeq_tiny_cifar", " as it is built: pass post_norm_affine=True; it has in addition 4:"),
+    "torchdeq/cifar_LARGE": ("mdeq_large_cifar", " as it is built: pass post_norm_affine=True; it has in addition 8:"),
+    "imagenet_SMALL_reg": (
+        "mdeq_small",
+        " as it is built: pass post_norm_affine=False, head_channels=(28, 56, 112, 224); it lacks 8:",
+    ),
+    "imagenet_LARGE_reg": ("mdeq_large", " as it is built: pass post_norm_affine=False; it lacks 8:"),
+    "old_mdeq/imagenet_LARGE": ("mdeq_large", ": it fits mdeq_xlarge; of another shape are"),
+    "cifar_LARGE": ("mdeq_small", ": it fits mdeq_large_cifar; it lacks 8:"),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_what_would_fit_is_named(name: str) -> None:
+    model_name, message = MISFITS[name]
+    weights = official.random_weights(name, "meta")
+    classes = 10 if "cifar" in name else 1000
+    with pytest.raises(ValueError, match=re.escape(f"does not fit {model_name}{message}")):
+        load(model_name, weights, device="meta", overlay=dict(num_classes=classes), num_classes=classes)
+
+
+def test_expansion_is_named() -> None:
+    weights = timm.create_model("mdeq_tiny_cifar", expansion=4).state_dict()
+    with pytest.raises(ValueError, match="does not fit mdeq_tiny_cifar as it is built: pass expansion=4;"):
+        load("mdeq_tiny_cifar", weights)
+
+
+def test_exactly_what_is_missing_or_left_over_is_named() -> None:
+    weights = official.official_weights()
+    weights.pop("fullstage.branches.1.blocks.0.gn2.bias")
+    weights["final_layer.1.weight"] = torch.ones(3)
+    weights["fullstage.branches.2.extra"] = torch.ones(1)
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared
+        load("mdeq_tiny_cifar", weights)
+    assert str(error.value) == (
+        "the checkpoint (MDEQ-Vision layout) does not fit mdeq_tiny_cifar; "
+        "it lacks 1: equilibrium.cell.blocks.1.norm2.bias; it has in addition 1: fullstage.branches.2.extra; "
+        "of another shape are 1: head.final.1.weight (3,) for (200,)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "it has no weights of an implicit layer, its keys are none at all"),
+        ({"conv1.weight": torch.ones(1)}, "it has no weights of an implicit layer, its keys are conv1.weight"),
+        ({"epoch": 3, "fullstage.x": torch.ones(1)}, "the checkpoint holds 'epoch', a int, among its tensors"),
+    ],
+)
+def test_no_checkpoint_of_an_mdeq(content: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        checkpoint_filter_fn(content, timm.create_model("test_mdeq"))
