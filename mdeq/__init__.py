@@ -8,7 +8,7 @@ from ._version import __version__
 from .deq import DEQ, Equilibrium
 from .gradients import GradientEstimator, ImplicitGradient, PhantomGradient, build_gradient
 from .jacobian import jacobian_frobenius, spectral_radius
-from .models import MDEQ, MultiscaleCell, list_models
+from .models import MDEQ, MDEQSegmenter, MultiscaleCell, list_models
 from .solvers import Anderson, Broyden, FixedPointSolver, Picard, SolveStats, SolveStatus, build_solver
 from .state import State, StateLayout
 
@@ -21,6 +21,7 @@ __all__ = [
     "FixedPointSolver",
     "GradientEstimator",
     "ImplicitGradient",
+    "MDEQSegmenter",
     "MultiscaleCell",
     "PhantomGradient",
     "Picard",

@@ -28,7 +28,7 @@ TABLE = {
     # 2 the equilibrium layer
     "deq.py": "torch .solvers .gradients .jacobian .state",
     # 3 models
-    "models/__init__.py": ".models.*",
+    "models/__init__.py": ".models .models.*",
     "models/cell.py": "torch .layers .state",
     "models/head.py": "torch .layers .state",
     "models/fit.py": "torch timm",

@@ -108,9 +108,9 @@ class Backbone(nn.Module):
         self._num_stem_taps = len(self.feature_info) - len(channels)
 
     @torch.no_grad()
-    def _init_weights(self) -> None:
+    def _init_weights(self, part: nn.Module | None = None) -> None:
         """Draw convolutions from N(0, 0.01^2) as the official code does; weight-normed ones keep PyTorch's default."""
-        for module in self.modules():
+        for module in (part or self).modules():
             if isinstance(module, CONV[self.spatial_dims]) and not parametrize.is_parametrized(module):
                 nn.init.normal_(module.weight, std=0.01)
                 if module.bias is not None:
@@ -155,6 +155,10 @@ class Backbone(nn.Module):
         equilibrium = self.solve(x, **options)
         return self.head(equilibrium.state), equilibrium
 
+    def _output(self, features: Tensor, x: Tensor) -> Tensor:
+        """Return what the model gives for an input, given its features."""
+        return self.forward_head(features)
+
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the unpooled features `(B, num_features, *S)`."""
         return self._features(x)[0]
@@ -172,7 +176,7 @@ class Backbone(nn.Module):
         """Return the model's output, or it and the `Equilibrium` it came from; arguments as in `solve`."""
         options = dict(z0=z0, solver=solver, unroll=unroll, jacobian_probes=jacobian_probes)
         features, equilibrium = self._features(x, **options)
-        return with_equilibrium(self.forward_head(features), equilibrium, return_equilibrium)
+        return with_equilibrium(self._output(features, x), equilibrium, return_equilibrium)
 
     def forward_intermediates(
         self,

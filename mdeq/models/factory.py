@@ -10,7 +10,7 @@ from torch import nn
 from .backbone import Backbone, Features, feature_table
 from .official import checkpoint_filter_fn
 
-MODULES = ("mdeq",)
+MODULES = ("mdeq", "segmenter", "volumes")
 """The modules that register models, under which timm lists them."""
 
 

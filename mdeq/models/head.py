@@ -1,13 +1,18 @@
-"""The classification head: bottlenecks that widen every branch, merged from the finest branch down to the coarsest."""
+"""The heads, from a state to one feature map.
+
+Classification: bottlenecks that widen every branch, merged from the finest branch down to the coarsest. Segmentation:
+all branches at the resolution of the finest, side by side.
+"""
 
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import BATCH_NORM, SpatialDims, conv
+from ..layers import BATCH_NORM, SpatialDims, conv, resize
 from ..state import State
 
 
@@ -77,3 +82,28 @@ class ClassificationHead(nn.Module):
         for i, downsample in enumerate(self.downsamples):
             y = self.bottlenecks[i + 1](state[i + 1]) + downsample(y)
         return self.final(y)
+
+
+class SegmentationHead(nn.Module):
+    """Merges a state into one feature map `(B, sum of C_i, *S_finest)`, as the official segmentation networks do.
+
+    Args:
+        channels: C_i per branch.
+        spatial_dims: 2 or 3.
+        norm_momentum: momentum of the batch norm.
+    """
+
+    def __init__(self, channels: Sequence[int], *, spatial_dims: SpatialDims, norm_momentum: float, **dd: Any) -> None:
+        super().__init__()
+        self.num_features = sum(channels)
+        self.conv = conv(spatial_dims, self.num_features, self.num_features, 1, bias=True, **dd)
+        self.norm = BATCH_NORM[spatial_dims](self.num_features, momentum=norm_momentum, **dd)
+
+    def forward(self, state: State) -> Tensor:
+        return F.relu(self.norm(self.conv(side_by_side(state))))
+
+
+@torch.fx.wrap  # its sizes depend on data
+def side_by_side(state: State) -> Tensor:
+    """Return all branches at the resolution of the finest, along channels `(B, sum of C_i, *S_finest)`."""
+    return torch.cat([state[0], *(resize(z, state[0].shape[2:], "linear") for z in state[1:])], dim=1)
