@@ -8,13 +8,27 @@ from ._version import __version__
 from .deq import DEQ, Equilibrium
 from .gradients import GradientEstimator, ImplicitGradient, PhantomGradient, build_gradient
 from .jacobian import jacobian_frobenius, spectral_radius
-from .models import MDEQ, MDEQSegmenter, MultiscaleCell, list_models
+from .models import (
+    HUB_ORG,
+    MDEQ,
+    RELEASES,
+    MDEQSegmenter,
+    MultiscaleCell,
+    Release,
+    WeightsError,
+    check_hub,
+    hub_errors,
+    list_models,
+    local_file,
+)
 from .solvers import Anderson, Broyden, FixedPointSolver, Picard, SolveStats, SolveStatus, build_solver
 from .state import State, StateLayout
 
 __all__ = [
     "DEQ",
+    "HUB_ORG",
     "MDEQ",
+    "RELEASES",
     "Anderson",
     "Broyden",
     "Equilibrium",
@@ -25,14 +39,19 @@ __all__ = [
     "MultiscaleCell",
     "PhantomGradient",
     "Picard",
+    "Release",
     "SolveStats",
     "SolveStatus",
     "State",
     "StateLayout",
+    "WeightsError",
     "__version__",
     "build_gradient",
     "build_solver",
+    "check_hub",
+    "hub_errors",
     "jacobian_frobenius",
     "list_models",
+    "local_file",
     "spectral_radius",
 ]

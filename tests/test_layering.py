@@ -33,6 +33,7 @@ TABLE = {
     "models/head.py": "torch .layers .state",
     "models/fit.py": "torch timm",
     "models/official.py": "torch timm .models.fit",
+    "models/weights.py": "huggingface_hub timm",
     "models/*.py": "torch timm .deq .gradients .layers .solvers .state .models.*",
     # the public names
     "_version.py": "",

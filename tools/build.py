@@ -88,7 +88,10 @@ def build_model(config: ModelConfig, num_classes: int | None, *, for_training: b
             kwargs[name] = getattr(config, name)
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
+    source, _, model_id = config.name.partition(":")
     try:
+        if source == "hf-hub":
+            mdeq.check_hub(model_id)
         model = timm.create_model(known_model(config.name), pretrained=config.pretrained, **kwargs)
     except (TypeError, ValueError, RuntimeError, OSError, AssertionError, AttributeError, LookupError) as error:
         raise BadInput(f"model {config.name}: {_reason(error)}") from None

@@ -22,12 +22,12 @@ PLACES = ("data.root", "run.out_dir")  # settings that say where, not what
 
 
 def hardware(device: torch.device, processes: int = 1) -> str:
-    """Return what a run ran on, as `1 x NVIDIA H100` or `2 threads of a CPU with 8 cores`."""
+    """Return what a run ran on, as `1 x NVIDIA H100` or `a CPU, 2 of 8 cores (x86_64)`."""
     if device.type == "cuda":
         return f"{processes} x {torch.cuda.get_device_name(device)}"
     count = f"{processes} x " if processes > 1 else ""
-    cores = os.cpu_count()
-    return f"{count}{torch.get_num_threads()} thread(s) of a CPU with {cores} cores ({platform.machine()}), no GPU"
+    used = min(torch.get_num_threads(), os.cpu_count() or 1)
+    return f"{count}a CPU, {used} of {os.cpu_count()} cores ({platform.machine()})"
 
 
 def command() -> str:
@@ -56,7 +56,13 @@ def circumstances(device: torch.device, processes: int = 1) -> dict[str, Any]:
 
 
 def evaluation(
-    model: Any, result: dict[str, float], twice: dict[str, float], device: torch.device, processes: int = 1
+    model: Any,
+    result: dict[str, float],
+    twice: dict[str, float],
+    device: torch.device,
+    processes: int = 1,
+    *,
+    metric: str = "top1",
 ) -> dict[str, Any]:
     """Return the record of an evaluation.
 
@@ -65,10 +71,12 @@ def evaluation(
         result: its metrics at its own solver, as `engine.evaluate` returns them.
         twice: its metrics at twice the steps, without tolerance.
         device, processes: where.
+        metric: name of the metric that counts.
     """
     solver = model.deq.solver
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
+        "metric": metric,
         "metrics": result,
         "metrics_at_twice_the_steps": twice,
         "solver": {"name": type(solver).__name__.lower(), **dataclasses.asdict(solver)},

@@ -117,7 +117,8 @@ class Run:
         for found, origin in ((classes, "the training split"), (test_classes, "the test split")):
             build.check_classes(model, found, origin)
         config.data.num_classes = model.num_classes  # the effective config, from which validate.py builds the model
-        model.pretrained_cfg = {**model.pretrained_cfg, "input_size": spec.size, "tag": "", "hf_hub_id": None}
+        anew = {"input_size": spec.size, "tag": "", "hf_hub_id": None, "file": None, "description": None}
+        model.pretrained_cfg = {**model.pretrained_cfg, **anew}
         return model.to(process.device, self.dtype), train_batches, test_batches
 
     def _trainer(self) -> Trainer:

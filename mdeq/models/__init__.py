@@ -5,5 +5,19 @@ from .cell import MultiscaleCell
 from .factory import list_models
 from .mdeq import MDEQ
 from .segmenter import MDEQSegmenter
+from .weights import HUB_ORG, RELEASES, Release, WeightsError, check_hub, hub_errors, local_file
 
-__all__ = ["MDEQ", "MDEQSegmenter", "MultiscaleCell", "list_models", "volumes"]
+__all__ = [
+    "HUB_ORG",
+    "MDEQ",
+    "RELEASES",
+    "MDEQSegmenter",
+    "MultiscaleCell",
+    "Release",
+    "WeightsError",
+    "check_hub",
+    "hub_errors",
+    "list_models",
+    "local_file",
+    "volumes",
+]

@@ -1,14 +1,17 @@
 """How every model of this package comes to timm: its configuration and its construction."""
 
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg
+from timm.models import DefaultCfg, build_model_with_cfg, generate_default_cfgs
 from torch import nn
 
 from .backbone import Backbone, Features, feature_table
 from .official import checkpoint_filter_fn
+from .weights import hub_errors, with_releases, with_weights
 
 MODULES = ("mdeq", "segmenter", "volumes")
 """The modules that register models, under which timm lists them."""
@@ -28,8 +31,14 @@ def cfg(**kwargs: Any) -> dict[str, Any]:
         "first_conv": "stem.conv1",
         "classifier": "classifier",
         "license": "apache-2.0",
+        "paper_ids": ("arXiv:2006.08656", "arXiv:2106.14342"),
         **kwargs,
     }
+
+
+def default_cfgs_of(untrained: Mapping[str, dict[str, Any]]) -> dict[str, DefaultCfg]:
+    """Return a module's `default_cfgs`: tags of released weights where there are any, else what is given."""
+    return generate_default_cfgs(with_releases(untrained))
 
 
 def create(
@@ -43,17 +52,28 @@ def create(
         pretrained: whether to load weights.
         defaults: the architecture's arguments.
         kwargs: those of the caller, which win.
+
+    Raises:
+        WeightsError: if there are no weights, or they cannot be had.
     """
-    args = {**defaults, **kwargs}
+    brought: dict[str, Any] = {}
+    source = kwargs.get("pretrained_cfg")
+    remote = pretrained and isinstance(source, Mapping) and source.get("source") == "hf-hub"
+    if pretrained:
+        kwargs, brought = with_weights(variant, kwargs)
+    args = {**defaults, **brought, **kwargs}
     taps = feature_table(args.get("spatial_dims", 2), args["channels"], args["stem_stride"])
-    return build_model_with_cfg(
-        model_cls,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=tuple(range(len(taps))), feature_cls=Features),
-        **args,
-    )
+    with hub_errors(source["hf_hub_id"]) if remote else nullcontext():
+        model = build_model_with_cfg(
+            model_cls,
+            variant,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=dict(out_indices=tuple(range(len(taps))), feature_cls=Features),
+            **args,
+        )
+    model._model_args = brought  # timm adds the caller's arguments, and saves all of them in a config.json
+    return model
 
 
 def list_models(name_filter: str = "", pretrained: bool = False) -> list[str]:

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 from timm.layers import SelectAdaptivePool2d
-from timm.models import generate_default_cfgs, register_model
+from timm.models import register_model
 from torch import Tensor, nn
 
 from ..gradients import GradientSpec, ImplicitGradient
 from ..layers import SpatialDims
 from ..solvers import Broyden, SolverSpec
 from .backbone import Backbone
-from .factory import cfg, create
+from .factory import cfg, create, default_cfgs_of
 from .head import ClassificationHead
 
 __all__ = ["MDEQ"]  # a list: register_model appends the entrypoints
@@ -141,7 +141,7 @@ def _cifar(pool: int, **kwargs: Any) -> dict[str, Any]:
     return cfg(mean=CIFAR_MEAN, std=CIFAR_STD, **size, **kwargs)
 
 
-default_cfgs = generate_default_cfgs(
+default_cfgs = default_cfgs_of(
     {
         "mdeq_tiny_cifar.untrained": _cifar(16),
         "mdeq_large_cifar.untrained": _cifar(4),

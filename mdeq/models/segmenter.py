@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.models import generate_default_cfgs, register_model
+from timm.models import register_model
 from torch import Tensor, nn
 
 from ..gradients import GradientSpec, ImplicitGradient
 from ..layers import SpatialDims, conv, resize
 from ..solvers import Broyden, SolverSpec
 from .backbone import Backbone
-from .factory import cfg, create
+from .factory import cfg, create, default_cfgs_of
 from .head import SegmentationHead
 
 __all__ = ["MDEQSegmenter"]  # a list: register_model appends the entrypoints
@@ -139,7 +139,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     return cfg(num_classes=19, **size, **kwargs)
 
 
-default_cfgs = generate_default_cfgs(
+default_cfgs = default_cfgs_of(
     {
         "mdeq_tiny_seg.untrained": _cfg(),
         "mdeq_small_seg.untrained": _cfg(),

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from timm.models import generate_default_cfgs, register_model
+from timm.models import register_model
 from torch import nn
 
 from ..gradients import ImplicitGradient
 from ..solvers import Broyden
-from .factory import cfg, create
+from .factory import cfg, create, default_cfgs_of
 from .mdeq import MDEQ
 from .segmenter import MDEQSegmenter
 
@@ -20,7 +20,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     return cfg(**{**size, "mean": (0.0,), "std": (1.0,), **kwargs})
 
 
-default_cfgs = generate_default_cfgs(
+default_cfgs = default_cfgs_of(
     {
         "mdeq3d_tiny.untrained": _cfg(num_classes=10),
         "mdeq3d_small.untrained": _cfg(num_classes=10),

@@ -1,0 +1,279 @@
+"""Publish weights on the Hub: model.safetensors, config.json and a model card made from the run's records.
+
+    python tools/publish.py runs/NAME --repo ORG/NAME [--private] [--dry-run]
+    python tools/publish.py runs/NAME --release ARCHITECTURE.TAG [--ship]     add it to the package's releases
+    python tools/publish.py --all [--runs DIR] [--dry-run]                    publish every release
+
+A release is a record in mdeq/weights/, and with --ship the weights beside it: small ones, which the package then holds.
+Weights that are not shipped are looked for in DIR/ARCHITECTURE.TAG.
+"""
+
+import argparse
+import csv
+import dataclasses
+import hashlib
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import timm
+from huggingface_hub import HfApi
+
+import mdeq
+from tools.card import dataset, model_card
+from tools.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_weights, write_atomically
+from tools.config import BadInput, config_yaml, load_config
+from tools.report import program
+from tools.results import read_results
+
+MAX_SHIPPED = 4 * 2**20  # bytes, of all weights in the package
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What goes to one repository."""
+
+    repo: str
+    weights: Path
+    config: Mapping[str, Any]
+    record: Mapping[str, Any]
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """The small files by their names."""
+        return {
+            "config.json": json.dumps(self.config, indent=2) + "\n",
+            "README.md": model_card(self.repo, self.config, self.record),
+        }
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="?", type=Path, help="folder of a finished run of tools/train.py")
+    parser.add_argument("--repo", help="ORG/NAME; the name ends in the tag of the weights, as mdeq_tiny_cifar.cifar10")
+    parser.add_argument("--release", metavar="ARCHITECTURE.TAG", help="make the run a release of the package")
+    parser.add_argument("--ship", action="store_true", help="with --release: put the weights into the package")
+    parser.add_argument("--revision", help="with --release: the commit on the Hub that holds the weights")
+    parser.add_argument("--all", action="store_true", help="publish every release")
+    parser.add_argument("--runs", type=Path, help="with --all: folder with the weights that are not shipped")
+    parser.add_argument("--seeds", type=Path, nargs="+", default=[], help="runs of the same config with other seeds")
+    parser.add_argument("--note", action="append", default=[], help="a sentence for the card's limits; repeatable")
+    parser.add_argument("--private", action="store_true", help="make new repositories private")
+    parser.add_argument("--dry-run", action="store_true", help="show what would go, without a network")
+    arguments = parser.parse_args()
+    chosen = [arguments.all, arguments.repo is not None, arguments.release is not None]
+    if sum(chosen) != 1:
+        raise BadInput("give one of --repo ORG/NAME, --release ARCHITECTURE.TAG and --all")
+    if arguments.all == (arguments.run is not None):
+        raise BadInput("--all publishes the releases, not a folder" if arguments.all else "give the folder of a run")
+    if arguments.repo is not None and arguments.repo.count("/") != 1:
+        raise BadInput(f"--repo must be ORG/NAME, got {arguments.repo}")
+    return arguments
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object.
+
+    Raises:
+        BadInput: for a missing or damaged file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{path.parent} is no run of tools/train.py: it has no {path.name}") from None
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} is damaged: {error}") from None
+    if not isinstance(content, dict):
+        raise BadInput(f"{path} is damaged: it holds no mapping")
+    return content
+
+
+def record_of(run: Path, seeds: Sequence[Path] = (), notes: Sequence[str] = ()) -> dict[str, Any]:
+    """Return all that the model card of a run needs.
+
+    Args:
+        run: its folder.
+        seeds: folders of runs that differ in the seed alone.
+        notes: sentences for the section of limits.
+
+    Raises:
+        BadInput: if the folder lacks something.
+    """
+    if not run.is_dir():
+        raise BadInput(f"no folder {run}")
+    results = read_results(run)
+    lacking = [name for name in ("training", "evaluation") if name not in results]
+    if lacking:
+        raise BadInput(f"{run / 'results.json'} has no {lacking[0]}; train to the end")
+    config = load_config(run / CONFIG_FILE)
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, root="DIR"),
+        run=dataclasses.replace(config.run, out_dir=None, resume=False),
+    )
+    return {
+        "data": config.data.name,
+        **results,
+        "seeds": [_seed(results), *(_seed(read_results(other)) for other in seeds)],
+        "steps": _steps(run),
+        "notes": list(notes),
+        "config": config_yaml(config),
+    }
+
+
+def _seed(results: Mapping[str, Any]) -> dict[str, Any]:
+    evaluation = results["evaluation"]
+    return {"seed": results["training"]["seed"], "value": evaluation["metrics"][evaluation["metric"]]}
+
+
+def _steps(run: Path) -> list[dict[str, str]]:
+    path = run / "steps.csv"
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def config_of(run: Path, name: str, data: str) -> dict[str, Any]:
+    """Return the config.json of a run as it is published under a name `architecture.tag` or any other."""
+    config = read_json(run / "config.json")
+    architecture, _, tag = name.partition(".")
+    if config.get("architecture") not in mdeq.list_models():
+        raise BadInput(f"{run} holds {config.get('architecture')}, which is no model of this package")
+    facts = dataset(data)
+    cfg = {
+        **config["pretrained_cfg"],
+        "license": "apache-2.0",
+        "description": f"{config['architecture']}, {facts.title}",
+    }
+    cfg["tag"] = tag if architecture == config["architecture"] else ""
+    # transformers passes the number of classes itself, and takes a second one for an error.
+    args = {key: value for key, value in config.get("model_args", {}).items() if key != "num_classes"}
+    labels = {"label_names": list(facts.labels)} if len(facts.labels) == config["num_classes"] else {}
+    return {**labels, **config, "model_args": args, "pretrained_cfg": cfg}
+
+
+def checked_weights(weights: Path, config: Mapping[str, Any]) -> Path:
+    """Return the weights of a run after loading them into the model that its config describes.
+
+    Raises:
+        BadInput: if there are none, or they do not fit.
+    """
+    if not weights.is_file():
+        raise BadInput(f"no weights {weights}")
+    args = {**config["model_args"], "num_classes": config["num_classes"]}
+    try:
+        model = timm.create_model(config["architecture"], **args)
+        model.load_state_dict(read_weights(weights))
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise BadInput(f"{weights} does not fit its config.json: {str(error).splitlines()[0]}") from None
+    return weights
+
+
+def publication(run: Path, repo: str, seeds: Sequence[Path] = (), notes: Sequence[str] = ()) -> Publication:
+    """Return what goes to a repository from the folder of a run."""
+    record = record_of(run, seeds, notes)
+    config = config_of(run, repo.rpartition("/")[2], record["data"])
+    return Publication(repo, checked_weights(run / WEIGHTS_FILE, config), config, record)
+
+
+def released(release: mdeq.Release, runs: Path | None) -> Publication:
+    """Return what goes to the repository of a release; weights that are not shipped come from a folder in `runs`."""
+    weights = release.shipped
+    if not weights.is_file():
+        if runs is None:
+            raise BadInput(f"the weights of {release.name} are not in the package; say with --runs where they are")
+        weights = runs / release.name / WEIGHTS_FILE
+    checked_weights(weights, release.config)
+    if sha256(weights) != release.sha256:
+        raise BadInput(f"{weights} are not the weights of {release.name}: another sha256")
+    return Publication(release.repo, weights, release.config, release.card)
+
+
+def make_release(run: Path, name: str, folder: Path, arguments: argparse.Namespace) -> list[Path]:
+    """Write the record of a release, with `--ship` its weights too; return the files."""
+    content = publication(run, f"{mdeq.HUB_ORG}/{name}", arguments.seeds, arguments.note)
+    architecture, _, tag = name.partition(".")
+    if architecture != content.config["architecture"] or not tag:
+        raise BadInput(f"--release must be {content.config['architecture']}.TAG, got {name}")
+    size = content.weights.stat().st_size
+    written = [folder / f"{name}.json"]
+    if arguments.ship:
+        others = sum(p.stat().st_size for p in folder.glob("*.safetensors") if p.stem != name)
+        if others + size > MAX_SHIPPED:
+            raise BadInput(f"{size:,} bytes are too many to ship: with the others at most {MAX_SHIPPED:,}")
+        written.insert(0, folder / f"{name}.safetensors")
+        data = content.weights.read_bytes()
+        write_atomically(written[0], lambda path: path.write_bytes(data))
+    record = {
+        "sha256": sha256(content.weights),
+        "size": size,
+        "revision": arguments.revision,
+        "metrics": content.record["evaluation"]["metrics"],
+        "config": content.config,
+        "card": content.record,
+    }
+    write_atomically(written[-1], lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
+    return written
+
+
+def push(content: Publication, private: bool) -> str:
+    """Upload all files in one commit and return its hash.
+
+    Raises:
+        BadInput: without a token, permission or connection.
+    """
+    api = HfApi(library_name="mdeq-vision", library_version=mdeq.__version__)
+    with tempfile.TemporaryDirectory() as temporary:
+        for name, text in content.texts.items():
+            (Path(temporary) / name).write_text(text, encoding="utf-8")
+        (Path(temporary) / WEIGHTS_FILE).symlink_to(content.weights.resolve())
+        try:
+            with mdeq.hub_errors(content.repo):
+                api.create_repo(content.repo, private=private, exist_ok=True)
+                commit = api.upload_folder(
+                    repo_id=content.repo, folder_path=temporary, commit_message=f"mdeq-vision {mdeq.__version__}"
+                )
+        except (mdeq.WeightsError, ValueError, OSError) as error:
+            raise BadInput(str(error).splitlines()[0]) from None
+    return commit.oid
+
+
+def show(content: Publication) -> None:
+    """Print what would go to a repository."""
+    print(f"{content.repo}:")
+    print(f"  {WEIGHTS_FILE}  {content.weights.stat().st_size:,} bytes  sha256 {sha256(content.weights)}")
+    for name, text in content.texts.items():
+        print(f"  {name}  {len(text.encode()):,} bytes")
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.release is not None:
+        for path in make_release(arguments.run, arguments.release, mdeq.Release.folder, arguments):
+            print(f"written: {path}")
+        return
+    if arguments.all:
+        if not mdeq.RELEASES:
+            raise BadInput("there is no release; make one with --release")
+        contents = [released(release, arguments.runs) for release in mdeq.RELEASES.values()]
+    else:
+        contents = [publication(arguments.run, arguments.repo, arguments.seeds, arguments.note)]
+    for content in contents:  # all are checked before the first goes
+        show(content)
+        if not arguments.dry_run:
+            print(f"  published: revision {push(content, arguments.private)}")
+
+
+if __name__ == "__main__":
+    program(main)
