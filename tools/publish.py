@@ -207,6 +207,7 @@ def make_release(run: Path, name: str, folder: Path, arguments: argparse.Namespa
     if architecture != content.config["architecture"] or not tag:
         raise BadInput(f"--release must be {content.config['architecture']}.TAG, got {name}")
     size = content.weights.stat().st_size
+    folder.mkdir(exist_ok=True)
     written = [folder / f"{name}.json"]
     if arguments.ship:
         others = sum(p.stat().st_size for p in folder.glob("*.safetensors") if p.stem != name)
