@@ -15,11 +15,14 @@ from .models import (
     MDEQSegmenter,
     MultiscaleCell,
     Release,
+    Transfer,
     WeightsError,
     check_hub,
     hub_errors,
+    inflate,
     list_models,
     local_file,
+    transfer,
 )
 from .solvers import Anderson, Broyden, FixedPointSolver, Picard, SolveStats, SolveStatus, build_solver
 from .state import State, StateLayout
@@ -44,14 +47,17 @@ __all__ = [
     "SolveStatus",
     "State",
     "StateLayout",
+    "Transfer",
     "WeightsError",
     "__version__",
     "build_gradient",
     "build_solver",
     "check_hub",
     "hub_errors",
+    "inflate",
     "jacobian_frobenius",
     "list_models",
     "local_file",
     "spectral_radius",
+    "transfer",
 ]

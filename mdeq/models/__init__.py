@@ -5,6 +5,7 @@ from .cell import MultiscaleCell
 from .factory import list_models
 from .mdeq import MDEQ
 from .segmenter import MDEQSegmenter
+from .transfer import Transfer, inflate, transfer
 from .weights import HUB_ORG, RELEASES, Release, WeightsError, check_hub, hub_errors, local_file
 
 __all__ = [
@@ -14,10 +15,13 @@ __all__ = [
     "MDEQSegmenter",
     "MultiscaleCell",
     "Release",
+    "Transfer",
     "WeightsError",
     "check_hub",
     "hub_errors",
+    "inflate",
     "list_models",
     "local_file",
+    "transfer",
     "volumes",
 ]
