@@ -24,6 +24,7 @@ from .models import (
     local_file,
     transfer,
 )
+from .reversible import ReversibleGradient
 from .solvers import Anderson, Broyden, FixedPointSolver, Picard, SolveStats, SolveStatus, build_solver
 from .state import State, StateLayout
 
@@ -43,6 +44,7 @@ __all__ = [
     "PhantomGradient",
     "Picard",
     "Release",
+    "ReversibleGradient",
     "SolveStats",
     "SolveStatus",
     "State",

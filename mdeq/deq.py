@@ -12,7 +12,7 @@ from .solvers import SolverSpec, SolveStats, build_solver
 from .state import State, StateLayout
 
 StateFn = Callable[[State], State]
-"""A map over states, sample by sample; may offer `take(index)`, see `mdeq.solvers.FlatFn`."""
+"""A map over states, sample by sample; may offer `take(index)` and `tensors()`, see `mdeq.solvers.FlatFn`."""
 
 
 @dataclass
@@ -39,6 +39,8 @@ class _FlatFn:
         self.fn, self.layout, self.inner, self.outer = fn, layout, inner, outer
         if hasattr(fn, "take"):
             self.take = lambda index: _FlatFn(fn.take(index), layout, inner, outer)
+        if hasattr(fn, "tensors"):
+            self.tensors = fn.tensors
 
     def __call__(self, z: Tensor) -> Tensor:
         f_z = self.layout.flatten(self.fn(self.layout.unflatten(z.to(self.inner))), self.outer)

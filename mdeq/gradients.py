@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .jacobian import evaluate, vjp
+from .reversible import ReversibleGradient
 from .solvers import Broyden, FixedPointSolver, FlatFn, SolveStats, SolveStatus, build_solver
 
 
@@ -145,7 +146,11 @@ class PhantomGradient:
         return (z if training else _Substitute.apply(z, z_star)), stats, []
 
 
-GRADIENTS: dict[str, type] = {"implicit": ImplicitGradient, "phantom": PhantomGradient}
+GRADIENTS: dict[str, type] = {
+    "implicit": ImplicitGradient,
+    "phantom": PhantomGradient,
+    "reversible": ReversibleGradient,
+}
 
 GradientSpec = GradientEstimator | Mapping[str, Any]
 """An estimator, or what JSON and YAML can say of one: `{"name": "implicit", "solver": {"name": "broyden"}}`."""

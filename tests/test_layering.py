@@ -22,7 +22,8 @@ TABLE = {
     "solvers/*.py": "torch .solvers.base",
     "jacobian.py": "torch .solvers",
     # 1 differentiation; geometry
-    "gradients.py": "torch .jacobian .solvers",
+    "reversible.py": "torch .jacobian .solvers",
+    "gradients.py": "torch .jacobian .reversible .solvers",
     "state.py": "torch",
     "layers.py": "torch",
     # 2 the equilibrium layer
@@ -37,7 +38,7 @@ TABLE = {
     "models/*.py": "torch timm .deq .gradients .layers .solvers .state .models.*",
     # the public names
     "_version.py": "",
-    "__init__.py": "._version .deq .gradients .jacobian .models .solvers .state",
+    "__init__.py": "._version .deq .gradients .jacobian .models .reversible .solvers .state",
 }
 
 

@@ -36,6 +36,11 @@ class CellFn:
         masks = None if self.masks is None else tuple(m[index] for m in self.masks)
         return replace(self, injection=injection, masks=masks)
 
+    def tensors(self) -> list[Tensor]:
+        """Return what f is made of beside its state: injection, kernels, norms."""
+        norms = [p for m in self.cell.modules() if isinstance(m, nn.GroupNorm) for p in m.parameters()]
+        return [*(u for u in self.injection if u is not None), *self.kernels.values(), *norms]
+
 
 @register_notrace_module
 class MultiscaleDEQ(nn.Module):

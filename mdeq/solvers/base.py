@@ -14,7 +14,8 @@ FlatFn = Callable[[Tensor], Tensor]
 """A map `(B, D) -> (B, D)` whose output sample i depends on input sample i only.
 
 It may offer `fn.take(index) -> FlatFn`, the same map for those samples alone; the loop then drops finished samples from
-the batch that it evaluates. Without it the whole batch is evaluated until the last sample stops.
+the batch that it evaluates. Without it the whole batch is evaluated until the last sample stops. It may also offer
+`fn.tensors()`, the tensors it closes over that gradients may be due to, for estimators that evaluate f in backward.
 """
 
 
