@@ -72,7 +72,10 @@ class Memory(Protocol):
 
 def full_precision(z: Tensor) -> AbstractContextManager[Any]:
     """Return a context without autocast."""
-    return nullcontext() if z.is_meta else torch.autocast(z.device.type, enabled=False)
+    # Nothing to switch off is the common case, and a graph with the switch in it cannot be saved by torch.export.
+    if z.is_meta or not torch.is_autocast_enabled(z.device.type):
+        return nullcontext()
+    return torch.autocast(z.device.type, enabled=False)
 
 
 def is_static(z: Tensor) -> bool:
