@@ -105,9 +105,8 @@ class MDEQ(Backbone):
 
     def _make_classifier(self, num_classes: int, global_pool: str, dd: dict[str, Any]) -> None:
         pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
-        self.head_hidden_size = self.num_features
-        width = self.num_features * pool.feat_mult()
-        classifier = nn.Linear(width, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.head_hidden_size = self.num_features * pool.feat_mult()
+        classifier = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.global_pool, self.classifier = pool.train(self.training), classifier.train(self.training)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
