@@ -51,9 +51,11 @@ def create(
         variant: name of the architecture.
         pretrained: whether to load weights.
         defaults: the architecture's arguments.
-        kwargs: those of the caller, which win.
+        kwargs: those of the caller, which win. Some callers of timm name an `output_stride`; it can only be that of
+            the coarsest branch.
 
     Raises:
+        ValueError: for another output stride.
         WeightsError: if there are no weights, or they cannot be had.
     """
     brought: dict[str, Any] = {}
@@ -63,6 +65,12 @@ def create(
         kwargs, brought = with_weights(variant, kwargs)
     args = {**defaults, **brought, **kwargs}
     taps = feature_table(args.get("spatial_dims", 2), args["channels"], args["stem_stride"])
+    coarsest = taps[-1]["reduction"]
+    if args.pop("output_stride", coarsest) != coarsest:
+        raise ValueError(
+            f"output_stride of {variant} must be {coarsest}: all branches take part in the equilibrium, none can be "
+            f"dilated; got {kwargs['output_stride']}"
+        )
     with hub_errors(source["hf_hub_id"]) if remote else nullcontext():
         model = build_model_with_cfg(
             model_cls,
