@@ -19,10 +19,12 @@ from .models import (
     WeightsError,
     check_hub,
     hub_errors,
+    identify_checkpoint,
     inflate,
     list_models,
     local_file,
     transfer,
+    translate_checkpoint,
 )
 from .reversible import ReversibleGradient
 from .solvers import Anderson, Broyden, FixedPointSolver, Picard, SolveStats, SolveStatus, build_solver
@@ -56,10 +58,12 @@ __all__ = [
     "build_solver",
     "check_hub",
     "hub_errors",
+    "identify_checkpoint",
     "inflate",
     "jacobian_frobenius",
     "list_models",
     "local_file",
     "spectral_radius",
     "transfer",
+    "translate_checkpoint",
 ]

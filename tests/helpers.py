@@ -25,6 +25,7 @@ from sklearn.datasets import load_digits
 from sklearn.utils import Bunch
 from torch import Tensor
 
+import tools.convert
 import tools.train
 import tools.validate
 from tools.config import TrainConfig, load_config
@@ -34,7 +35,7 @@ from tools.report import program
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = Path(__file__).parent / "data" / "tiny.yaml"
-MAIN = {"train": tools.train.main, "validate": tools.validate.main}
+MAIN = {"convert": tools.convert.main, "train": tools.train.main, "validate": tools.validate.main}
 
 # The whole test_mdeq: at 16x16 its smallest maps have one pixel.
 FOUR_BRANCHES = (

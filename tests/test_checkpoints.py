@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -36,6 +37,12 @@ EXPECTED: dict[str, tuple[str, dict[str, Any]]] = {
     "torchdeq/cifar_TINY": ("mdeq_tiny_cifar", AFFINE),
     "torchdeq/cifar_LARGE": ("mdeq_large_cifar", AFFINE),
     "torchdeq/imagenet_SMALL": ("mdeq_small", {}),
+    "cityscapes_SMALL": ("mdeq_small_seg", {}),
+    "cityscapes_LARGE": ("mdeq_large_seg", {}),
+    "cityscapes_XL": ("mdeq_xlarge_seg", {}),
+    "old_mdeq/cityscapes_SMALL": ("mdeq_small_seg", {}),
+    "old_mdeq/cityscapes_LARGE": ("mdeq_large_seg", {}),
+    "old_mdeq/cityscapes_XL": ("mdeq_xlarge_seg", {}),
 }
 
 
@@ -53,7 +60,7 @@ def small(**kwargs: Any) -> dict[str, Tensor]:
 # -- every configuration of every code line
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize("name", official.TABLES)
 def test_every_table(name: str) -> None:
     """Layout, model and arguments are found from keys and shapes; with them nothing is missing or left over."""
     weights = official.random_weights(name, "meta")
@@ -69,7 +76,7 @@ def test_every_table(name: str) -> None:
     assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in model.state_dict().items()}
 
 
-NUMBERS = ["torchdeq/cifar_LARGE", "imagenet_SMALL_reg"]
+NUMBERS = ["torchdeq/cifar_LARGE", "imagenet_SMALL_reg", "cityscapes_SMALL"]
 MORE_NUMBERS = [name for name in EXPECTED if name not in NUMBERS]
 
 
@@ -84,7 +91,11 @@ def test_numbers_of_every_configuration(name: str) -> None:
     bare = {re.sub(r"^(module|model)\.", "", k): v for k, v in weights.items()}
     network = Official(bare, stride=stride, cell="full_stage" if "torchdeq" in name else "fullstage")
     with torch.no_grad():
-        torch.testing.assert_close(model(x, unroll=2), network.classify(x, 2), rtol=1e-9, atol=1e-9)
+        if "cityscapes" in name:
+            scores = F.interpolate(network.segment(x, 2), size=(64, 64), mode="bilinear", align_corners=True)
+        else:
+            scores = network.classify(x, 2)
+        torch.testing.assert_close(model(x, unroll=2), scores, rtol=1e-9, atol=1e-9)
 
 
 # -- numbers of the official code, in every layout
@@ -237,6 +248,8 @@ MISFITS = {
     "imagenet_LARGE_reg": ("mdeq_large", " as it is built: pass post_norm_affine=False; it lacks 8:"),
     "old_mdeq/imagenet_LARGE": ("mdeq_large", ": it fits mdeq_xlarge; of another shape are"),
     "cifar_LARGE": ("mdeq_small", ": it fits mdeq_large_cifar; it lacks 8:"),
+    "imagenet_SMALL": ("mdeq_small_seg", ": it fits mdeq_small; it lacks 6:"),
+    "old_mdeq/cityscapes_SMALL": ("mdeq_small", ": it fits mdeq_small_seg; it lacks 80:"),
 }
 
 
@@ -244,7 +257,7 @@ MISFITS = {
 def test_what_would_fit_is_named(name: str) -> None:
     model_name, message = MISFITS[name]
     weights = official.random_weights(name, "meta")
-    classes = 10 if "cifar" in name else 1000
+    classes = 10 if "cifar" in name else 19 if "cityscapes" in name else 1000
     with pytest.raises(ValueError, match=re.escape(f"does not fit {model_name}{message}")):
         load(model_name, weights, device="meta", overlay=dict(num_classes=classes), num_classes=classes)
 

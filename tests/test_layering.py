@@ -33,7 +33,7 @@ TABLE = {
     "models/cell.py": "torch .layers .state",
     "models/head.py": "torch .layers .state",
     "models/fit.py": "torch timm",
-    "models/official.py": "torch timm .models.fit",
+    "models/official.py": "torch .models.fit .models.transfer",
     "models/weights.py": "huggingface_hub timm",
     "models/*.py": "torch timm .deq .gradients .layers .solvers .state .models.*",
     # the public names

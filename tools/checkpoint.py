@@ -1,8 +1,10 @@
 """Checkpoints that are complete or not there at all, and weights read from files that may be damaged or hostile."""
 
 import os
+import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
+import mdeq
 from tools.config import BadInput
 
 STATE_FILE = "checkpoint.pt"
@@ -109,14 +112,24 @@ def _unpickle(path: Path) -> Any:
     if not path.is_file():
         raise BadInput(f"no checkpoint {path}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols: what cannot be read raises all the same
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged pickle raises depends on where it is damaged
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BadInput(f"{path} is damaged, or needs more than plain weights to be unpickled: {reason}") from None
+        raise BadInput(
+            f"{path} is damaged, or needs more than plain weights to be unpickled: {_refusal(error)}"
+        ) from None
+
+
+def _refusal(error: Exception) -> str:
+    """Return the line of PyTorch's long message that says what it refused."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    telling = [line for line in lines if re.search(r"GLOBAL|^Unsupported|Unpickler error: \S", line)]
+    return (telling or lines)[0].removeprefix("WeightsUnpickler error: ").partition(". ")[0]
 
 
 def load_weights(model: nn.Module, path: str | Path, *, classifier: str, new_classifier: bool) -> list[str]:
-    """Load weights into a model and return the names of what was left as it is.
+    """Load weights, of an official layout too, into a model and return the names of what was left as it is.
 
     Args:
         model: the model.
@@ -127,7 +140,10 @@ def load_weights(model: nn.Module, path: str | Path, *, classifier: str, new_cla
     Raises:
         BadInput: if the file does not fit the model.
     """
-    weights = read_weights(path)
+    try:
+        weights = mdeq.translate_checkpoint(read_weights(path), model)
+    except ValueError as error:
+        raise BadInput(f"{path}: {error}") from None
     own = model.state_dict()
     key = f"{classifier}.weight"
     if key in own and key in weights and own[key].shape != weights[key].shape:

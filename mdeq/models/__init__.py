@@ -4,6 +4,7 @@ from . import volumes
 from .cell import MultiscaleCell
 from .factory import list_models
 from .mdeq import MDEQ
+from .official import identify_checkpoint, translate_checkpoint
 from .segmenter import MDEQSegmenter
 from .transfer import Transfer, inflate, transfer
 from .weights import HUB_ORG, RELEASES, Release, WeightsError, check_hub, hub_errors, local_file
@@ -19,9 +20,11 @@ __all__ = [
     "WeightsError",
     "check_hub",
     "hub_errors",
+    "identify_checkpoint",
     "inflate",
     "list_models",
     "local_file",
     "transfer",
+    "translate_checkpoint",
     "volumes",
 ]

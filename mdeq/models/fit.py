@@ -1,6 +1,6 @@
 """Whether weights fit a model, which architecture they do fit, and what to tell people when they do not."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from functools import cache
 from itertools import count, takewhile
@@ -105,23 +105,30 @@ def differences(facts: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str
 def identify(weights: Mapping[str, Tensor], layout: str, name: str | None = None) -> tuple[str, dict[str, Any]]:
     """Return the model, and the arguments beside its defaults, that weights under this package's names are of.
 
-    See `identify_checkpoint`.
+    Args:
+        weights: the weights.
+        layout: the layout they were in; in all but the native one either form of weight norm will do.
+        name: the model to be preferred. If no model fits but for arguments in which released files differ, it may
+            differ in all but its channels.
+
+    Raises:
+        ValueError: if no model fits.
     """
     meta = {key: value.to("meta") for key, value in weights.items()}
     found = []
-    for candidate in _own_models() if name is None else [name]:
+    for candidate in _own_models():
         default = _default(candidate)
         matched = shapes_of(meta if layout == "native" else match_weight_norm(meta, default))
         args = differences(describe(matched), describe(default))
-        if {"task", "spatial_dims"} & set(args):
-            continue
-        if name is not None or set(args) <= {*_ADAPTED, *_VARIABLE}:
-            found.append((len(args), candidate, args, matched))
+        variant = set(args) <= {*_ADAPTED, *_VARIABLE}
+        if variant or (candidate == name and not {"task", "spatial_dims", "channels"} & set(args)):
+            found.append(((not variant, candidate != name, len(args)), candidate, args, matched))
     for _, candidate, args, matched in sorted(found, key=lambda entry: entry[:2]):
         with suppress(ValueError):
-            if shapes_of(timm.create_model(candidate, device="meta", **args).state_dict()) == matched:
+            built = timm.create_model(candidate, device="meta", **args)
+            if not _problems(matched, shapes_of(built.state_dict())):
                 return candidate, args
-    raise ValueError("the checkpoint fits " + (f"{name} with no arguments" if name else "none of the models"))
+    raise ValueError("the checkpoint fits none of the models")
 
 
 def check_fit(weights: Mapping[str, Tensor], model: nn.Module, layout: str) -> None:
@@ -134,18 +141,31 @@ def check_fit(weights: Mapping[str, Tensor], model: nn.Module, layout: str) -> N
     cfg = getattr(model, "pretrained_cfg", {})
     replaced = cfg.get("num_classes", model.num_classes) != model.num_classes  # timm then drops the classifier
     headless = layout == "native" and not any(key.startswith("head.") for key in found)
+    classes = (found.get("classifier.weight", (model.num_classes,)) or (0,))[:1]
+    others = classes != (model.num_classes,)
 
     def optional(key: str) -> bool:
         if key.startswith("classifier."):
-            return replaced or layout == "native"
+            return replaced or others or layout == "native"
         return headless and key.startswith("head.")
 
-    classes = found.get("classifier.weight", (model.num_classes,))[0]
-    if not replaced and classes != model.num_classes:
-        raise ValueError(
-            f"the checkpoint has {classes} classes, the model {model.num_classes}; with pretrained_cfg_overlay="
-            f"dict(num_classes={classes}) it loads and the classifier starts afresh"
-        )
+    if not _problems(found, own, optional):
+        if others and not replaced:
+            raise ValueError(
+                f"the checkpoint has {classes[0]} classes, the model {model.num_classes}; with pretrained_cfg_overlay="
+                f"dict(num_classes={classes[0]}) it loads and the classifier starts afresh"
+            )
+        return
+    name = cfg.get("architecture", type(model).__name__)
+    advice = _advice(weights, layout, describe(own), name)
+    problems = _problems(found, own, optional, limit=8 if advice else None)
+    raise ValueError(f"the checkpoint ({layout} layout) does not fit {name}{advice}; {problems}")
+
+
+def _problems(
+    found: Shapes, own: Shapes, optional: Callable[[str], bool] = lambda key: False, limit: int | None = None
+) -> str:
+    """Return what is missing, left over, or of another shape, up to `limit` names of each; nothing if all fits."""
     missing = [key for key in own if key not in found and not optional(key)]
     left = [key for key in found if key not in own and not optional(key)]
     changed = [
@@ -153,16 +173,8 @@ def check_fit(weights: Mapping[str, Tensor], model: nn.Module, layout: str) -> N
         for key in own
         if key in found and found[key] != own[key] and not optional(key) and not _other_channels(key, found, own)
     ]
-    if not (missing or left or changed):
-        return
-    name = cfg.get("architecture", type(model).__name__)
-    advice = _advice(weights, layout, describe(own), name)
-    lines = [
-        f"{problem} {len(keys)}: {_listed(keys, 8 if advice else None)}"
-        for problem, keys in (("it lacks", missing), ("it has in addition", left), ("of another shape are", changed))
-        if keys
-    ]
-    raise ValueError(f"the checkpoint ({layout} layout) does not fit {name}{advice}; " + "; ".join(lines))
+    kinds = (("it lacks", missing), ("it has in addition", left), ("of another shape are", changed))
+    return "; ".join(f"{kind} {len(keys)}: {_listed(keys, limit)}" for kind, keys in kinds if keys)
 
 
 def _other_channels(key: str, found: Shapes, own: Shapes) -> bool:
@@ -173,18 +185,12 @@ def _other_channels(key: str, found: Shapes, own: Shapes) -> bool:
 
 def _advice(weights: Mapping[str, Tensor], layout: str, own: Mapping[str, Any], name: str) -> str:
     """Return the model and arguments that do fit, to go on a sentence; nothing if there are none."""
-    facts = describe(shapes_of(weights))
     try:
-        fitting, args = identify(weights, layout)
+        fitting, args = identify(weights, layout, name)
     except ValueError:
-        if name not in _own_models() or facts["channels"] != own["channels"]:
-            return ""
-        try:
-            fitting, args = identify(weights, layout, name)
-        except ValueError:
-            return ""
+        return ""
     if fitting == name:
-        args = differences(facts, own)
+        args = differences(describe(shapes_of(weights)), own)
     text = ", ".join(f"{key}={value}" for key, value in args.items() if key not in _ADAPTED)
     if fitting == name:
         return f" as it is built: pass {text}" if text else ""

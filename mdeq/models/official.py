@@ -8,10 +8,10 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from .fit import G, V, check_fit, identify, match_weight_norm
+from .transfer import adapt_input
 
 _WRAPPERS = (
     r"^(?:(?:module|model|_orig_mod)\.)+"  # of data parallelism, network with loss, features_only, torch.compile
@@ -56,13 +56,28 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     Raises:
         ValueError: for weights that do not fit, naming them, and the argument or architecture that does fit if any.
     """
+    weights, layout = _translated(state_dict, model)
+    check_fit(weights, model, layout)
+    return weights
+
+
+def translate_checkpoint(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict of a checkpoint in any layout under the names of a model, whether it fits it or not.
+
+    Raises:
+        ValueError: for what is no checkpoint of an MDEQ.
+    """
+    return _translated(state_dict, model)[0]
+
+
+def _translated(state_dict: Mapping[str, Any], model: nn.Module) -> tuple[dict[str, Tensor], str]:
     weights = unwrapped(state_dict)
     layout = layout_of(weights)
     if layout != "native":
         weights = match_weight_norm(from_official(weights), model.state_dict().keys())
-    weights = _adapt_volume_stem(weights, model)
-    check_fit(weights, model, layout)
-    return weights
+    if getattr(model, "spatial_dims", 2) == 3:  # timm adapts images' channels alone
+        weights = adapt_input(weights, model)
+    return weights, layout
 
 
 def identify_checkpoint(state_dict: Mapping[str, Any], name: str | None = None) -> tuple[str, str, dict[str, Any]]:
@@ -70,8 +85,7 @@ def identify_checkpoint(state_dict: Mapping[str, Any], name: str | None = None) 
 
     Args:
         state_dict: the checkpoint, in any layout.
-        name: the model where it is known; any of its arguments may then differ, else only those in which released
-            files do.
+        name: the model to be preferred where several fit; see docs/checkpoints.md for what may differ.
 
     Raises:
         ValueError: if no model fits.
@@ -123,12 +137,3 @@ def from_official(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             key = re.sub(pattern, replacement, key)
         renamed[key] = value
     return renamed
-
-
-def _adapt_volume_stem(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Give 3D weights the model's number of input channels by timm's rule; timm itself does so in 2D alone."""
-    kernel, own = weights.get("stem.conv1.weight"), model.stem.conv1.weight
-    if kernel is None or kernel.ndim != 5 or own.ndim != 5 or kernel.shape[1] == own.shape[1]:
-        return weights
-    flat = adapt_input_conv(own.shape[1], kernel.flatten(3), base_chans=kernel.shape[1])
-    return {**weights, "stem.conv1.weight": flat.unflatten(3, kernel.shape[3:])}

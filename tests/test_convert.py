@@ -1,0 +1,191 @@
+"""tools/convert.py: a released file in, a folder that timm loads out, or one line that says why not."""
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from helpers import run
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import tools.convert
+from tests import official
+from tools.checkpoint import export
+
+
+@pytest.fixture
+def released(tmp_path: Path) -> Path:
+    """An official CIFAR TINY as the older code would have saved it, before PyTorch's zip format."""
+    path = tmp_path / "released.pkl"
+    torch.save(official.older(official.official_weights()), path, _use_new_zipfile_serialization=False)
+    return path
+
+
+def local(folder: Path) -> nn.Module:
+    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+
+
+def assert_same(a: nn.Module, b: nn.Module) -> None:
+    other = b.state_dict()
+    assert all(torch.equal(value, other[key]) for key, value in a.state_dict().items())
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(a.eval()(x), b.eval()(x))
+
+
+def test_a_released_file(tmp_path: Path, released: Path) -> None:
+    """Model and arguments are found; the folder gives what the ordinary path gives, bit for bit."""
+    out = tmp_path / "new" / "folder"
+    said = run("convert", released, "--out", out).ok()
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
+    assert [path.name for path in out.parent.iterdir()] == ["folder"]
+    assert "parameters: 158,986" in said
+    assert hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest() in said
+    config = json.loads((out / "config.json").read_text())
+    assert config["architecture"] == "mdeq_tiny_cifar"
+    assert config["model_args"]["post_norm_affine"] is True
+    assert "num_classes" not in config["model_args"]  # transformers would pass it twice
+    cfg = config["pretrained_cfg"]
+    assert (cfg["tag"], cfg["license"]) == ("locuslab", "mit")
+    assert (config["num_classes"], cfg["num_classes"], cfg["mean"]) == (10, 10, [0.4914, 0.4822, 0.4465])
+    assert str(tmp_path) not in (out / "config.json").read_text()
+    overlay = dict(file=str(released))
+    direct = timm.create_model(
+        "mdeq_tiny_cifar", pretrained=True, pretrained_cfg_overlay=overlay, post_norm_affine=True
+    )
+    assert_same(local(out), direct)
+    # Fine-tuning from the folder: another classifier, other channels.
+    assert timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=3, in_chans=1).num_classes == 3
+
+
+def test_model_tag_and_classes(tmp_path: Path) -> None:
+    weights = official.official_weights()
+    weights |= {
+        "classifier.weight": weights["classifier.weight"][:4],
+        "classifier.bias": weights["classifier.bias"][:4],
+    }
+    save_file(weights, tmp_path / "released.safetensors")
+    words = ("--model", "mdeq_tiny_cifar", "--tag", "mine_4")
+    run("convert", tmp_path / "released.safetensors", "--out", tmp_path / "out", *words).ok()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["pretrained_cfg"]["tag"] == "mine_4"
+    model = local(tmp_path / "out")
+    assert model.num_classes == 4
+    assert torch.equal(model.classifier.weight, weights["classifier.weight"])
+
+
+def test_a_folder_of_a_run(tmp_path: Path) -> None:
+    """Native weights with their config.json, which says what shapes cannot."""
+    model = timm.create_model("test_mdeq", num_groups=4, stem_stride=1, num_classes=3)
+    (tmp_path / "run").mkdir()
+    export(model, tmp_path / "run")
+    run("convert", tmp_path / "run", "--out", tmp_path / "out", "--tag", "again").ok()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["pretrained_cfg"]["tag"], config["pretrained_cfg"]["license"]) == ("again", "apache-2.0")
+    assert_same(local(tmp_path / "out"), model)
+
+
+def test_native_weights_alone(tmp_path: Path) -> None:
+    model = timm.create_model("test_mdeq", weight_norm=False, num_classes=0)
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    assert "test_mdeq" in run("convert", tmp_path / "weights.safetensors", "--out", tmp_path / "out").ok()
+    assert_same(local(tmp_path / "out"), model)
+
+
+# What is refused: one line, exit code 2, nothing left behind.
+
+
+class Hostile:
+    """Runs a command where it is unpickled."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return os.system, (f"touch {self.canary}",)
+
+
+def write_hostile(path: Path, **how: Any) -> None:
+    torch.save({"fullstage.x": Hostile(path.parent / "canary")}, path, **how)
+
+
+def write_truncated(path: Path, **how: Any) -> None:
+    torch.save(official.official_weights(), path, **how)
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def write_lying(path: Path) -> None:
+    """A header that promises more than the file holds."""
+    header = json.dumps({"stem.conv1.weight": dict(dtype="F32", shape=[10**6, 10**6], data_offsets=[0, 4 * 10**12])})
+    path.write_bytes(struct.pack("<Q", len(header)) + header.encode() + b"\0" * 64)
+
+
+def write_endless_header(path: Path) -> None:
+    path.write_bytes(struct.pack("<Q", 2**62) + b"{}")
+
+
+OLD = dict(_use_new_zipfile_serialization=False)
+REFUSED: dict[str, tuple[str, Callable[[Path], Any], str]] = {
+    "hostile": ("a.pkl", write_hostile, "posix.system"),
+    "hostile, old format": ("a.pkl", lambda path: write_hostile(path, **OLD), "posix.system"),
+    "more than weights": ("a.pth", lambda path: torch.save({"top1": np.float64(3)}, path), "numpy"),
+    "truncated": ("a.pth", write_truncated, "damaged"),
+    "truncated, old format": ("a.pkl", lambda path: write_truncated(path, **OLD), "damaged"),
+    "empty": ("a.pkl", lambda path: path.touch(), "damaged"),
+    "header promises more": ("a.safetensors", write_lying, "damaged"),
+    "header without end": ("a.safetensors", write_endless_header, "damaged"),
+    "no weights": ("a.pth", lambda path: torch.save({"epoch": 3}, path), "holds no weights"),
+    "of something else": ("a.pth", lambda path: torch.save({"conv1.weight": torch.ones(1)}, path), "conv1.weight"),
+    "of no model": ("a.pth", lambda path: torch.save({"fullstage.x": torch.ones(1)}, path), "fits none of the models"),
+    "absurd": (
+        "a.safetensors",
+        lambda path: save_file({f"stem.conv{i}.weight": torch.zeros([]) for i in (1, 2)}, path),
+        "fits none of the models",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_files(tmp_path: Path, case: str) -> None:
+    name, write, reason = REFUSED[case]
+    write(tmp_path / name)
+    line = run("convert", tmp_path / name, "--out", tmp_path / "out").refusal()
+    assert reason in line
+    assert len(line) < 300
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name]
+
+
+def test_a_file_of_another_model(tmp_path: Path, released: Path) -> None:
+    line = run("convert", released, "--out", tmp_path / "out", "--model", "mdeq_small").refusal()
+    assert "does not fit mdeq_small: it fits mdeq_tiny_cifar" in line
+    line = run("convert", released, "--out", tmp_path / "out", "--model", "mdeq_smal").refusal()
+    assert "did you mean mdeq_small" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_is_there(tmp_path: Path, released: Path) -> None:
+    assert "is not empty" in run("convert", released, "--out", tmp_path).refusal()
+    assert "is a file" in run("convert", released, "--out", released).refusal()
+    assert "--tag" in run("convert", released, "--out", tmp_path / "out", "--tag", "../x").refusal()
+    assert [path.name for path in tmp_path.iterdir()] == ["released.pkl"]
+
+
+def test_a_folder_that_gives_another_model_is_not_kept(
+    tmp_path: Path, released: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(model: nn.Module, folder: Path) -> None:
+        path = export(model, folder)
+        weights: dict[str, Tensor] = load_file(path)
+        weights["classifier.bias"] = weights["classifier.bias"] + 1
+        save_file(weights, path)
+
+    monkeypatch.setattr(tools.convert, "export", damaged)
+    assert "nothing was kept" in run("convert", released, "--out", tmp_path / "out").refusal()
+    assert [path.name for path in tmp_path.iterdir()] == ["released.pkl"]

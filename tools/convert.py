@@ -1,0 +1,139 @@
+"""Turn a released MDEQ checkpoint into a folder with model.safetensors and config.json, which timm loads.
+
+    python tools/convert.py released.pkl --model mdeq_small --out DIR
+    python tools/convert.py released.pkl --out DIR --tag locuslab_in1k
+
+Every layout of the official code lines is read, see docs/checkpoints.md, and the folders of this package's own runs.
+Without --model the names and shapes of the weights say which model they are of. Arguments in which the file differs
+from the model's defaults are found likewise, and stand in config.json; afterwards
+
+    timm.create_model("local-dir:DIR", pretrained=True)
+
+gives the model, as `hf-hub:` does once the folder is uploaded.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import timm
+import torch
+from torch import nn
+
+import mdeq
+from tools.checkpoint import WEIGHTS_FILE, check_folder, export, read_weights, write_atomically
+from tools.config import BadInput, nearest
+from tools.report import program
+
+OFFICIAL = {
+    "MDEQ-Vision": "https://github.com/locuslab/deq",
+    "older locuslab/mdeq": "https://github.com/locuslab/mdeq",
+    "TorchDEQ": "https://github.com/locuslab/torchdeq",
+}
+"""Layout of an official checkpoint -> where it is from."""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="the file: .pkl, .pth, .safetensors; or a run's folder")
+    parser.add_argument("--model", help="the model it is of; default: the one that the weights fit")
+    parser.add_argument("--out", type=Path, required=True, help="folder to make")
+    parser.add_argument("--tag", help="name of these weights, as in ARCHITECTURE.TAG; default: locuslab")
+    arguments = parser.parse_args()
+    check_folder(arguments.out)
+    if arguments.out.is_dir() and any(arguments.out.iterdir()):
+        raise BadInput(f"{arguments.out} is not empty; give --out a new folder")
+    if arguments.tag is not None and not re.fullmatch(r"\w+", arguments.tag):
+        raise BadInput(f"--tag must be a name of letters, digits and underscores, got {arguments.tag!r}")
+    return arguments
+
+
+def load(path: Path, name: str | None) -> tuple[nn.Module, str]:
+    """Return the model of a checkpoint with its weights, through timm's ordinary path, and the layout it was in.
+
+    Raises:
+        BadInput: for a file that cannot be read, or fits no model.
+    """
+    valid = mdeq.list_models()
+    if name is not None and name not in valid:
+        raise BadInput(f"unknown model {name}; {nearest(name, valid)} (all: {', '.join(valid)})")
+    weights = read_weights(path)
+    try:
+        layout, fitting, args = mdeq.identify_checkpoint(weights, name)
+        if name not in (None, fitting):
+            raise BadInput(f"{path} does not fit {name}: it fits {fitting}")
+        file = path / WEIGHTS_FILE if path.is_dir() else path
+        beside = file.parent / "config.json"
+        if layout == "native" and file.name == WEIGHTS_FILE and beside.is_file():  # it says more than shapes do
+            return timm.create_model(f"local-dir:{file.parent}", pretrained=True), layout
+        default = timm.get_pretrained_cfg(fitting)
+        overlay: dict[str, Any] = dict(file=str(file), num_classes=args.get("num_classes", default.num_classes))
+        if "in_chans" in args:
+            overlay["input_size"] = (args["in_chans"], *default.input_size[1:])
+        return timm.create_model(fitting, pretrained=True, pretrained_cfg_overlay=overlay, **args), layout
+    except (ValueError, RuntimeError) as error:
+        raise BadInput(f"{path}: {str(error).splitlines()[0]}") from None
+
+
+def write(model: nn.Module, folder: Path) -> None:
+    """Write weights and configuration; without the argument that transformers would pass twice."""
+    export(model, folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config.get("model_args", {}).pop("num_classes", None)  # config.json has it outside of them as well
+    text = json.dumps(config, indent=2) + "\n"
+    write_atomically(path, lambda beside: beside.write_text(text))
+
+
+@torch.no_grad()
+def verify(model: nn.Module, folder: Path) -> None:
+    """Check that the folder gives the model again, logits and weights alike, bit for bit.
+
+    Raises:
+        BadInput: if it does not.
+    """
+    again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    side = min(64, model.pretrained_cfg["input_size"][-1])
+    x = torch.randn(1, model.in_chans, *[side] * model.spatial_dims, generator=torch.Generator().manual_seed(0))
+    weights, other = model.state_dict(), again.state_dict()
+    same = weights.keys() == other.keys() and all(torch.equal(weights[key], other[key]) for key in weights)
+    if not same or not torch.equal(model.eval()(x), again(x)):
+        raise BadInput("the model read back from the folder differs from the checkpoint; nothing was kept")
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    model, layout = load(arguments.checkpoint, arguments.model)
+    cfg = model.pretrained_cfg
+    if layout in OFFICIAL:
+        cfg.update(license="mit", origin_url=OFFICIAL[layout], tag=arguments.tag or "locuslab")
+    elif arguments.tag is not None:
+        cfg["tag"] = arguments.tag
+    out = arguments.out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        write(model, temporary)
+        verify(model, temporary)
+        temporary.chmod(0o755)
+        os.replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    config = json.loads((out / "config.json").read_text())
+    print(f"{layout} layout, {cfg['architecture']}, arguments: {config.get('model_args', {})}")
+    print(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
+    print(f"sha256: {hashlib.sha256((out / WEIGHTS_FILE).read_bytes()).hexdigest()}  {WEIGHTS_FILE}")
+    print(f"written and read back, logits equal: {arguments.out}")
+
+
+if __name__ == "__main__":
+    program(main)
