@@ -26,6 +26,7 @@ from sklearn.utils import Bunch
 from torch import Tensor
 
 import tools.convert
+import tools.publish
 import tools.train
 import tools.validate
 from tools.config import TrainConfig, load_config
@@ -35,7 +36,12 @@ from tools.report import program
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = Path(__file__).parent / "data" / "tiny.yaml"
-MAIN = {"convert": tools.convert.main, "train": tools.train.main, "validate": tools.validate.main}
+MAIN = {
+    "convert": tools.convert.main,
+    "publish": tools.publish.main,
+    "train": tools.train.main,
+    "validate": tools.validate.main,
+}
 
 # The whole test_mdeq: at 16x16 its smallest maps have one pixel.
 FOUR_BRANCHES = (
@@ -101,6 +107,10 @@ def train(folder: Path, *words: Any) -> Outcome:
 
 def validate(*words: Any) -> Outcome:
     return run("validate", *words)
+
+
+def publish(*words: Any) -> Outcome:
+    return run("publish", *words)
 
 
 def make_config(folder: Path, *words: str) -> TrainConfig:

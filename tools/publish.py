@@ -30,8 +30,9 @@ from tools.card import dataset, model_card
 from tools.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_weights, write_atomically
 from tools.config import BadInput, config_yaml, load_config
 from tools.report import program
-from tools.results import read_results
+from tools.results import ROOT, read_results
 
+RELEASES_FOLDER = ROOT / "mdeq" / "weights"
 MAX_SHIPPED = 4 * 2**20  # bytes, of all weights in the package
 
 
@@ -153,10 +154,10 @@ def config_of(run: Path, name: str, data: str) -> dict[str, Any]:
     facts = dataset(data)
     cfg = {
         **config["pretrained_cfg"],
+        "tag": tag if architecture == config["architecture"] else "",
         "license": "apache-2.0",
-        "description": f"{config['architecture']}, {facts.title}",
+        "description": f"{config['architecture']} trained on {facts.title}",
     }
-    cfg["tag"] = tag if architecture == config["architecture"] else ""
     # transformers passes the number of classes itself, and takes a second one for an error.
     args = {key: value for key, value in config.get("model_args", {}).items() if key != "num_classes"}
     labels = {"label_names": list(facts.labels)} if len(facts.labels) == config["num_classes"] else {}
@@ -261,7 +262,7 @@ def show(content: Publication) -> None:
 def main() -> None:
     arguments = parse_arguments()
     if arguments.release is not None:
-        for path in make_release(arguments.run, arguments.release, mdeq.Release.folder, arguments):
+        for path in make_release(arguments.run, arguments.release, RELEASES_FOLDER, arguments):
             print(f"written: {path}")
         return
     if arguments.all:

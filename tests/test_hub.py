@@ -1,0 +1,474 @@
+"""Released weights: records, shipped files, the cache, push to and pull from a Hub, and what goes wrong there."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import yaml
+from helpers import ROOT, publish, train
+from hub_client import digest
+from hub_server import TOKEN, Hub, serving
+from huggingface_hub.errors import OfflineModeIsEnabled
+from safetensors.torch import load_file, save_file
+
+import mdeq
+from mdeq.models import weights
+from mdeq.models.weights import DEFAULT_ORG, Release, WeightsError, local_file, with_releases
+
+# The whole of the architecture, as a released tag has it.
+WORDS = ("model.kwargs={}", "model.kwargs.dropout=0.1", "model.solver.max_steps=3", "data.image_size=32")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of test_mdeq with its table over steps."""
+    folder = tmp_path_factory.mktemp("hub") / "run"
+    train(folder, *WORDS, "model.kwargs.channels=[4,4,8,8]", "model.kwargs.head_channels=[4,4,4,4]").ok()
+    (folder / "steps.csv").write_text("steps,top1,residual_mean,evaluations,twin_top1\n1,40,0.5,2,39\n2,50,0.25,3,45\n")
+    return folder
+
+
+@pytest.fixture
+def releases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder that tools/publish.py takes for the package's."""
+    monkeypatch.setattr("tools.publish.RELEASES_FOLDER", tmp_path / "weights")
+    return tmp_path / "weights"
+
+
+def make_release(finished: Path, folder: Path, *words: str) -> Release:
+    publish(finished, "--release", "test_mdeq.digits", *words).ok()
+    return Release.read(folder / "test_mdeq.digits.json")
+
+
+# What is released.
+
+
+@pytest.mark.parametrize("name", mdeq.RELEASES)
+def test_released_weights(name: str) -> None:
+    """A record says what timm's cfg says, and names a commit or weights that are in the package."""
+    release, cfg = mdeq.RELEASES[name], timm.get_pretrained_cfg(name)
+    assert cfg.hf_hub_id == f"{mdeq.HUB_ORG}/{name}"
+    assert cfg.license
+    assert cfg.paper_ids
+    assert cfg.description
+    assert release.metrics
+    if release.shipped.is_file():
+        assert release.shipped.stat().st_size == release.size
+        model = timm.create_model(name, pretrained=True)
+        assert digest(model) == digest_of(release.shipped)
+    else:
+        assert re.fullmatch(r"[0-9a-f]{40}", release.revision or "")
+
+
+def digest_of(path: Path) -> str:
+    """Return what `digest` says of a model with the weights of a file."""
+    total = hashlib.sha256()
+    for name, value in sorted(load_file(path).items()):
+        total.update(name.encode() + value.numpy().tobytes())
+    return total.hexdigest()
+
+
+def test_shipped_weights_are_small() -> None:
+    assert sum(path.stat().st_size for path in weights.FOLDER.glob("*.safetensors")) <= 4 * 2**20
+
+
+def test_only_released_weights_have_a_repository() -> None:
+    cfgs = {name: timm.models.get_arch_pretrained_cfgs(name) for name in mdeq.list_models()}
+    assert "test_mdeq" in cfgs
+    with_repository = {n for tags in cfgs.values() for n, cfg in tags.items() if cfg.hf_hub_id is not None}
+    assert with_repository == set(mdeq.list_models(pretrained=True)) == set(mdeq.RELEASES)
+
+
+def test_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`pretrained=True` without weights names the models that have some."""
+    with pytest.raises(WeightsError, match="no pretrained weights for test_mdeq"):
+        timm.create_model("test_mdeq", pretrained=True)
+    some = {name: Release(name=name, sha256="", size=0) for name in ("test_mdeq.a", "mdeq_small.b")}
+    monkeypatch.setattr(weights, "RELEASES", some)
+    with pytest.raises(WeightsError, match=r"there are weights for test_mdeq\.a, mdeq_small\.b$"):
+        timm.create_model("test_mdeq", pretrained=True)
+
+
+def test_cfgs_of_a_release(finished: Path, releases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    release = make_release(finished, releases, "--ship")
+    monkeypatch.setattr(weights, "RELEASES", {release.name: release})
+    cfgs = with_releases({"test_mdeq.untrained": {"crop_pct": 1.0}, "mdeq_small.untrained": {"num_classes": 7}})
+    assert cfgs["mdeq_small.untrained"] == {"num_classes": 7}
+    assert "test_mdeq.untrained" not in cfgs
+    cfg = timm.models.PretrainedCfg(**cfgs["test_mdeq.digits"])
+    assert cfg.hf_hub_id == f"{mdeq.HUB_ORG}/test_mdeq.digits"
+    assert (cfg.num_classes, cfg.input_size, cfg.license) == (10, (3, 32, 32), "apache-2.0")
+    assert cfg.label_names == tuple("0123456789")
+    assert cfg.description == "test_mdeq trained on scikit-learn's handwritten digits"
+    # The weights come with the solver that they were trained with; the caller's wins.
+    own = dict(cfgs["test_mdeq.digits"], architecture="test_mdeq", tag="digits")
+    model = timm.create_model("test_mdeq", pretrained=True, pretrained_cfg=own)
+    assert digest(model) == digest_of(finished / "model.safetensors")
+    assert (type(model.deq.solver), model.deq.solver.max_steps) == (mdeq.Picard, 3)
+    other = timm.create_model("test_mdeq", pretrained=True, pretrained_cfg=own, solver={"name": "broyden"})
+    assert isinstance(other.deq.solver, mdeq.Broyden)
+    small = timm.create_model("test_mdeq", pretrained=True, pretrained_cfg=own, num_classes=5, in_chans=1)
+    assert (small.num_classes, small.in_chans) == (5, 1)
+    assert torch.equal(small.head.final[0].weight, model.head.final[0].weight)
+
+
+def test_damaged_shipped_weights(finished: Path, releases: Path) -> None:
+    release = make_release(finished, releases, "--ship")
+    assert local_file(release) == release.shipped
+    release.shipped.write_bytes(release.shipped.read_bytes()[:-1] + b"\0")
+    with pytest.raises(WeightsError, match="is damaged; install mdeq-vision again"):
+        local_file(release)
+
+
+# The cache, without a server.
+
+
+def in_cache(release: Release, cache: Path, content: bytes) -> tuple[Path, Path]:
+    """Put a file where huggingface_hub keeps it; return its name and its blob."""
+    folder = cache / f"models--{DEFAULT_ORG}--{release.name}"
+    blob, pointer = folder / "blobs" / "0123", folder / "snapshots" / release.revision / "model.safetensors"
+    for path in (blob, pointer):
+        path.parent.mkdir(parents=True)
+    blob.write_bytes(content)
+    pointer.symlink_to(os.path.relpath(blob, pointer.parent))
+    return pointer, blob
+
+
+def test_cached_weights_need_no_network(
+    finished: Path, releases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = make_release(finished, releases, "--revision", "a" * 40)
+    pointer, _ = in_cache(release, tmp_path / "cache", (finished / "model.safetensors").read_bytes())
+    monkeypatch.delattr(weights, "get_hf_file_metadata")
+    monkeypatch.delattr(weights, "hf_hub_download")
+    assert local_file(release, tmp_path / "cache") == pointer
+
+
+def test_damaged_cached_weights_are_removed(
+    finished: Path, releases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And fetched again; where that cannot be, the error says what to do."""
+    release = make_release(finished, releases, "--revision", "a" * 40)
+    pointer, blob = in_cache(release, tmp_path / "cache", b"something else")
+
+    def offline(url: str) -> None:
+        raise OfflineModeIsEnabled(url)
+
+    monkeypatch.setattr(weights, "get_hf_file_metadata", offline)
+    with pytest.raises(WeightsError, match="not in the cache and HF_HUB_OFFLINE is set; unset it to download"):
+        local_file(release, tmp_path / "cache")
+    assert not pointer.is_symlink()
+    assert not blob.exists()
+
+
+# tools/publish.py without a server.
+
+
+def test_dry_run_shows_what_would_go(finished: Path) -> None:
+    out = publish(finished, "--repo", "org/test_mdeq.digits", "--dry-run").ok()
+    sha = hashlib.sha256((finished / "model.safetensors").read_bytes()).hexdigest()
+    assert out.startswith("org/test_mdeq.digits:\n")
+    assert sha in out
+    assert re.search(r"README.md  [\d,]+ bytes", out)
+
+
+def test_card(finished: Path, tmp_path: Path) -> None:
+    """The card holds the figures of the records, says `import mdeq`, and its metadata are YAML."""
+    other = tmp_path / "other"
+    shutil.copytree(finished, other)
+    record = json.loads((other / "results.json").read_text())
+    record["training"]["seed"], record["evaluation"]["metrics"]["top1"] = 1, 12.5
+    (other / "results.json").write_text(json.dumps(record))
+    content = tools_publish().publication(finished, "org/test_mdeq.digits", [other], ["Only a test."])
+    card = content.texts["README.md"]
+    _, head, text = card.split("---\n", 2)
+    meta = yaml.safe_load(head)
+    evaluation = json.loads((finished / "results.json").read_text())["evaluation"]
+    metrics, twice = evaluation["metrics"], evaluation["metrics_at_twice_the_steps"]
+    [result] = meta["model-index"][0]["results"]
+    assert meta["library_name"] == "timm"
+    assert result["metrics"][0]["value"] == round(metrics["top1"], 4)
+    assert f"| Top-1 accuracy, at 3 steps at most | {metrics['top1']:.4g} % |" in text
+    assert f"at twice the steps (6, without tolerance) | {twice['top1']:.4g} % |" in text
+    assert f"| evaluations of f, mean | {metrics['evaluations']:.1f} |" in text
+    assert f"| residual, 0.9 quantile | {metrics['residual_q0.9']:.2e} |" in text
+    assert f"{metrics['top1']:.4g} % (seed 0), 12.5 % (seed 1)" in text
+    assert "| 1 | 40 | 2 | 0.5 | 39 |\n| 2 | 50 | 3 | 0.25 | 45 |" in text
+    assert "name=picard" in text
+    assert "import mdeq" in text
+    assert 'create_model("hf-hub:org/test_mdeq.digits", pretrained=True)' in text
+    assert "- Only a test." in text
+    assert "CC BY 4.0" in text
+    assert str(tmp_path.parent) not in card
+    assert "num_classes" not in content.config["model_args"], "transformers would take it for a second one"
+    assert content.config["pretrained_cfg"]["tag"] == "digits"
+
+
+def tools_publish() -> Any:
+    return sys.modules["tools.publish"]
+
+
+def test_all_publishes_the_releases(finished: Path, releases: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    shipped = make_release(finished, releases, "--ship")
+    monkeypatch.setattr(mdeq, "RELEASES", {})
+    assert "there is no release" in publish("--all", "--dry-run").refusal()
+    monkeypatch.setattr(mdeq, "RELEASES", {shipped.name: shipped})
+    assert f"{mdeq.HUB_ORG}/test_mdeq.digits:\n" in publish("--all", "--dry-run").ok()
+    shipped.shipped.unlink()
+    assert "say with --runs where they are" in publish("--all", "--dry-run").refusal()
+    shutil.copytree(finished, tmp_path / "runs" / shipped.name)
+    assert shipped.sha256 in publish("--all", "--dry-run", "--runs", tmp_path / "runs").ok()
+    tensors = {name: value + 1 for name, value in load_file(finished / "model.safetensors").items()}
+    save_file(tensors, tmp_path / "runs" / shipped.name / "model.safetensors")
+    assert "another sha256" in publish("--all", "--dry-run", "--runs", tmp_path / "runs").refusal()
+
+
+REPO = ("--repo", "org/name", "--dry-run")
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ((), "give one of --repo"),
+        (("RUN", "--all"), "not a folder"),
+        (("--repo", "org/name"), "give the folder of a run"),
+        (("RUN", "--repo", "name"), "must be ORG/NAME"),
+        (("RUN", "--all", *REPO), "give one of --repo"),
+        (("nowhere", *REPO), "no folder nowhere"),
+        (("RUN", "--release", "mdeq_small.digits"), "must be test_mdeq.TAG"),
+        (("RUN", "--release", "test_mdeq"), "must be test_mdeq.TAG"),
+    ],
+)
+def test_bad_words(words: tuple[str, ...], reason: str, finished: Path, releases: Path) -> None:
+    assert reason in publish(*(finished if word == "RUN" else word for word in words)).refusal()
+    assert not releases.exists()
+
+
+def _other_architecture(run: Path) -> None:
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "architecture": "resnet18"}))
+
+
+def _other_shapes(run: Path) -> None:
+    config = json.loads((run / "config.json").read_text())
+    config["model_args"]["channels"] = [8, 4, 8, 8]
+    (run / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda run: (run / "model.safetensors").unlink(), "no weights"),
+        (lambda run: (run / "model.safetensors").write_bytes(b"\0" * 100), "damaged or no safetensors file"),
+        (lambda run: (run / "config.json").unlink(), "no run of tools/train.py: it has no config.json"),
+        (lambda run: (run / "config.json").write_text("[]"), "config.json is damaged"),
+        (lambda run: (run / "config.yaml").unlink(), "no config file"),
+        (lambda run: (run / "results.json").unlink(), "train to the end"),
+        (lambda run: (run / "results.json").write_text('{"training": {}}'), "has no evaluation"),
+        (_other_architecture, "holds resnet18, which is no model of this package"),
+        (_other_shapes, "does not fit its config.json"),
+    ],
+)
+def test_bad_run(damage: Any, reason: str, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    damage(tmp_path / "run")
+    assert reason in publish(tmp_path / "run", *REPO).refusal()
+
+
+def test_too_large_to_ship(finished: Path, releases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tools.publish.MAX_SHIPPED", 1000)
+    assert "too many to ship" in publish(finished, "--release", "test_mdeq.digits", "--ship").refusal()
+    assert list(releases.iterdir()) == []
+
+
+# Push and pull.
+
+
+class Talk:
+    """What came of the steps of a client, and what it asked the server for in each."""
+
+    def __init__(self, steps: list[list[str]], results: list[dict[str, Any]], requests: list[str]) -> None:
+        self.by_step = {" ".join(step): result for step, result in zip(steps, results, strict=True)}
+        self.asked: dict[str, list[str]] = {}
+        for request in requests:
+            if match := re.fullmatch(r"GET /step/(\d+)", request):
+                asked = self.asked.setdefault(" ".join(steps[int(match[1])]), [])
+            else:
+                asked.append(request)
+
+    def problem(self, step: str) -> str:
+        """Return the message of a step that failed as it should, in one line."""
+        result = self.by_step[step]
+        assert result["error"] == "WeightsError", result
+        assert "\n" not in result["message"]
+        assert result["seconds"] < 10
+        return result["message"]
+
+
+def talk(steps: list[list[str]], endpoint: str, package: Path, home: Path, requests: list[str], **env: str) -> Talk:
+    """Have a client with a package and a cache of its own take steps."""
+    path = os.pathsep.join(map(str, (package, Path(__file__).parent, ROOT)))
+    env = {**os.environ, "PYTHONPATH": path, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), **env}
+    env.update(HF_HUB_DISABLE_XET="1", OMP_NUM_THREADS="1", HF_HUB_DISABLE_TELEMETRY="1")
+    program = [sys.executable, str(Path(__file__).parent / "hub_client.py")]
+    done = subprocess.run(program, input=json.dumps(steps), env=env, capture_output=True, text=True, cwd=home.parent)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert answer["package"].startswith(str(package))
+    return Talk(steps, answer["results"], list(requests))
+
+
+FAULTS = ("damaged", "cut", "gated", "private", "missing", "revision", "file", "full", "mine")
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a copy of the package, whose releases are the tests'."""
+    folder = tmp_path_factory.mktemp("package")
+    shutil.copytree(ROOT / "mdeq", folder / "mdeq", ignore=shutil.ignore_patterns("__pycache__", "weights"))
+    (folder / "mdeq" / "weights").mkdir()
+    return folder
+
+
+def add(package: Path, record: dict[str, Any], tag: str, content: bytes, revision: str) -> None:
+    """Add a release to a package."""
+    record = {**record, "revision": revision, "sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+    (package / "mdeq" / "weights" / f"test_mdeq.{tag}.json").write_text(json.dumps(record))
+
+
+def fill(hub: Hub, package: Path, finished: Path) -> None:
+    """Put releases on a Hub, a good one and one with each fault."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tools.publish.RELEASES_FOLDER", package)
+        publish(finished, "--release", "test_mdeq.good").ok()
+    record = json.loads((package / "test_mdeq.good.json").read_text())
+    good = (finished / "model.safetensors").read_bytes()
+    files = {"model.safetensors": good, "config.json": (finished / "config.json").read_bytes()}
+    add(package, record, "good", good, hub.put(f"{DEFAULT_ORG}/test_mdeq.good", files))
+    hub.put(f"{DEFAULT_ORG}/test_mdeq.good", {"model.safetensors": b"a later commit"})
+    for tag in FAULTS:
+        # Every file has bytes of its own: the storage is shared.
+        header = {"format": "pt", "tag": tag}
+        path = package / "model.safetensors"
+        save_file(load_file(finished / "model.safetensors"), path, metadata=header)
+        content = path.read_bytes()
+        files["model.safetensors"] = content
+        kept = {"config.json": b"{}"} if tag == "file" else files
+        repo = f"{DEFAULT_ORG}/test_mdeq.{tag}"
+        commit = "b" * 40
+        if tag != "missing":
+            commit = hub.put(repo, kept, gated=tag == "gated", private=tag in ("private", "mine"))
+        add(package, record, tag, content, "c" * 40 if tag == "revision" else commit)
+        if tag in ("damaged", "cut"):
+            getattr(hub, tag).add(hashlib.sha256(content).hexdigest())
+
+
+@pytest.fixture(scope="module")
+def online(finished: Path, package: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Talk, Hub, Path]:
+    """What a client did on a Hub, the Hub, and the client's cache."""
+    home = tmp_path_factory.mktemp("client") / "home"
+    steps = [
+        ["create", "test_mdeq.good"],
+        ["create", "test_mdeq"],
+        ["publish", str(finished), "--repo", "org/test_mdeq.digits"],
+        ["create", "hf-hub:org/test_mdeq.digits"],
+        ["publish", str(finished), "--repo", "someone-else/name"],
+        *(["create", f"test_mdeq.{tag}"] for tag in ("damaged", "cut", "missing", "revision", "file")),
+        ["anonymous", "test_mdeq.gated"],
+        ["anonymous", "test_mdeq.private"],
+        ["full", "test_mdeq.full"],
+        ["create", "test_mdeq.mine"],
+    ]
+    with serving() as hub:
+        fill(hub, package, finished)
+        return talk(steps, hub.endpoint, package, home, hub.requests, HF_TOKEN=TOKEN), hub, home
+
+
+def test_pull_is_pinned_and_cached(online: tuple[Talk, Hub, Path], finished: Path) -> None:
+    talk, hub, _ = online
+    first = talk.by_step["create test_mdeq.good"]
+    assert first["weights"] == digest_of(finished / "model.safetensors")
+    assert (first["tag"], first["steps"]) == ("good", 3)
+    pinned = hub.repos[f"{DEFAULT_ORG}/test_mdeq.good"].commits[0][0]
+    asked = talk.asked["create test_mdeq.good"]
+    assert f"HEAD /{DEFAULT_ORG}/test_mdeq.good/resolve/{pinned}/model.safetensors" in asked
+    assert [request for request in asked if request.startswith("GET storage/objects/")]
+
+
+def test_push_and_pull(online: tuple[Talk, Hub, Path], finished: Path) -> None:
+    talk, hub, _ = online
+    pushed = talk.by_step[f"publish {finished} --repo org/test_mdeq.digits"]
+    assert pushed["code"] == 0, pushed["err"]
+    [(commit, files)] = hub.repos["org/test_mdeq.digits"].commits
+    assert f"published: revision {commit}" in pushed["out"]
+    assert files.keys() == {"model.safetensors", "config.json", "README.md"}
+    assert files["model.safetensors"] == (finished / "model.safetensors").read_bytes()
+    assert "import mdeq" in files["README.md"].decode()
+    pulled = talk.by_step["create hf-hub:org/test_mdeq.digits"]
+    assert (pulled["weights"], pulled["steps"]) == (digest_of(finished / "model.safetensors"), 3)
+
+
+def test_push_without_permission(online: tuple[Talk, Hub, Path], finished: Path) -> None:
+    refused = online[0].by_step[f"publish {finished} --repo someone-else/name"]
+    assert refused["code"] == 2
+    assert re.fullmatch(r"error: no permission for someone-else/name: log in .*\n", refused["err"])
+
+
+@pytest.mark.parametrize(
+    ("step", "reason"),
+    [
+        ("create test_mdeq.damaged", "is not the released one .* was deleted; try again"),
+        ("create test_mdeq.cut", "the download of .* was cut short; try again"),
+        ("create test_mdeq.missing", "there is no repository .* or it is private: check the name, or log in"),
+        ("create test_mdeq.revision", "has no revision c{40}: name another one, or update mdeq-vision"),
+        ("create test_mdeq.file", "has no model.safetensors"),
+        ("anonymous test_mdeq.gated", "is gated: ask for access at .*, then log in with `hf auth login`"),
+        ("anonymous test_mdeq.private", "there is no repository .* or it is private: check the name, or log in"),
+        ("full test_mdeq.full", "no space left for .*; make room, or set HF_HOME to another disk"),
+    ],
+)
+def test_faults(step: str, reason: str, online: tuple[Talk, Hub, Path]) -> None:
+    """One line that says what to do, and nothing broken left in the cache."""
+    talk, _, home = online
+    assert re.search(reason, talk.problem(step))
+    repo = home / "hub" / f"models--{DEFAULT_ORG}--{step.split()[1]}"
+    left = [path for part in ("blobs", "snapshots") for path in (repo / part).rglob("*") if not path.is_dir()]
+    assert left == []
+
+
+def test_a_token_opens_a_private_repository(online: tuple[Talk, Hub, Path]) -> None:
+    assert "weights" in online[0].by_step["create test_mdeq.mine"]
+
+
+@pytest.fixture(scope="module")
+def cut_off(online: tuple[Talk, Hub, Path], finished: Path, package: Path) -> Talk:
+    """What the next client did, without a token or a network, with the same cache."""
+    shutil.copy(finished / "model.safetensors", package / "mdeq" / "weights" / "test_mdeq.gated.safetensors")
+    record = package / "mdeq" / "weights" / "test_mdeq.gated.json"
+    sha = hashlib.sha256((finished / "model.safetensors").read_bytes()).hexdigest()
+    record.write_text(json.dumps({**json.loads(record.read_text()), "sha256": sha}))
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{unused.getsockname()[1]}"
+    names = ("test_mdeq.good", "hf-hub:org/test_mdeq.digits", "test_mdeq.gated", "test_mdeq.cut")
+    return talk([["create", name] for name in names], endpoint, package, online[2], [])
+
+
+@pytest.mark.parametrize("name", ["test_mdeq.good", "hf-hub:org/test_mdeq.digits", "test_mdeq.gated"])
+def test_without_a_network(name: str, cut_off: Talk, finished: Path) -> None:
+    """From the cache, by both kinds of name, and from the package."""
+    assert cut_off.by_step[f"create {name}"]["weights"] == digest_of(finished / "model.safetensors")
+
+
+def test_without_a_network_or_cache(cut_off: Talk) -> None:
+    assert re.search(r"cannot be reached for .*; connect and try again", cut_off.problem("create test_mdeq.cut"))
