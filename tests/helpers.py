@@ -29,9 +29,11 @@ import tools.convert
 import tools.publish
 import tools.train
 import tools.validate
+from tools.batches import Process
 from tools.config import TrainConfig, load_config
-from tools.data import CIFAR_CLASSES, Process
-from tools.engine import SolveLog, Tally, Trainer
+from tools.data import CIFAR_CLASSES
+from tools.engine import Trainer
+from tools.metrics import SolveLog, Tally
 from tools.report import program
 
 ROOT = Path(__file__).resolve().parent.parent

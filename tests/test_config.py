@@ -142,7 +142,7 @@ def test_config_loads_and_survives_writing(path: Path | None, tmp_path: Path) ->
     assert config.optim.name in list_optimizers()
     (tmp_path / "again.yaml").write_text(config_yaml(config))
     assert load_config(tmp_path / "again.yaml") == config
-    assert yaml.safe_load(config_yaml(config)).keys() == {"task", "model", "data", "optim", "deq", "run"}
+    assert yaml.safe_load(config_yaml(config)).keys() == {"task", "model", "data", "loss", "optim", "deq", "run"}
 
 
 def test_the_default_config_is_one_of_those_in_configs() -> None:

@@ -7,8 +7,8 @@ import torch
 
 import mdeq
 from tests.official import official_model
+from tools.batches import Process
 from tools.config import load_config
-from tools.data import Process
 from tools.train import Run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

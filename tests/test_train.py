@@ -29,9 +29,11 @@ from torch import Tensor
 
 import mdeq
 from mdeq import SolveStatus
+from tools.batches import Process
 from tools.config import load_config
-from tools.data import Arrays, Process
-from tools.engine import QUANTILES, SolveLog, Tally, evaluate
+from tools.data import Arrays
+from tools.engine import evaluate
+from tools.metrics import QUANTILES, SolveLog, Tally
 
 # One whole run.
 

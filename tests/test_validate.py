@@ -20,7 +20,8 @@ from torch import Tensor
 from mdeq import Broyden, Picard
 from mdeq.models import MDEQ
 from tools.engine import evaluate
-from tools.validate import COLUMNS, save_table
+from tools.tasks import TOP1
+from tools.validate import columns, save_table
 
 # timm's readers leave it to the garbage collector to close an image file.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
@@ -144,7 +145,7 @@ def table(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 def test_steps_csv(table: tuple[Path, str], model: MDEQ, split: tuple[Tensor, Tensor]) -> None:
     folder, _ = table
     lines = rows(folder, "steps.csv")
-    assert list(lines[0]) == COLUMNS
+    assert list(lines[0]) == columns(TOP1)
     assert [line["steps"] for line in lines] == ["1", "2", "4", "8"]
     x, y = split
     for line in lines:
@@ -209,8 +210,8 @@ def test_table_lies_beside_the_checkpoint(trained: Path, tmp_path: Path) -> None
 
 @pytest.mark.filterwarnings("ignore:Data has no positive values")
 def test_table_of_numbers_that_are_not_finite(tmp_path: Path) -> None:
-    row = {name: math.inf for name in COLUMNS}
-    save_table([{**row, "steps": 1}, {**row, "steps": 2, "residual_mean": 0.0}], tmp_path, "x")
+    row = {name: math.inf for name in columns(TOP1)}
+    save_table([{**row, "steps": 1}, {**row, "steps": 2, "residual_mean": 0.0}], tmp_path, "x", TOP1)
     assert (tmp_path / "steps.png").exists()
 
 

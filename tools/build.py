@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 import mdeq
+from tools import volume_data
+from tools.batches import Batches, ImageSpec, Process
 from tools.checkpoint import load_weights
 from tools.config import BadInput, ModelConfig, RunConfig, TrainConfig, nearest
-from tools.data import Batches, ImageSpec, Process, build_batches
+from tools.data import build_batches
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -143,3 +145,13 @@ def check_classes(model: nn.Module, found: int | None, origin: str) -> None:
     """Raise BadInput if data have more classes than a model."""
     if found is not None and found > model.num_classes:
         raise BadInput(f"{origin} has {found} classes, the model {model.num_classes}; set data.num_classes={found}")
+
+
+def data_record(config: TrainConfig, batches: Batches) -> dict[str, Any]:
+    """Return what config.json says of the data a model was trained on: label names, and how volumes are prepared."""
+    record: dict[str, Any] = {}
+    if batches.class_names:
+        record["label_names"] = list(batches.class_names)
+    if config.data.name in volume_data.NAMES:
+        record["preprocessing"] = volume_data.preprocessing(config.data, batches.class_names).record()
+    return record

@@ -74,7 +74,7 @@ METRICS = {
     "top1": ("accuracy", "Top-1 accuracy", " %"),
     "top5": ("accuracy", "Top-5 accuracy", " %"),
     "mean_dice": ("dice", "Mean Dice", ""),
-    "miou": ("mean_iou", "Mean IoU", ""),
+    "miou": ("mean_iou", "Mean IoU", " %"),
     "auc": ("roc_auc", "AUC", ""),
 }
 

@@ -70,10 +70,13 @@ def load_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def export(model: nn.Module, folder: Path) -> Path:
-    """Write model.safetensors and config.json, which timm loads as `local-dir:FOLDER`; return the path of the first."""
+def export(model: nn.Module, folder: Path, record: dict[str, Any] | None = None) -> Path:
+    """Write model.safetensors and config.json, which timm loads as `local-dir:FOLDER`; return the path of the first.
+
+    What `record` says of the data, such as label names and preprocessing, is added to config.json.
+    """
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export.") as temporary:
-        save_for_hf(model, temporary, safe_serialization=True)
+        save_for_hf(model, temporary, model_config=record, safe_serialization=True)
         write_atomically(folder / "config.json", lambda path: os.replace(Path(temporary) / "config.json", path))
     weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(weights, path, metadata=FORMAT))

@@ -33,7 +33,9 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    name: str = "digits"  # digits | cifar10 | folder | any prefix of timm's readers, such as hfds/..., wds/...
+    # Images: digits | cifar10 | folder | any prefix of timm's readers, such as hfds/..., wds/... Images with masks:
+    # camvid | cityscapes | masks. Volumes: hippocampus | nifti (with labels per voxel), modelnet10 | medmnist3d.
+    name: str = "digits"
     root: str = "data"
     train_split: str = "train"
     test_split: str = "validation"
@@ -42,13 +44,35 @@ class DataConfig:
     num_classes: int | None = None  # None: as many as the data have, where that is known
     image_size: int | None = None  # None: the model's own
     batch_size: int = 64  # images of one optimiser step, over all processes and accumulated parts
-    augment: str = "none"  # none | flip | crop_flip (padded by an eighth) | imagenet (timm's random resized crop)
+    # none | flip | crop_flip (padded by an eighth) | imagenet (timm's random resized crop); images with masks: none |
+    # flip | scale_flip; volumes: none | volume (small rotations, shifts, scales and changes of intensity).
+    augment: str = "none"
     auto_augment: str | None = None  # timm's policy string, for imagenet augmentation
     reprob: float = 0.0  # random erasing, for imagenet augmentation
     mixup: float = 0.0
     cutmix: float = 0.0
     workers: int = 2
     cache_on_device: bool = False  # digits and cifar10: hold the images on the device and augment there
+    # Segmentation and volumes.
+    patch_size: list[int] | None = None  # pixels (H, W) or voxels to train on; smaller inputs are padded
+    inference: str = "whole"  # whole | sliding: windows of patch_size, where a test input is larger
+    overlap: float = 0.5  # of neighbouring windows
+    scale_range: list[float] = field(default_factory=lambda: [0.5, 2.0])  # scale_flip: images are resized by
+    ignore_index: int = 255  # masks: label of pixels that do not count
+    spacing: list[float] | None = None  # nifti: mm to resample to, per axis; None: the files' own
+    orientation: str = "RAS"  # nifti: RAS | none (axes as they lie in the file)
+    normalise: str = "zscore"  # volumes, each by itself: zscore | minmax | none
+    foreground: float = 0.0  # share of training patches centred on a voxel that is not background; 0: anywhere
+    flip_axes: list[int] = field(default_factory=list)  # volumes: axes that are mirrored at random
+    turn_axes: list[int] | None = None  # volumes: the two axes of random quarter turns
+
+
+@dataclass
+class LossConfig:
+    name: str = "cross_entropy"  # cross_entropy | dice_ce (Dice and cross-entropy, for volumes)
+    class_weights: list[float] | None = None
+    ohem_threshold: float | None = None  # count only pixels whose class has less than this probability
+    ohem_min_kept: int = 131_072  # but at least so many of a batch
 
 
 @dataclass
@@ -104,24 +128,29 @@ class RunConfig:
 
 @dataclass
 class TrainConfig:
-    task: str = "classification"
+    task: str = "classification"  # classification | segmentation
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     deq: DEQConfig = field(default_factory=DEQConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
 
 _CHOICES = {
-    "task": ("classification",),
-    "data.augment": ("none", "flip", "crop_flip", "imagenet"),
+    "task": ("classification", "segmentation"),
+    "data.augment": ("none", "flip", "crop_flip", "imagenet", "scale_flip", "volume"),
+    "data.inference": ("whole", "sliding"),
+    "data.orientation": ("RAS", "none"),
+    "data.normalise": ("zscore", "minmax", "none"),
+    "loss.name": ("cross_entropy", "dice_ce"),
     "run.amp": ("none", "bf16", "fp16"),
     "run.dtype": ("float32", "float64"),
 }
 _AT_LEAST_ONE = (
     "data.batch_size", "data.image_size", "data.num_train", "data.num_classes", "optim.accumulate",
     "deq.warmup_unroll", "deq.jacobian_probes", "deq.jacobian_increment_steps", "run.epochs", "run.eval_every",
-    "run.max_bad_steps", "run.threads",
+    "run.max_bad_steps", "run.threads", "loss.ohem_min_kept",
 )  # fmt: skip
 _POSITIVE = ("optim.lr", "optim.clip_grad", "optim.decay_epochs", "run.checkpoint_minutes", "run.max_minutes")
 _NOT_NEGATIVE = (
@@ -129,7 +158,10 @@ _NOT_NEGATIVE = (
     "optim.min_lr", "optim.decay_rate", "optim.layer_decay", "deq.warmup_steps", "deq.jacobian_weight",
     "deq.jacobian_increment", "deq.warmup_jacobian_weight", "run.seed",
 )  # fmt: skip
-_SHARES = ("data.reprob", "optim.label_smoothing", "optim.ema_decay", "deq.jacobian_prob")
+_SHARES = (
+    "data.reprob", "data.overlap", "data.foreground", "loss.ohem_threshold", "optim.label_smoothing",
+    "optim.ema_decay", "deq.jacobian_prob",
+)  # fmt: skip
 
 
 def nearest(word: str, valid: Sequence[str]) -> str:

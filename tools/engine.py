@@ -5,83 +5,18 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mdeq import Equilibrium, FixedPointSolver, SolveStats, SolveStatus
+from mdeq import Equilibrium, FixedPointSolver
+from tools.batches import Batches, Process, seed_everything
 from tools.config import BadInput, DEQConfig, OptimConfig
-from tools.data import Batches, Process, seed_everything
-
-QUANTILES = (0.5, 0.9, 0.99, 1.0)
-
-
-class SolveLog:
-    """Gathers the per-sample statistics of many solves."""
-
-    def __init__(self) -> None:
-        self.residual: list[Tensor] = []
-        self.status: list[Tensor] = []
-        self.evaluations: list[Tensor] = []
-
-    def add(self, stats: SolveStats | None, last_iterate: bool = False) -> None:
-        """Count a solve, by the residual of the iterate it returned or of its last one."""
-        if stats is not None:
-            self.residual.append((stats.trace[-1] if last_iterate else stats.residual).detach().double())
-            self.status.append(stats.status)
-            self.evaluations.append(stats.num_steps.double() + 1)
-
-    def summary(self, process: Process = Process(), prefix: str = "") -> dict[str, float]:
-        """Return mean evaluations, mean and quantiles of the residual, and shares of the statuses, of all processes."""
-        columns = torch.zeros(3, 0, dtype=torch.float64)
-        if self.residual:
-            parts = (self.residual, self.status, self.evaluations)
-            columns = torch.stack([torch.cat(x).double().cpu() for x in parts])
-        # A process without samples takes part too, or the others would wait for it.
-        residual, status, evaluations = _gather(columns, process)
-        if len(residual) == 0:
-            return {}
-        finite = residual.nan_to_num(nan=math.inf)
-        result = {"evaluations": float(evaluations.mean()), "residual_mean": float(finite.mean())}
-        ordered = finite.sort().values
-        for q in QUANTILES:
-            result[f"residual_q{q:g}"] = float(ordered[min(int(q * len(ordered)), len(ordered) - 1)])
-        for code in SolveStatus:
-            result[code.name.lower()] = float((status == code).double().mean())
-        return {prefix + key: value for key, value in result.items()}
-
-
-def _gather(columns: Tensor, process: Process) -> Tensor:
-    """Return the columns `(K, n)` of all processes side by side."""
-    if process.world_size == 1:
-        return columns
-    parts: list[Any] = [None] * process.world_size
-    dist.all_gather_object(parts, columns)
-    return torch.cat(parts, dim=1)
-
-
-@dataclass
-class Tally:
-    """Sums of loss and hits over samples."""
-
-    values: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))  # samples, loss, top-1, top-5
-
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Count a batch: mean loss, logits `(B, K)`, labels `(B,)`, or soft labels `(B, K)` by their largest entry."""
-        labels = labels.argmax(1) if labels.ndim > 1 else labels
-        order = logits.detach().topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
-        counts = torch.stack((order[:, 0].sum(), order.any(dim=1).sum())).double()
-        batch = counts.new_tensor([len(labels), float(loss.detach()) * len(labels)])
-        self.values += torch.cat((batch, counts)).cpu()
-
-    def summary(self, process: Process) -> dict[str, float]:
-        values = _gather(self.values.unsqueeze(1), process).sum(dim=1)
-        samples, loss, top1, top5 = values.tolist()
-        samples = samples or math.nan  # of nothing there is no mean
-        return {"loss": loss / samples, "top1": 100 * top1 / samples, "top5": 100 * top5 / samples}
+from tools.metrics import MeanLoss, SolveLog
+from tools.tasks import CLASSIFICATION, Task
 
 
 @torch.no_grad()
@@ -89,6 +24,7 @@ def evaluate(
     model: nn.Module,
     batches: Batches,
     process: Process = Process(),
+    task: Task = CLASSIFICATION,
     *,
     amp: Callable[[], Any] = nullcontext,
     dtype: torch.dtype = torch.float32,
@@ -97,12 +33,13 @@ def evaluate(
     last_iterate: bool = False,
     watch: Callable[[Iterator[Any]], Iterator[Any]] = iter,
 ) -> dict[str, float]:
-    """Return loss, top-1 and top-5 (per cent), and how the solves went, of a model in eval mode on a split.
+    """Return loss and scores, and how the solves went, of a model in eval mode on a split.
 
     Args:
-        model: a classifier of this package.
+        model: a model of this package.
         batches: the split.
         process: this process; results are those of all.
+        task: what is counted, and how an input is predicted.
         amp: makes the autocast context.
         dtype: of the images.
         solver: replaces the model's own.
@@ -111,15 +48,16 @@ def evaluate(
         watch: wraps the iterator, for a progress bar.
     """
     model.eval()
-    tally, solves = Tally(), SolveLog()
+    tally, solves = task.tally(False), SolveLog()
     for x, y in watch(batches.epoch()):
         if len(y) == 0:
             continue
         with amp():
-            logits, equilibrium = model(x.to(dtype), return_equilibrium=True, solver=solver, unroll=unroll)
+            logits, stats = task.inference(model, x.to(dtype), solver=solver, unroll=unroll)
         logits = logits.float()
-        tally.add(nn.functional.cross_entropy(logits, y), logits, y)
-        solves.add(equilibrium.stats, last_iterate)
+        tally.add(task.loss(logits, y), logits, y)
+        for solve in stats:
+            solves.add(solve, last_iterate)
     return {**tally.summary(process), **solves.summary(process)}
 
 
@@ -141,7 +79,8 @@ class Trainer:
     bare: nn.Module  # the same, not wrapped
     optimizer: torch.optim.Optimizer
     scheduler: Any
-    criterion: nn.Module
+    task: Task
+    criterion: nn.Module  # the task's, or that of mixed labels
     optim: OptimConfig
     deq: DEQConfig
     process: Process
@@ -162,7 +101,7 @@ class Trainer:
         for module in self.frozen:
             module.eval()
 
-    def step(self, x: Tensor, y: Tensor, epoch: int, tally: Tally, forward: SolveLog, backward: SolveLog) -> float:
+    def step(self, x: Tensor, y: Tensor, epoch: int, tally: MeanLoss, forward: SolveLog, backward: SolveLog) -> float:
         """Update the weights by one batch and return its loss, not finite where the step was skipped.
 
         Raises:
@@ -280,7 +219,7 @@ def train_epoch(
         after_step: called with the number of batches done and the loss; training stops where it returns False.
     """
     trainer.train_mode()
-    tally, forward, backward = Tally(), SolveLog(), SolveLog()
+    tally, forward, backward = trainer.task.tally(True), SolveLog(), SolveLog()
     began, images, done = time.perf_counter(), 0, start
     for x, y in batches.epoch(epoch, start):
         loss = trainer.step(x, y, epoch, tally, forward, backward)

@@ -12,10 +12,48 @@ from typing import Any
 from mdeq import SolveStatus
 from tools.checkpoint import write_atomically
 from tools.config import BadInput, RunConfig
+from tools.tasks import AUC, DICE, MIOU, TOP1, Headline
 
 METRICS = [
     "epoch", "step", "lr", "train_loss", "train_top1", "train_top5", "test_loss", "test_top1", "test_top5",
 ]  # fmt: skip
+SCORES = (
+    TOP1,
+    DICE,
+    MIOU,
+    AUC,
+    Headline("balanced_accuracy", "balanced accuracy", "balanced"),
+    Headline("pixel_accuracy", "pixel accuracy", "pixels"),
+    Headline("hd95", "mean HD95 (mm)", "HD95", per_cent=False),
+)
+"""What is printed of a whole split, where it was counted."""
+CLASS_SCORES = (("dice_", "Dice", "{:.3f}"), ("iou_", "IoU", "{:.1f} %"), ("hd95_", "HD95", "{:.2f} mm"))
+
+
+def headline_lines(
+    headline: Headline, result: dict[str, float], twice: dict[str, float], steps: int, digits: int = 1
+) -> list[str]:
+    """Return the score of a run, the other scores, and the score at twice the solver steps, one line each."""
+    key = headline.key
+    return [
+        f"test {headline.name}: {headline.text(result[key], digits)}",
+        *score_lines(headline, result),
+        f"at twice the solver steps ({2 * steps}, without tolerance): {headline.text(twice[key], digits)}",
+    ]
+
+
+def score_lines(headline: Headline, result: dict[str, float]) -> list[str]:
+    """Return the scores beside the headline's: those of the whole split in one line, those of the classes in others."""
+    others = [f"{s.name} {s.text(result[s.key], 1)}" for s in SCORES if s.key in result and s != headline]
+    lines = [", ".join(others)] if others else []
+    counted = {key: value for key, value in result.items() if key != "hd95_undefined"}
+    for prefix, name, form in CLASS_SCORES:
+        classes = [(key.removeprefix(prefix), value) for key, value in counted.items() if key.startswith(prefix)]
+        if classes:
+            lines.append(f"{name}: " + ", ".join(f"{label} {form.format(value)}" for label, value in classes))
+    if result.get("hd95_undefined"):
+        lines.append(f"HD95 is not defined for {result['hd95_undefined']:.0f} pairs of volume and class")
+    return lines
 
 
 def result_lines(result: dict[str, float]) -> list[str]:

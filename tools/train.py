@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from tools import build
+from tools.batches import Batches, Process
 from tools.checkpoint import (
     CONFIG_FILE,
     STATE_FILE,
@@ -40,10 +41,10 @@ from tools.checkpoint import (
     write_atomically,
 )
 from tools.config import DEFAULT_CONFIG, BadInput, TrainConfig, config_yaml, load_config, nearest, split_overrides
-from tools.data import Batches, Process
 from tools.engine import Trainer, evaluate, train_epoch
-from tools.report import RunLog, program, result_lines
+from tools.report import RunLog, headline_lines, program, result_lines
 from tools.results import circumstances, evaluation, write_results
+from tools.tasks import build_task, check_task
 
 SCHEDULES = ("cosine", "step", "multistep", "tanh", "poly", "wsd", "rsqrt", "constant", "none")
 
@@ -94,6 +95,7 @@ class Run:
         self.dtype = build.DTYPES[config.run.dtype]
         torch.manual_seed(config.run.seed)  # the weights
         self.model, self.train_batches, self.test_batches = self._model_and_data()
+        self.task = build_task(config, self.model, self.test_batches, process)
         self.trainer = self._trainer()
         self.epoch, self.batch = 0, 0  # where to go on: this epoch, after so many batches of it
         self.deadline = None if config.run.max_minutes is None else time.monotonic() + 60 * config.run.max_minutes
@@ -108,6 +110,7 @@ class Run:
         config, process = self.config, self.process
         probe = build.build_model(config.model, None, for_training=True) if config.data.num_classes is None else None
         model = probe or build.build_model(config.model, config.data.num_classes, for_training=True)
+        check_task(config, model)
         spec = build.image_spec(model, config.data.image_size)
         train_batches, classes = build.build_split(config, spec, process, training=True)
         test_batches, test_classes = build.build_split(config, spec, process, training=False)
@@ -117,7 +120,8 @@ class Run:
         for found, origin in ((classes, "the training split"), (test_classes, "the test split")):
             build.check_classes(model, found, origin)
         config.data.num_classes = model.num_classes  # the effective config, from which validate.py builds the model
-        anew = {"input_size": spec.size, "tag": "", "hf_hub_id": None, "file": None, "description": None}
+        size = (spec.size[0], *(config.data.patch_size or spec.size)[-2:])  # timm's has three numbers for volumes too
+        anew = {"input_size": size, "tag": "", "hf_hub_id": None, "file": None, "description": None}
         model.pretrained_cfg = {**model.pretrained_cfg, **anew}
         return model.to(process.device, self.dtype), train_batches, test_batches
 
@@ -168,7 +172,7 @@ class Run:
             for group in optimizer.param_groups:
                 group["lr"] *= group.get("lr_scale", 1.0)
         mixup = None
-        criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=optim.label_smoothing)
+        criterion = self.task.criterion
         if data.mixup > 0 or data.cutmix > 0:
             if data.batch_size // process.world_size % 2:
                 raise BadInput(
@@ -194,6 +198,7 @@ class Run:
             bare=model,
             optimizer=optimizer,
             scheduler=scheduler,
+            task=self.task,
             criterion=criterion,
             optim=optim,
             deq=config.deq,
@@ -236,7 +241,7 @@ class Run:
                 "config": config_yaml(self.config),
             }
             save_state(self.folder, state)
-            export(self.final_model, self.folder)
+            export(self.final_model, self.folder, build.data_record(self.config, self.test_batches))
         self.saved = time.monotonic()
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -315,9 +320,12 @@ class Run:
         self.epoch, self.batch = self.epoch + 1, 0
         if self.process.is_main:
             self.log.add(row)
-            test = f", test {row['test_top1']:.2f} %" if "test_top1" in row else ""
+            line = self.task.headline
+            scores = [f"loss {train['loss']:.4f}"]
+            scores += [f"train {line.text(train[line.key], 2)}"] if line.key in train else []
+            scores += [f"test {line.text(self.result[line.key], 2)}"] if "test_loss" in row else []
             tqdm.write(
-                f"epoch {self.epoch}/{config.run.epochs}: loss {train['loss']:.4f}, train {train['top1']:.2f} %{test}, "
+                f"epoch {self.epoch}/{config.run.epochs}: {', '.join(scores)}, "
                 f"{train['images_per_s']:.0f} images/s"
                 + (f", residual {row['test_residual_mean']:.1e}" if "test_residual_mean" in row else "")
             )
@@ -333,6 +341,7 @@ class Run:
             self.final_model,
             self.test_batches,
             self.process,
+            self.task,
             amp=self.amp,
             dtype=self.dtype,
             watch=lambda batches: iter(self._bar("test", "batch", batches, total=len(self.test_batches))),
@@ -340,15 +349,14 @@ class Run:
         )
 
     def finish(self) -> None:
-        """Print the result: accuracy at the solver's steps and at twice as many, and how the solves went."""
+        """Print the result: the scores at the solver's steps and at twice as many, and how the solves went."""
         solver = self.final_model.deq.solver
         result = self.result or self.evaluate()
         twice = self.evaluate(solver=dataclasses.replace(solver, max_steps=2 * solver.max_steps, tol=0.0))
         if not self.process.is_main:
             return
         self.log.close()
-        print(f"test accuracy: {result['top1']:.1f} %")
-        print(f"at twice the solver steps ({2 * solver.max_steps}, without tolerance): {twice['top1']:.1f} %")
+        print("\n".join(headline_lines(self.task.headline, result, twice, solver.max_steps)))
         print("\n".join(result_lines(result)))
         if self.trainer.bad_steps:
             print(f"skipped steps (loss or gradient not finite): {self.trainer.bad_steps}")
@@ -360,7 +368,8 @@ class Run:
         config, where = self.config, (self.process.device, self.process.world_size)
         minutes = None if config.run.resume else (time.monotonic() - self.started) / 60
         training = {"seed": config.run.seed, "epochs": config.run.epochs, "minutes": minutes, **circumstances(*where)}
-        write_results(self.folder, training=training, evaluation=evaluation(self.final_model, result, twice, *where))
+        reached = evaluation(self.final_model, result, twice, *where, metric=self.task.headline.key)
+        write_results(self.folder, training=training, evaluation=reached)
 
 
 def _peak_resident_mib() -> float:

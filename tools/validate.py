@@ -28,23 +28,20 @@ from tqdm import tqdm
 
 from mdeq import Picard
 from tools import build
+from tools.batches import Batches, Process
 from tools.checkpoint import CONFIG_FILE, check_folder, write_atomically
 from tools.config import BadInput, TrainConfig, load_config, split_overrides
-from tools.data import Batches, Process
 from tools.engine import evaluate
-from tools.report import program, result_lines
+from tools.report import headline_lines, program, result_lines
 from tools.results import evaluation, write_results
+from tools.tasks import Headline, Task, build_task, check_task
 
-COLUMNS = [
-    "steps",
-    "top1",
-    "residual_mean",
-    "residual_q0.5",
-    "residual_q0.9",
-    "evaluations",
-    "twin_top1",
-    "twin_residual_mean",
-]
+RESIDUAL_COLUMNS = ["residual_mean", "residual_q0.5", "residual_q0.9", "evaluations"]
+
+
+def columns(headline: Headline) -> list[str]:
+    """Return the columns of steps.csv."""
+    return ["steps", headline.key, *RESIDUAL_COLUMNS, f"twin_{headline.key}", "twin_residual_mean"]
 
 
 def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
@@ -90,6 +87,7 @@ def load(config: TrainConfig, process: Process) -> tuple[torch.nn.Module, Batche
     if classes is None and config.data.name in ("digits", "cifar10"):
         classes = 10
     model = build.build_model(config.model, classes, for_training=False)
+    check_task(config, model)
     spec = build.image_spec(model, config.data.image_size)
     batches, found = build.build_split(config, spec, process, training=False)
     if found is not None and found != model.num_classes and config.data.num_classes is None:
@@ -98,32 +96,32 @@ def load(config: TrainConfig, process: Process) -> tuple[torch.nn.Module, Batche
     return model.to(process.device, build.DTYPES[config.run.dtype]).eval(), batches
 
 
-def steps_table(model: Any, steps: list[int], run: Any) -> list[dict[str, float]]:
-    """Return accuracy and residual at each number of solver steps, and those of f applied as often."""
-    rows = []
+def steps_table(model: Any, steps: list[int], run: Any, headline: Headline) -> list[dict[str, float]]:
+    """Return score and residual at each number of solver steps, and those of f applied as often."""
+    rows, key = [], headline.key
     for count in sorted(set(steps)):
         row = run(f"{count} steps", solver=dataclasses.replace(model.deq.solver, max_steps=count))
         twin = run(f"{count} times f", unroll=count)
         picard = Picard(max_steps=count, tol=0.0, divergence_factor=float("inf"))
         plain = run(f"{count} times f, residual", solver=picard, last_iterate=True)
-        row = {"steps": count, **row, "twin_top1": twin["top1"], "twin_residual_mean": plain["residual_mean"]}
-        rows.append({name: row[name] for name in COLUMNS})
+        row = {"steps": count, **row, f"twin_{key}": twin[key], "twin_residual_mean": plain["residual_mean"]}
+        rows.append({name: row[name] for name in columns(headline)})
     return rows
 
 
-def save_table(rows: list[dict[str, float]], folder: Path, title: str) -> None:
+def save_table(rows: list[dict[str, float]], folder: Path, title: str, headline: Headline) -> None:
     """Write steps.csv and steps.png."""
     folder.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS)
+    writer = csv.DictWriter(text, columns(headline))
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(folder / "steps.csv", lambda path: path.write_text(text.getvalue()))
     steps = [row["steps"] for row in rows]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
-    left.plot(steps, [row["top1"] for row in rows], "o-", label="solver")
-    left.plot(steps, [row["twin_top1"] for row in rows], "s--", label="explicit twin (f applied as often)")
-    left.set(xlabel="steps", ylabel="top-1 accuracy (%)")
+    left.plot(steps, [row[headline.key] for row in rows], "o-", label="solver")
+    left.plot(steps, [row[f"twin_{headline.key}"] for row in rows], "s--", label="explicit twin (f applied as often)")
+    left.set(xlabel="steps", ylabel=f"{headline.name} (%)" if headline.per_cent else headline.name)
     right.plot(steps, [row["residual_mean"] for row in rows], "o-", label="solver")
     right.plot(steps, [row["twin_residual_mean"] for row in rows], "s--", label="explicit twin")
     right.set(xlabel="steps", ylabel="mean residual", yscale="log")
@@ -142,42 +140,47 @@ def main() -> None:
     arguments, config = parse_arguments()
     process = build.start_process(config.run)
     model, batches = load(config, process)
+    task = build_task(config, model, batches, process)
+    headline = task.headline
     amp, dtype = build.autocast(config.run, process), build.DTYPES[config.run.dtype]
 
-    def run(label: str, **kwargs: Any) -> dict[str, float]:
+    def run(label: str, task: Task = task, **kwargs: Any) -> dict[str, float]:
         def watch(iterator: Iterator[Any]) -> Iterator[Any]:
             quiet = not (config.run.progress and process.is_main)
             return iter(tqdm(iterator, desc=label, total=len(batches), unit="batch", leave=False, disable=quiet))
 
-        return evaluate(model, batches, process, amp=amp, dtype=dtype, watch=watch, **kwargs)
+        return evaluate(model, batches, process, task, amp=amp, dtype=dtype, watch=watch, **kwargs)
 
     solver = model.deq.solver
-    result = run("test")
+    result = run("test", task=build_task(config, model, batches, process, distances=True))
     twice = run("twice the steps", solver=dataclasses.replace(solver, max_steps=2 * solver.max_steps, tol=0.0))
-    rows = steps_table(model, arguments.steps, run) if arguments.steps else []
+    rows = steps_table(model, arguments.steps, run, headline) if arguments.steps else []
     if not process.is_main:
         return
     print(f"{config.model.name} on {config.data.name}, {solver}")
-    print(f"test accuracy: {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['loss']:.4f}")
-    print(f"at twice the solver steps ({2 * solver.max_steps}, without tolerance): {twice['top1']:.2f} %")
-    print("\n".join(result_lines(result)))
+    lines = headline_lines(headline, result, twice, solver.max_steps, digits=2)
+    top5 = f", top-5 {result['top5']:.2f} %" if "top5" in result else ""
+    print("\n".join([f"{lines[0]}{top5}, loss {result['loss']:.4f}", *lines[1:], *result_lines(result)]))
     checkpoint = arguments.checkpoint
     fresh = Path("runs") / f"validate_{config.model.name.replace('/', '_')}"
     beside = fresh if checkpoint is None else checkpoint if checkpoint.is_dir() else checkpoint.parent
     folder = arguments.out or beside
     if arguments.record:
         folder.mkdir(parents=True, exist_ok=True)
-        write_results(folder, evaluation=evaluation(model, result, twice, process.device, process.world_size))
+        where = (process.device, process.world_size)
+        write_results(folder, evaluation=evaluation(model, result, twice, *where, metric=headline.key))
     if rows:
         print(
-            f"{'steps':>6} {'top-1':>8} {'residual':>10} {'evaluations':>12} {'twin top-1':>11} {'twin residual':>14}"
+            f"{'steps':>6} {headline.short:>8} {'residual':>10} {'evaluations':>12} {f'twin {headline.short}':>11} "
+            f"{'twin residual':>14}"
         )
         for row in rows:
+            scores = [headline.number(row[key]) for key in (headline.key, f"twin_{headline.key}")]
             print(
-                f"{row['steps']:6d} {row['top1']:8.2f} {row['residual_mean']:10.2e} {row['evaluations']:12.1f} "
-                f"{row['twin_top1']:11.2f} {row['twin_residual_mean']:14.2e}"
+                f"{row['steps']:6d} {scores[0]:>8} {row['residual_mean']:10.2e} {row['evaluations']:12.1f} "
+                f"{scores[1]:>11} {row['twin_residual_mean']:14.2e}"
             )
-        save_table(rows, folder, f"{config.model.name} on {config.data.name}")
+        save_table(rows, folder, f"{config.model.name} on {config.data.name}", headline)
         print(f"saved: {folder / 'steps.csv'}, {folder / 'steps.png'}")
 
 

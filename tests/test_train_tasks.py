@@ -1,0 +1,147 @@
+"""Training and validating every task by its config: what is said and kept, resumed runs, what does not go together."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from helpers import assert_same_weights, rows, run
+from test_volume_data import hippocampus, medmnist
+
+from tools.volumes import Preprocessing, read_record
+
+SEGMENTER = (
+    "task=segmentation", "model.name=mdeq3d_tiny_seg", "model.kwargs={channels: [4, 8], num_groups: 2, expansion: 1}",
+    "data.name=hippocampus", "data.test_split=val", "data.patch_size=[16,16,16]", "data.batch_size=2",
+    "loss.name=dice_ce",
+)  # fmt: skip
+CLASSIFIER = (
+    "model.name=test_mdeq3d", "model.kwargs={}", "data.name=medmnist3d", "data.test_split=test",
+    "data.patch_size=[16,16,16]", "data.batch_size=4", "data.normalise=minmax",
+)  # fmt: skip
+SMALL = (
+    "model.solver={name: picard, max_steps: 2}", "model.gradient={name: phantom, num_steps: 1, damping: 1.0}",
+    "run.progress=false", "run.threads=1", "run.device=cpu", "run.epochs=1", "data.workers=0", "data.image_size=null",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def volumes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a set of each kind."""
+    root = tmp_path_factory.mktemp("volumes")
+    hippocampus(root / "hippocampus.npz", 4, 1)
+    medmnist(root / "adrenalmnist3d.npz")
+    return root
+
+
+def config_file(folder: Path) -> Path:
+    path = folder / "empty.yaml"
+    path.write_text("{}\n")
+    return path
+
+
+def train(folder: Path, root: Path, *words: Any) -> Any:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    settings = (f"run.out_dir={folder}", f"data.root={root}", *SMALL, *words)
+    return run("train", config_file(folder.parent), *settings)
+
+
+@pytest.fixture(scope="module")
+def segmented(volumes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run of a segmenter of volumes, and what it printed."""
+    folder = tmp_path_factory.mktemp("segmented") / "run"
+    return folder, train(folder, volumes, *SEGMENTER, "data.augment=volume", "data.flip_axes=[0]").ok()
+
+
+def test_segmenter_of_volumes(segmented: tuple[Path, str]) -> None:
+    folder, out = segmented
+    evaluated = json.loads((folder / "results.json").read_text())["evaluation"]
+    dice = evaluated["metrics"]["mean_dice"]
+    assert evaluated["metric"] == "mean_dice"
+    assert f"test mean Dice: {dice:.3f}\n" in out
+    assert f"test {dice:.4f}" in out
+    assert "Dice: anterior " in out
+    assert "at twice the solver steps (4, without tolerance): 0." in out
+    log = rows(folder)
+    assert float(log[0]["test_mean_dice"]) == dice
+    assert 0 <= float(log[0]["train_mean_dice"]) <= 1
+    assert float(log[0]["test_dice_posterior"]) == evaluated["metrics"]["dice_posterior"]
+
+
+def test_preprocessing_lies_beside_the_weights(segmented: tuple[Path, str]) -> None:
+    folder = segmented[0]
+    preprocessing = Preprocessing.of_record(read_record(folder))
+    assert preprocessing.patch_size == (16, 16, 16)
+    assert preprocessing.label_names == ("background", "anterior", "posterior")
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    assert model.pretrained_cfg["label_names"] == ["background", "anterior", "posterior"]
+    assert tuple(model(torch.randn(1, 1, 16, 17, 18)).shape) == (1, 3, 16, 17, 18)
+
+
+def test_segmenter_is_validated(segmented: tuple[Path, str], tmp_path: Path) -> None:
+    folder, printed = segmented
+    out = run("validate", "--checkpoint", folder, "--steps", 1, 2, "--out", tmp_path).ok()
+    dice = json.loads((folder / "results.json").read_text())["evaluation"]["metrics"]["mean_dice"]
+    assert f"test mean Dice: {dice:.4f}, loss " in out
+    table = rows(tmp_path, "steps.csv")
+    assert [row["steps"] for row in table] == ["1", "2"]
+    assert float(table[1]["mean_dice"]) == dice
+    assert "twin Dice" in out
+    assert "mean HD95 (mm)" in out
+    assert printed.splitlines()[-1].startswith("checkpoint")
+
+
+def test_windows_of_the_size_of_the_volume_change_nothing(segmented: tuple[Path, str]) -> None:
+    folder = segmented[0]
+    whole = run("validate", "--checkpoint", folder).ok()
+    windows = run("validate", "--checkpoint", folder, "data.inference=sliding", "data.patch_size=[24,24,24]").ok()
+    padded = run("validate", "--checkpoint", folder, "data.patch_size=[24,24,24]").ok()
+    assert windows == padded
+    assert windows != whole
+    assert "test mean Dice" in run("validate", "--checkpoint", folder, "data.inference=sliding").ok()
+
+
+@pytest.mark.parametrize("task", [SEGMENTER, CLASSIFIER], ids=["segmentation", "classification"])
+def test_resumed_run_of_volumes_is_the_uninterrupted_one(task: tuple[str, ...], volumes: Path, tmp_path: Path) -> None:
+    words = (*task, "data.augment=volume", "data.flip_axes=[0]", "run.epochs=2", "run.eval_every=2")
+    train(tmp_path / "whole", volumes, *words).ok()
+    assert "time is up" in train(tmp_path / "parts", volumes, *words, "run.max_minutes=1e-6").ok()
+    train(tmp_path / "parts", volumes, *words, "run.resume=true").ok()
+    assert_same_weights(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_classifier_of_volumes(volumes: Path, tmp_path: Path) -> None:
+    out = train(tmp_path / "run", volumes, *CLASSIFIER).ok()
+    evaluated = json.loads((tmp_path / "run" / "results.json").read_text())["evaluation"]
+    assert evaluated["metric"] == "auc"
+    assert f"test AUC: {evaluated['metrics']['auc']:.3f}\n" in out
+    assert "balanced accuracy" in out
+    assert "accuracy 50.0 %" in out or "accuracy" in out
+    log = rows(tmp_path / "run")[0]
+    assert "train_top1" in log
+    assert "train_auc" not in log
+    assert "test AUC" in run("validate", "--checkpoint", tmp_path / "run").ok()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((*SEGMENTER, "task=classification"), "set task=segmentation"),
+        ((*CLASSIFIER, "task=segmentation"), "set task=classification"),
+        ((*SEGMENTER, "model.name=mdeq3d_tiny"), "is no segmenter"),
+        ((*CLASSIFIER, "model.name=test_mdeq"), "is a model of 2D data"),
+        ((*SEGMENTER, "data.mixup=0.5"), "data.mixup and data.cutmix"),
+        ((*CLASSIFIER, "loss.name=dice_ce"), "loss.name=dice_ce"),
+        ((*CLASSIFIER, "loss.class_weights=[1.0,2.0]"), "loss.class_weights"),
+        ((*SEGMENTER, "loss.class_weights=[1.0,2.0]"), "2 entries for 3 classes"),
+        ((*SEGMENTER, "data.inference=sliding", "data.overlap=1.0"), "data.overlap < 1"),
+        ((*SEGMENTER, "data.flip_axes=[3]"), "data.flip_axes"),
+        ((*CLASSIFIER, "data.turn_axes=[0]"), "data.turn_axes"),
+        ((*CLASSIFIER, "data.augment=crop_flip"), "data.augment"),
+    ],
+)
+def test_what_does_not_go_together(words: tuple[str, ...], said: str, volumes: Path, tmp_path: Path) -> None:
+    assert said in train(tmp_path / "run", volumes, *words).refusal()
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,457 @@
+"""Volumes: npz sets, NIfTI pairs, what is done to them and undone, and what is wrong with them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tools.batches import Process
+from tools.config import BadInput, DataConfig
+from tools.volume_data import IGNORED, VolumeBatches, read_batches, read_split
+from tools.volumes import (
+    Preprocessing,
+    Volume,
+    load_labels,
+    load_volume,
+    normalised,
+    padded,
+    prepare,
+    restore,
+    save_labels,
+    unpadded,
+)
+
+SHAPES = ((18, 20, 17), (16, 22, 19), (16, 16, 16), (20, 18, 21), (18, 18, 18))
+
+
+def blob(shape: tuple[int, ...], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """A volume with two bright boxes one behind the other, and their labels 1 and 2."""
+    label = np.zeros(shape, np.uint8)
+    label[4:10, 4:9, 5:10], label[4:10, 9:14, 5:10] = 1, 2
+    noise = np.random.default_rng(seed).normal(0, 5, shape)
+    return (100 + 40 * label + noise).astype(np.float32), label
+
+
+def hippocampus(path: Path, train: int = 3, val: int = 2) -> Path:
+    """Write a small file of the hippocampus' kind; return its path."""
+    arrays: dict[str, Any] = {"ids": np.arange(1, train + val + 1), "split": np.array([0] * train + [1] * val)}
+    for case in arrays["ids"].tolist():
+        image, arrays[f"label_{case:03d}"] = blob(SHAPES[case - 1], case)
+        lut, code = np.unique(image.round(), return_inverse=True)
+        arrays[f"lut_{case:03d}"] = lut.astype(np.float32)
+        arrays[f"code_{case:03d}"] = code.reshape(image.shape).astype(np.uint16)
+    np.savez(path, **arrays)
+    return path
+
+
+def medmnist(path: Path, shape: tuple[int, ...] = (14, 14, 14), **changes: np.ndarray) -> Path:
+    """Write a small file of MedMNIST3D's kind, brighter on one side or the other; return its path."""
+    arrays: dict[str, np.ndarray] = {}
+    for split, count in (("train", 12), ("val", 4), ("test", 6)):
+        labels = np.arange(count, dtype=np.uint8) % 2
+        images = np.random.default_rng(count).integers(0, 50, (count, *shape), dtype=np.uint8)
+        images[labels == 0, :7] += 200
+        images[labels == 1, 7:] += 200
+        arrays[f"{split}_images"], arrays[f"{split}_labels"] = images, labels[:, None]
+    np.savez(path, **{**arrays, **changes})
+    return path
+
+
+def save_nifti(path: Path, data: np.ndarray, affine: np.ndarray | None = None, codes: int | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = nibabel.Nifti1Image(data, np.eye(4) if affine is None else affine)
+    if codes is not None:
+        image.set_sform(image.affine if codes else None, code=codes)
+        image.set_qform(image.affine if codes else None, code=codes)
+    nibabel.save(image, path)
+    return path
+
+
+def decathlon(root: Path, count: int = 6) -> Path:
+    """Write a data set in the layout of the Medical Segmentation Decathlon; return its folder."""
+    pairs = []
+    for k in range(count):
+        image, label = blob(SHAPES[k % len(SHAPES)], k)
+        save_nifti(root / f"imagesTr/case_{k}.nii.gz", image)
+        save_nifti(root / f"labelsTr/case_{k}.nii.gz", label)
+        pairs.append({"image": f"./imagesTr/case_{k}.nii.gz", "label": f"./labelsTr/case_{k}.nii.gz"})
+    labels = {"0": "background", "1": "front", "2": "back"}
+    (root / "dataset.json").write_text(json.dumps({"training": pairs, "labels": labels, "modality": {"0": "MRI"}}))
+    return root
+
+
+def data(name: str, root: Path, **settings: Any) -> DataConfig:
+    values = dict(test_split="val", patch_size=[16, 16, 16], batch_size=2) | settings
+    return DataConfig(name=name, root=str(root), **values)
+
+
+def batches(config: DataConfig, training: bool, process: Process = Process(), seed: int = 0) -> VolumeBatches:
+    return read_batches(config, 1, process, training, seed)[0]
+
+
+def gather(data: VolumeBatches, epoch: int = 0, start: int = 0) -> list[tuple[Tensor, Tensor]]:
+    return list(data.epoch(epoch, start))
+
+
+def same(a: list[tuple[Tensor, Tensor]], b: list[tuple[Tensor, Tensor]]) -> bool:
+    return len(a) == len(b) and all(torch.equal(p, q) for x, y in zip(a, b) for p, q in zip(x, y))
+
+
+# npz files.
+
+
+def test_hippocampus_is_lut_of_code_normalised(tmp_path: Path) -> None:
+    path = hippocampus(tmp_path / "hippocampus.npz")
+    for root in (path, tmp_path):  # the file or its folder
+        volumes = read_split(data("hippocampus", root), 1, training=True)
+        assert [tuple(x.shape) for x in volumes.images] == [(1, *shape) for shape in SHAPES[:3]]
+        assert volumes.class_names == ("background", "anterior", "posterior")
+        image, label = blob(SHAPES[1], 2)
+        expected = image.round()
+        expected = (expected - expected.mean()) / expected.std()
+        torch.testing.assert_close(volumes.images[1][0], torch.from_numpy(expected), atol=1e-4, rtol=0)
+        assert np.array_equal(volumes.labels[1].numpy(), label)
+    assert len(read_split(data("hippocampus", path), 1, training=False).images) == 2
+    assert len(read_split(data("hippocampus", path, num_train=2), 1, training=True).images) == 2
+
+
+def test_test_volumes_stay_whole_and_padding_does_not_count(tmp_path: Path) -> None:
+    path = hippocampus(tmp_path / "hippocampus.npz", 1, 4)
+    parts = gather(batches(data("hippocampus", path, patch_size=[18, 20, 18], batch_size=4), training=False))
+    shapes = [tuple(y.shape) for _, y in parts]
+    assert shapes == [(1, 18, 22, 19), (1, 18, 20, 18), (1, 20, 20, 21), (1, 18, 20, 18)]
+    for (x, y), case in zip(parts, (2, 3, 4, 5)):
+        true = torch.from_numpy(blob(SHAPES[case - 1], case)[1]).long()
+        assert torch.equal(unpadded(y[0], true.shape), true)
+        assert int((y == IGNORED).sum()) == y.numel() - true.numel()
+        assert bool((x[:, 0][y == IGNORED] == 0).all())
+    same_shape = gather(batches(data("hippocampus", path, patch_size=[24, 24, 24], batch_size=3), training=False))
+    assert [len(y) for _, y in same_shape] == [3, 1]
+
+
+@pytest.mark.parametrize("augment", ["none", "volume"])
+def test_training_patches_depend_on_seed_epoch_and_number(augment: str, tmp_path: Path) -> None:
+    path = hippocampus(tmp_path / "hippocampus.npz", 5, 0)
+    config = data("hippocampus", path, augment=augment, flip_axes=[0], foreground=0.5)
+    first = batches(config, training=True)
+    parts = gather(first)
+    assert [tuple(x.shape) for x, _ in parts] == [(2, 1, 16, 16, 16)] * 2
+    assert parts[0][0].dtype == torch.float32
+    assert type(parts[0][0]) is Tensor
+    assert set(torch.cat([y for _, y in parts]).unique().tolist()) <= {0, 1, 2}
+    torch.manual_seed(5)
+    assert same(gather(batches(config, training=True)), parts)
+    assert same(gather(first, start=1), parts[1:])
+    assert not same(gather(first, epoch=1), parts)
+    assert not same(gather(batches(config, training=True, seed=1)), parts)
+
+
+def test_labels_move_with_their_volume(tmp_path: Path) -> None:
+    """Where an augmented volume is bright, there its labels are."""
+    path = hippocampus(tmp_path / "hippocampus.npz", 5, 0)
+    config = data("hippocampus", path, augment="volume", flip_axes=[0], patch_size=[24, 24, 24], batch_size=5)
+    x, y = gather(batches(config, training=True))[0]
+    means = [float(x[:, 0][y == k].mean()) for k in (0, 1, 2)]
+    assert means[0] < 0.3 < means[1] < means[2]
+
+
+def test_two_processes_share_volumes(tmp_path: Path) -> None:
+    path = hippocampus(tmp_path / "hippocampus.npz", 4, 1)
+    config = data("hippocampus", path, augment="volume")
+    whole = gather(batches(config, training=True))
+    halves = [gather(batches(config, training=True, process=Process(rank, 2))) for rank in (0, 1)]
+    for (x, y), (x0, y0), (x1, y1) in zip(whole, *halves):
+        assert torch.equal(torch.cat((x0, x1)), x)
+        assert torch.equal(torch.cat((y0, y1)), y)
+    shares = [gather(batches(config, training=False, process=Process(rank, 2))) for rank in (0, 1)]
+    assert [len(part) for part in shares] == [1, 0]
+
+
+def test_medmnist_by_path(tmp_path: Path) -> None:
+    path = medmnist(tmp_path / "adrenalmnist3d.npz")
+    config = data("medmnist3d", path, normalise="minmax")
+    x, y = gather(batches(config, training=False))[0]
+    assert tuple(x.shape) == (2, 1, 16, 16, 16)
+    assert y.tolist() == [0, 1]
+    assert (float(x.min()), float(x.max())) == (0.0, 1.0)
+    train = batches(config, training=True)
+    assert len(train) == 6
+    assert sorted(torch.cat([y for _, y in gather(train)]).tolist()) == [0] * 6 + [1] * 6
+    assert len(read_split(data("medmnist3d", tmp_path, test_split="test"), 1, training=False).labels) == 6
+    medmnist(tmp_path / "nodulemnist3d.npz")
+    with pytest.raises(BadInput, match="2 files"):
+        read_split(data("medmnist3d", tmp_path), 1, training=True)
+
+
+def test_turns_are_quarter_turns(tmp_path: Path) -> None:
+    path = medmnist(tmp_path / "adrenalmnist3d.npz", shape=(16, 16, 16))
+    config = data("medmnist3d", path, normalise="none", turn_axes=[0, 1], batch_size=12)
+    turned = gather(batches(config, training=True))[0][0]
+    plain = gather(batches(data("medmnist3d", path, normalise="none", batch_size=12), training=True))[0][0]
+    turns = [[torch.equal(t, torch.rot90(p, k, (1, 2))) for k in range(4)] for t, p in zip(turned, plain)]
+    assert all(any(row) for row in turns)
+    assert len({row.index(True) for row in turns}) == 4
+
+
+def test_class_names_of_a_file(tmp_path: Path) -> None:
+    path = medmnist(tmp_path / "modelnet10.npz", classes=np.array(["bed", "sofa", "desk"]))
+    assert read_split(data("modelnet10", path), 1, training=True).class_names == ("bed", "sofa", "desk")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "settings", "said"),
+    [
+        ("medmnist3d", {"val_labels": np.array([[0], [1], [0], [9]]), "classes": np.array(["a", "b"])}, {}, "value 9"),
+        ("medmnist3d", {"val_images": np.zeros((4, 16, 16))}, {}, "has images (4, 16, 16)"),
+        ("medmnist3d", {"val_labels": np.array([[0], [1]])}, {}, "labels (2, 1)"),
+        ("medmnist3d", {"val_images": np.full((4, 16, 16, 16), np.nan)}, {}, "NaN"),
+        ("medmnist3d", {}, {"test_split": "held-out"}, "unknown split held-out"),
+        ("modelnet10", {}, {"test_split": "val"}, "modelnet10*.npz"),
+        ("medmnist3d", {}, {"patch_size": [16, 16]}, "data.patch_size"),
+        ("medmnist3d", {}, {"patch_size": None}, "data.patch_size"),
+        ("medmnist3d", {}, {"patch_size": [16, 16, 8]}, "data.patch_size"),
+    ],
+)
+def test_bad_npz(name: str, changes: dict[str, Any], settings: dict[str, Any], said: str, tmp_path: Path) -> None:
+    medmnist(tmp_path / "adrenalmnist3d.npz", **changes)
+    with pytest.raises(BadInput) as error:
+        batches(data(name, tmp_path, **settings), training=False)
+    assert said in str(error.value)
+
+
+def test_damaged_npz(tmp_path: Path) -> None:
+    path = hippocampus(tmp_path / "hippocampus.npz")
+    content = path.read_bytes()
+    for kept in (b"", b"no archive", content[: len(content) // 2], content[:100]):
+        path.write_bytes(kept)
+        with pytest.raises(BadInput, match="cannot read"):
+            read_split(data("hippocampus", path), 1, training=True)
+    with pytest.raises(BadInput, match="no data"):
+        read_split(data("hippocampus", tmp_path / "nowhere"), 1, training=True)
+    np.savez(path, ids=np.array([1]), split=np.array([0]))
+    with pytest.raises(BadInput, match="holds no code_001"):
+        read_split(data("hippocampus", path), 1, training=True)
+
+
+def test_no_pickles(tmp_path: Path) -> None:
+    np.savez(tmp_path / "hippocampus.npz", ids=np.array([{}], dtype=object), split=np.array([0]))
+    with pytest.raises(BadInput, match="cannot read ids"):
+        read_split(data("hippocampus", tmp_path), 1, training=True)
+
+
+def test_channels_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="has 1 channel, the model takes 3"):
+        read_split(data("hippocampus", hippocampus(tmp_path / "hippocampus.npz")), 3, training=True)
+
+
+# What is done to a volume.
+
+
+def test_normalisation() -> None:
+    x = torch.stack((torch.arange(8.0), 1e6 * torch.arange(8.0) - 5)).view(2, 2, 2, 2)
+    z = normalised(x, "zscore").flatten(1)
+    torch.testing.assert_close(z.mean(1), torch.zeros(2), atol=1e-6, rtol=0)
+    torch.testing.assert_close(z.std(1, correction=0), torch.ones(2))
+    unit = normalised(x, "minmax").flatten(1)
+    assert unit.amin(1).tolist() == [0, 0]
+    assert unit.amax(1).tolist() == [1, 1]
+    assert torch.equal(normalised(x, "none"), x)
+
+
+@pytest.mark.parametrize("how", ["zscore", "minmax"])
+@pytest.mark.parametrize("value", [0.0, 7.0, 0.1, 1e6 + 0.3])
+def test_a_volume_of_zero_variance_becomes_zeros(how: str, value: float) -> None:
+    assert torch.equal(normalised(torch.full((1, 5, 6, 7), value), how), torch.zeros(1, 5, 6, 7))
+
+
+def test_padding_and_back() -> None:
+    x = torch.randn(2, 5, 9, 6)
+    y = padded(x, (8, 8, 7), 3.0)
+    assert tuple(y.shape) == (2, 8, 9, 7)
+    assert torch.equal(unpadded(y, x.shape[1:]), x)
+    assert torch.equal(y[:, 1:6, :, :6], x)
+    assert float(y[:, 0].mean()) == 3.0
+
+
+def test_volume_is_turned_to_ras_and_back(tmp_path: Path) -> None:
+    """Axes left, inferior, anterior in the file: voxel (i, j, k) of RAS is known by hand."""
+    array = np.arange(4 * 5 * 6, dtype=np.float32).reshape(4, 5, 6)
+    affine = np.array([[-1, 0, 0, 3], [0, 0, 2, 7], [0, -3, 0, 1], [0, 0, 0, 1]], dtype=float)
+    volume = load_volume(save_nifti(tmp_path / "x.nii.gz", array, affine))
+    assert volume.spacing == (1, 3, 2)
+    plain = Preprocessing(normalise="none")
+    x, _ = prepare(volume, plain)
+    assert tuple(x.shape) == (1, 4, 6, 5)
+    for i, j, k in ((0, 0, 0), (3, 2, 1), (1, 5, 4)):
+        assert float(x[0, i, j, k]) == array[3 - i, 4 - k, j]
+    canonical = nibabel.as_closest_canonical(nibabel.load(tmp_path / "x.nii.gz")).get_fdata()
+    assert np.array_equal(x[0].numpy(), canonical)
+    labels = torch.from_numpy(array.astype(np.uint8) % 3)
+    moved = prepare(volume, plain, labels)[1]
+    scores = torch.nn.functional.one_hot(moved.long(), 3).movedim(-1, 0).float()
+    assert torch.equal(restore(scores, volume, plain), labels)
+    as_it_lies = Preprocessing(orientation="none", normalise="none")
+    assert torch.equal(prepare(volume, as_it_lies)[0], torch.from_numpy(array).unsqueeze(0))
+
+
+def test_resampling_to_a_spacing_and_back(tmp_path: Path) -> None:
+    _, label = blob((16, 20, 18))
+    affine = np.diag([1.0, 2.0, 0.5, 1.0])
+    volume = load_volume(save_nifti(tmp_path / "x.nii", label.astype(np.float32), affine))
+    preprocessing = Preprocessing(spacing=(1.0, 1.0, 1.0), normalise="none")
+    x, moved = prepare(volume, preprocessing, torch.from_numpy(label))
+    assert tuple(x.shape) == (1, 16, 40, 9)
+    assert moved.shape == x.shape[1:]
+    assert set(moved.unique().tolist()) == {0, 1, 2}
+    assert abs(float(x.mean()) - label.mean()) < 0.01
+    scores = torch.nn.functional.one_hot(moved.long(), 3).movedim(-1, 0).float()
+    back = restore(scores, volume, preprocessing)
+    assert back.shape == label.shape
+    assert float((back.numpy() == label).mean()) > 0.98
+
+
+def test_labels_are_saved_with_the_affine_of_their_volume(tmp_path: Path) -> None:
+    affine = np.array([[0, -2, 0, 3], [1, 0, 0, 7], [0, 0, 3, 1], [0, 0, 0, 1]], dtype=float)
+    volume = load_volume(save_nifti(tmp_path / "x.nii.gz", blob((6, 16, 17))[0], affine))
+    save_labels(tmp_path / "y.nii.gz", torch.ones(volume.shape, dtype=torch.uint8), volume)
+    saved = nibabel.load(tmp_path / "y.nii.gz")
+    assert np.array_equal(saved.affine, affine)
+    assert saved.shape == volume.shape
+    assert saved.get_data_dtype() == np.uint8
+
+
+def test_record_of_the_preprocessing_round_trips() -> None:
+    preprocessing = Preprocessing((1.0, 1.5, 2.0), "none", "minmax", (16, 24, 32), ("background", "tumour"))
+    record = json.loads(json.dumps(preprocessing.record()))
+    assert Preprocessing.of_record({**record, "of_later": 1}) == preprocessing
+    with pytest.raises(BadInput, match="LPS"):
+        Preprocessing.of_record({**record, "orientation": "LPS"})
+
+
+# NIfTI sets.
+
+
+def test_decathlon_layout(tmp_path: Path) -> None:
+    root = decathlon(tmp_path)
+    train, val = (read_split(data("nifti", root), 1, training) for training in (True, False))
+    assert train.class_names == ("background", "front", "back")
+    assert [len(part.images) for part in (train, val)] == [4, 2]  # every fifth: cases 0 and 5
+    assert np.array_equal(val.labels[0].numpy(), blob(SHAPES[0])[1])
+    assert [tuple(x.shape) for x in train.images] == [(1, *SHAPES[k]) for k in (1, 2, 3, 4)]
+    description = json.loads((root / "dataset.json").read_text())
+    description["validation"] = description["training"][:1]
+    description["labels"] = {"background": 0, "front": 1, "back": 2}
+    (root / "dataset.json").write_text(json.dumps(description))
+    again = [read_split(data("nifti", root), 1, training) for training in (True, False)]
+    assert [len(part.images) for part in again] == [6, 1]
+    assert again[0].class_names == train.class_names
+
+
+def test_two_channels(tmp_path: Path) -> None:
+    array = np.stack([blob((16, 17, 18), k)[0] for k in (0, 1)], axis=-1)
+    volume = load_volume(save_nifti(tmp_path / "x.nii.gz", array), in_chans=2)
+    assert tuple(volume.voxels.shape) == (2, 16, 17, 18)
+    assert np.array_equal(volume.voxels[1].numpy(), array[..., 1])
+    one = load_volume(save_nifti(tmp_path / "y.nii.gz", array[..., :1]))  # one volume of a series is a volume
+    assert tuple(one.voxels.shape) == (1, 16, 17, 18)
+
+
+def test_without_affine(tmp_path: Path) -> None:
+    """Neither sform nor qform: nothing is known of the orientation, so it is asked for; or the axes are taken as is."""
+    path = save_nifti(tmp_path / "x.nii.gz", blob((16, 17, 18))[0], codes=0)
+    volume = load_volume(path)
+    with pytest.raises(BadInput, match=r"data\.orientation=none"):
+        prepare(volume, Preprocessing())
+    assert tuple(prepare(volume, Preprocessing(orientation="none"))[0].shape) == (1, 16, 17, 18)
+    assert load_volume(save_nifti(tmp_path / "y.nii.gz", blob((16, 17, 18))[0], codes=1)).has_affine
+
+
+def nan_voxels() -> np.ndarray:
+    image = blob((16, 16, 16))[0]
+    image[3, 4, 5:7] = np.nan, np.inf
+    return image
+
+
+@pytest.mark.parametrize(
+    ("array", "said"),
+    [
+        (np.zeros((16, 16, 16, 3), np.float32), "is 4-D (16x16x16x3), 3 channel(s); the model takes 1"),
+        (np.zeros((16, 16), np.float32), "has the shape (16, 16)"),
+        (np.zeros((16, 16, 16, 2, 2), np.float32), "has the shape (16, 16, 16, 2, 2)"),
+        (nan_voxels(), "has 2 voxels that are NaN or infinite"),
+    ],
+)
+def test_bad_volumes(array: np.ndarray, said: str, tmp_path: Path) -> None:
+    path = save_nifti(tmp_path / "x.nii.gz", array)
+    with pytest.raises(BadInput) as error:
+        load_volume(path)
+    assert said in str(error.value)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"no volume", None])
+def test_files_that_are_no_volumes(content: bytes | None, tmp_path: Path) -> None:
+    path = save_nifti(tmp_path / "x.nii.gz", blob((16, 16, 16))[0])
+    path.write_bytes(path.read_bytes()[:500] if content is None else content)
+    with pytest.raises(BadInput, match="cannot read volume"):
+        load_volume(path)
+    with pytest.raises(BadInput, match="no volume"):
+        load_volume(tmp_path / "nowhere.nii.gz")
+
+
+def test_bad_labels(tmp_path: Path) -> None:
+    image, label = blob((16, 17, 18))
+    volume = load_volume(save_nifti(tmp_path / "x.nii.gz", image))
+    good = save_nifti(tmp_path / "good.nii.gz", label.astype(np.float32))
+    assert np.array_equal(load_labels(good, volume, 3).numpy(), label)
+    for array, said in (
+        (label[1:], "has the shape (15, 17, 18), its image"),
+        (label + 1, "has the label value 3; expected whole numbers from 0 to 2"),
+        (label - 1.0, "has the label value -1"),
+        (label * 0.5, "has the label value 0.5"),
+        (np.where(label == 1, np.nan, label), "has the label value nan"),
+    ):
+        with pytest.raises(BadInput) as error:
+            load_labels(save_nifti(tmp_path / "bad.nii.gz", array), volume, 3)
+        assert said in str(error.value)
+    moved = save_nifti(tmp_path / "moved.nii.gz", label, np.diag([1.0, 1.0, -1.0, 1.0]))
+    with pytest.raises(BadInput, match="their affines differ"):
+        load_labels(moved, volume, 3)
+
+
+def test_an_empty_mask_is_background(tmp_path: Path) -> None:
+    image, label = blob((16, 17, 18))
+    volume = load_volume(save_nifti(tmp_path / "x.nii.gz", image))
+    empty = load_labels(save_nifti(tmp_path / "empty.nii.gz", 0 * label), volume, 3)
+    assert empty.unique().tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "no dataset.json"),
+        ("{", "is no description"),
+        ("[]", "is no description"),
+        ('{"labels": {"0": "a"}}', "must list pairs"),
+        ('{"labels": {"0": "a", "2": "b"}, "training": [{"image": "x", "label": "y"}]}', "numbered from 0"),
+        ('{"labels": {"0": "a", "1": "b"}, "training": ["x.nii.gz"]}', "is no description"),
+        ('{"labels": {"0": "a", "1": "b"}, "training": [{"image": "x.nii"}]}', "must list pairs"),
+        ('{"labels": {"0": "a", "1": "b"}, "training": [{"image": "x", "label": "y"}]}', "too few cases"),
+    ],
+)
+def test_bad_dataset_json(text: str | None, said: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "dataset.json").write_text(text)
+    with pytest.raises(BadInput) as error:
+        read_split(data("nifti", tmp_path), 1, training=True)
+    assert said in str(error.value)
+
+
+def test_voxels_of_a_volume_object() -> None:
+    volume = Volume(torch.zeros(1, 4, 5, 6), np.diag([2.0, 3.0, 4.0, 1.0]))
+    assert (volume.shape, volume.spacing) == ((4, 5, 6), (2.0, 3.0, 4.0))

@@ -1,0 +1,95 @@
+"""What a data set gives to a training loop: batches whose order depends on seed and epoch alone."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tools.config import BadInput
+
+MIN_SIZE = 16
+
+Batch = tuple[Tensor, Tensor]
+"""Normalised images `(B, C, *S)` on the device, and labels: `(B,)` of classes, or `(B, *S)` of pixels or voxels."""
+
+
+class Batches(Protocol):
+    """The batches of one split, as many and in the same order for the same epoch, wherever it is entered."""
+
+    class_names: tuple[str, ...]  # empty where they are not known
+    spacing: tuple[float, ...] | None  # mm per voxel, where it is known and the same for all
+
+    def __len__(self) -> int: ...
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+        """Yield the batches of an epoch from number `start` on."""
+        ...
+
+
+@dataclass(frozen=True)
+class Process:
+    """Which process this is, of how many, and the device it computes on."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """What a model wants to see: `(in_chans, H, W)`, and the normalisation of values in 0..1 per channel."""
+
+    size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bilinear"
+    crop_pct: float = 0.875
+
+    @classmethod
+    def of(cls, cfg: dict[str, Any], in_chans: int, image_size: int | None) -> "ImageSpec":
+        """Return the spec of a model's pretrained_cfg, at another size if one is given.
+
+        Raises:
+            BadInput: for a size under 16.
+        """
+        height, width = (image_size, image_size) if image_size else cfg["input_size"][1:]
+        if min(height, width) < MIN_SIZE:
+            raise BadInput(f"data.image_size must be >= {MIN_SIZE}, got {min(height, width)}")
+        mean, std = tuple(cfg["mean"]), tuple(cfg["std"])
+        if len(mean) != in_chans:  # a grey or multispectral input has no constants of its own
+            mean, std = (sum(mean) / len(mean),) * in_chans, (sum(std) / len(std),) * in_chans
+        return cls((in_chans, height, width), mean, std, cfg["interpolation"], cfg["crop_pct"])
+
+
+def seed_of(*numbers: int) -> int:
+    """Return one seed for a tuple of numbers, such as seed, epoch and step."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def generator(*numbers: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed_of(*numbers))
+
+
+def seed_everything(*numbers: int) -> None:
+    """Seed the generators of torch, numpy and Python by a tuple of numbers."""
+    seed = seed_of(*numbers)
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+def shared_batch_size(batch_size: int, count: int, process: Process, training: bool) -> int:
+    """Return the size of the batches of a split.
+
+    In training every process has as many samples of a batch, or the mean of the processes' gradients is none.
+    """
+    size = min(batch_size, count)
+    return size - size % process.world_size if training else size

@@ -1,0 +1,163 @@
+"""Image sets that timm reads: folders, and whatever its readers know."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import create_dataset, create_loader
+from timm.task.evaluator import evaluation_sample_limit
+
+from tools.batches import Batch, Batches, ImageSpec, Process, seed_everything
+from tools.config import BadInput, DataConfig, nearest
+
+DATA_NAMES = (
+    "digits", "cifar10", "folder", "camvid", "cityscapes", "masks", "hippocampus", "modelnet10", "medmnist3d", "nifti",
+    "hfds/...", "hfids/...", "wds/...", "tfds/...", "torch/...",
+)  # fmt: skip
+
+# An image that cannot be read ends a run with one line, see StrictImages; timm would say so a second time.
+logging.getLogger("timm.data.dataset").setLevel(logging.ERROR)
+
+
+class StrictImages(torch.utils.data.Dataset):
+    """A timm image data set that stops at an image that cannot be read, where timm skips it."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        dataset._max_retries = 1
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.dataset[index]
+        except (RuntimeError, OSError, SyntaxError):
+            raise BadInput(f"cannot read image {self.dataset.filename(index, absolute=True)}") from None
+
+    @property
+    def transform(self) -> Any:
+        return self.dataset.transform
+
+    @transform.setter
+    def transform(self, value: Any) -> None:  # create_loader sets it
+        self.dataset.transform = value
+
+
+class ReaderBatches:
+    """Batches of a timm loader."""
+
+    class_names: tuple[str, ...] = ()
+    spacing: tuple[float, ...] | None = None
+
+    def __init__(self, loader: Any, process: Process, seed: int) -> None:
+        self.loader, self.process, self.seed = loader, process, seed
+        self.limit = evaluation_sample_limit(loader)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+        for part in (self.loader.dataset, self.loader.sampler):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
+        seed_everything(self.seed, epoch)  # the order, and the seeds of the workers
+        batches = iter(self.loader)
+        seen = 0
+        for number in range(len(self)):
+            seed_everything(self.seed, epoch, number + 1)  # augmentation, where there are no workers
+            x, y = next(batches)
+            keep = len(y) if self.limit is None else min(len(y), self.limit - seen)  # a sampler's padding is no data
+            seen += len(y)
+            if number >= start:
+                yield x[:keep].to(self.process.device), y[:keep].to(self.process.device)
+
+
+SPLITS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation", "test"))
+
+
+def _split_folder(root: Path, split: str) -> Path | None:
+    """Return the folder of a split, by its name or one of the others that timm knows it by."""
+    names = (split, *next((names for names in SPLITS if split in names), ()))
+    return next((root / name for name in names if (root / name).is_dir()), None)
+
+
+def _require_split(root: Path, split: str) -> None:
+    """Raise BadInput where timm would take the whole folder for a split that is not there."""
+    if not root.exists():
+        raise BadInput(f"no data folder {root}; set data.root")
+    if root.is_dir() and _split_folder(root, split) is None:
+        raise BadInput(f"{root} has no folder {split}; set data.train_split and data.test_split to what is there")
+
+
+def _require_same_classes(root: Path, train_split: str, classes: set[str], split: str) -> None:
+    """Raise BadInput if a split lacks a class of the training folder: the labels of the others would shift."""
+    folder = _split_folder(root, train_split)
+    if folder is not None:
+        differing = {path.name for path in folder.iterdir() if path.is_dir()} ^ classes
+        if differing:
+            raise BadInput(f"{root}: {split} and {folder.name} differ in their classes, such as {min(differing)}")
+
+
+def read_batches(
+    config: DataConfig, spec: ImageSpec, process: Process, training: bool, seed: int
+) -> tuple[Batches, int | None]:
+    name = "" if config.name == "folder" else config.name
+    if name and "/" not in name:
+        raise BadInput(f"unknown data.name {name}; {nearest(name, DATA_NAMES)}")
+    split = config.train_split if training else config.test_split
+    if name == "":
+        _require_split(Path(config.root), split)
+    per_process = config.batch_size // process.world_size
+    try:
+        dataset = create_dataset(
+            name,
+            root=config.root,
+            split=split,
+            is_training=training,
+            download=config.download,
+            batch_size=per_process,
+            input_img_mode="L" if spec.size[0] == 1 else "RGB",
+        )
+    except (RuntimeError, OSError, ValueError, LookupError, TypeError, ImportError, AssertionError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise BadInput(f"cannot read data set {config.name} in {config.root}: {reason}") from None
+    if spec.size[0] not in (1, 3):
+        raise BadInput(f"image files have 1 or 3 channels, the model takes {spec.size[0]} (model.kwargs.in_chans)")
+    classes = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
+    if name == "" and classes and not training:
+        _require_same_classes(Path(config.root), config.train_split, set(classes), split)
+    if not isinstance(dataset, torch.utils.data.IterableDataset):
+        if training and config.num_train is not None:
+            raise BadInput("data.num_train is for digits and cifar10; use a split or a smaller folder")
+        dataset = StrictImages(dataset)
+    loader = create_loader(
+        dataset,
+        input_size=spec.size,
+        batch_size=per_process if training else min(per_process, len(dataset)),
+        is_training=training,
+        no_aug=config.augment == "none",
+        train_crop_mode={"crop_flip": "rkrr", "flip": "rkrc"}.get(config.augment),
+        scale=(1.0, 1.0) if config.augment == "flip" else None,
+        ratio=(1.0, 1.0) if config.augment == "flip" else None,
+        color_jitter=0.4 if config.augment == "imagenet" else 0.0,
+        auto_augment=config.auto_augment,
+        re_prob=config.reprob,
+        interpolation=spec.interpolation,
+        mean=spec.mean,
+        std=spec.std,
+        crop_pct=spec.crop_pct,
+        num_workers=config.workers,
+        distributed=process.world_size > 1,
+        pin_memory=process.device.type == "cuda",
+        device=process.device,
+        use_prefetcher=False,
+        persistent_workers=False,
+    )
+    if len(loader) == 0:
+        raise BadInput(
+            f"{len(dataset)} training images are fewer than one batch; lower data.batch_size={config.batch_size}"
+        )
+    return ReaderBatches(loader, process, seed), len(classes) if classes else None

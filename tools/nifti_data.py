@@ -1,0 +1,71 @@
+"""NIfTI pairs in the layout of the Medical Segmentation Decathlon: a folder with dataset.json."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tools.config import BadInput
+from tools.volumes import Preprocessing, load_labels, load_volume, prepare, prepared_spacing
+
+HOLD_OUT = 5
+
+
+def read_dataset_json(root: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], tuple[str, ...]]:
+    """Return the pairs to train on, those to validate on, and the names of the labels.
+
+    Where dataset.json lists no "validation", every fifth case of "training" is held out.
+
+    Raises:
+        BadInput: for a file that is missing or says something else.
+    """
+    path = root / "dataset.json"
+    try:
+        content = json.loads(path.read_text())
+        names = content["labels"]
+        if all(str(value).isdigit() for value in names.values()):  # also written the other way round
+            names = {value: name for name, value in names.items()}
+        label_names = tuple(str(name) for _, name in sorted((int(value), name) for value, name in names.items()))
+        if sorted(int(value) for value in names) != list(range(len(names))):
+            raise BadInput(f"{path}: the labels must be numbered from 0 on, got {sorted(names)}")
+        listed = {key: [dict(pair) for pair in content.get(key, [])] for key in ("training", "validation")}
+        pairs = [pair for part in listed.values() for pair in part]
+        if not listed["training"] or not all({"image", "label"} <= set(pair) for pair in pairs):
+            raise BadInput(f'{path}: "training" must list pairs of "image" and "label"')
+    except FileNotFoundError:
+        raise BadInput(
+            f"no dataset.json in {root}; expected the layout of the Medical Segmentation Decathlon"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{path} is no description of a data set: {type(error).__name__}: {error}") from None
+    train, val = listed["training"], listed["validation"]
+    if not val:
+        val = [pair for k, pair in enumerate(train) if k % HOLD_OUT == 0]
+        train = [pair for k, pair in enumerate(train) if k % HOLD_OUT != 0]
+    return train, val, label_names
+
+
+def read_nifti(
+    root: Path, split: str, limit: int | None, in_chans: int, preprocessing: Preprocessing
+) -> tuple[Sequence[Tensor], Sequence[Tensor], tuple[str, ...], tuple[float, ...] | None]:
+    """Return the prepared volumes of a split, their labels, the names of the labels, and the spacing they share.
+
+    Raises:
+        BadInput: for files that are missing, damaged or do not belong together.
+    """
+    train, val, names = read_dataset_json(root)
+    if split == "test":
+        raise BadInput(f"{root}: the Decathlon's test volumes have no labels; set data.test_split=val")
+    chosen = train[:limit] if split == "train" else val
+    if not chosen:
+        raise BadInput(f"{root}: too few cases, {len(train) + len(val)}, for a split {split}")
+    images, labels, spacings = [], [], set()
+    for pair in chosen:
+        volume = load_volume(root / pair["image"], in_chans)
+        image, label = prepare(volume, preprocessing, load_labels(root / pair["label"], volume, len(names)))
+        images.append(image)
+        labels.append(label)
+        spacings.add(prepared_spacing(volume, preprocessing))
+    return images, labels, names, spacings.pop() if len(spacings) == 1 else None

@@ -1,0 +1,3 @@
+"""Images with masks."""
+
+NAMES = ("camvid", "cityscapes", "masks")

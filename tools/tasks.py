@@ -1,0 +1,118 @@
+"""What a run is for: its loss, what is counted and which count stands in the first line, how a test is predicted."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+import mdeq
+from tools import segmentation_data, volume_data
+from tools.batches import Batches, Process
+from tools.config import BadInput, TrainConfig
+from tools.inference import Inference, SlidingWindow, whole
+from tools.losses import PixelLoss, VolumeLoss
+from tools.metrics import DiceTally, MeanLoss, PixelTally, RankTally, Tally
+
+VOID = 255
+"""Label of pixels and voxels that do not count, after the data sets have put their own in its place."""
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A metric: its key in the results, its name, a shorter one for tables, and whether it is in per cent."""
+
+    key: str
+    name: str
+    short: str
+    per_cent: bool = True
+
+    def number(self, value: float, digits: int = 2) -> str:
+        """Return a value with so many digits of a per cent."""
+        return f"{value:.{digits if self.per_cent else digits + 2}f}"
+
+    def text(self, value: float, digits: int) -> str:
+        """Return a value as people read it."""
+        return self.number(value, digits) + (" %" if self.per_cent else "")
+
+
+TOP1 = Headline("top1", "accuracy", "top-1")
+AUC = Headline("auc", "AUC", "AUC", per_cent=False)
+MIOU = Headline("miou", "mIoU", "mIoU")
+DICE = Headline("mean_dice", "mean Dice", "Dice", per_cent=False)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task.
+
+    Args:
+        headline: the metric that stands for a run.
+        criterion: loss of training, of logits and labels.
+        loss: loss of an evaluation.
+        tally: makes what counts over a split; called with whether it is one of training.
+        inference: how a test batch is predicted.
+    """
+
+    headline: Headline = TOP1
+    criterion: nn.Module = nn.CrossEntropyLoss()
+    loss: nn.Module = nn.CrossEntropyLoss()
+    tally: Callable[[bool], MeanLoss] = lambda training: Tally()
+    inference: Inference = whole
+
+
+CLASSIFICATION = Task()
+
+
+def build_task(
+    config: TrainConfig, model: nn.Module, batches: Batches, process: Process, *, distances: bool = False
+) -> Task:
+    """Return the task of a config; with `distances` an evaluation of volumes has HD95 too, where mm are known.
+
+    Raises:
+        BadInput: for class weights of another number of classes.
+    """
+    loss, smoothing = config.loss, config.optim.label_smoothing
+    if loss.class_weights is not None and len(loss.class_weights) != model.num_classes:
+        raise BadInput(f"loss.class_weights has {len(loss.class_weights)} entries for {model.num_classes} classes")
+    if config.task == "classification":
+        criterion = nn.CrossEntropyLoss(label_smoothing=smoothing)
+        if config.data.name not in volume_data.NAMES:
+            return Task(criterion=criterion)
+        headline = AUC if config.data.name == "medmnist3d" else TOP1
+        return Task(headline, criterion, tally=lambda training: Tally() if training else RankTally(model.num_classes))
+    names = batches.class_names or tuple(str(k) for k in range(model.num_classes))
+    names = names + tuple(str(k) for k in range(len(names), model.num_classes))
+    windows = SlidingWindow(tuple(config.data.patch_size or ()), config.data.overlap, config.data.batch_size)
+    inference = windows if config.data.inference == "sliding" else whole
+    pixels = PixelLoss(VOID, loss.class_weights, loss.ohem_threshold, loss.ohem_min_kept, smoothing)
+    if loss.name == "dice_ce":
+        criterion = test = VolumeLoss(VOID, loss.class_weights)
+    else:
+        criterion, test = pixels, PixelLoss(VOID)
+    if config.data.name in volume_data.NAMES:
+        spacing = batches.spacing if distances else None
+        return Task(DICE, criterion, test, lambda training: DiceTally(names, VOID, spacing), inference)
+    return Task(MIOU, criterion, test, lambda training: PixelTally(names, VOID, process), inference)
+
+
+def check_task(config: TrainConfig, model: nn.Module) -> None:
+    """Raise BadInput if data, model, loss and task do not go together."""
+    data, dense = config.data, config.task == "segmentation"
+    volumes = data.name in volume_data.NAMES
+    if dense != (data.name in volume_data.SEGMENTED + segmentation_data.NAMES):
+        kind = "has labels per pixel or voxel" if not dense else "has one label per image"
+        raise BadInput(f"data.name={data.name} {kind}; set task={'classification' if dense else 'segmentation'}")
+    if dense != isinstance(model, mdeq.MDEQSegmenter):
+        raise BadInput(f"{config.model.name} is {'no' if dense else 'a'} segmenter; task={config.task}")
+    if model.spatial_dims != (3 if volumes else 2):
+        raise BadInput(
+            f"{config.model.name} is a model of {model.spatial_dims}D data, {data.name} is of {3 if volumes else 2}D"
+        )
+    if dense and (data.mixup > 0 or data.cutmix > 0):
+        raise BadInput("data.mixup and data.cutmix are for task=classification")
+    if config.loss.name == "dice_ce" and not (dense and volumes):
+        raise BadInput("loss.name=dice_ce is for the segmentation of volumes")
+    if not dense and (config.loss.class_weights is not None or config.loss.ohem_threshold is not None):
+        raise BadInput("loss.class_weights and loss.ohem_threshold are for task=segmentation")
+    if data.inference == "sliding" and (not dense or data.patch_size is None or data.overlap >= 1):
+        raise BadInput("data.inference=sliding needs task=segmentation, data.patch_size and data.overlap < 1")

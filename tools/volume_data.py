@@ -1,0 +1,256 @@
+"""Sets of volumes, held in memory: npz files, and NIfTI pairs in the layout of the Medical Segmentation Decathlon."""
+
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tools.batches import Batch, Batches, Process, generator, seed_of, shared_batch_size
+from tools.config import BadInput, DataConfig
+from tools.nifti_data import read_nifti
+from tools.volumes import Preprocessing, checked_finite, checked_labels, normalised, optional, padded
+
+NAMES = ("hippocampus", "modelnet10", "medmnist3d", "nifti")
+SEGMENTED = ("hippocampus", "nifti")
+IGNORED = 255
+"""Label of the voxels around a volume that was padded for evaluation."""
+
+_SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test",)}
+
+
+@dataclass(frozen=True)
+class Volumes:
+    """A split: prepared volumes `(C, *S)`, and for each a class or labels `(*S)` uint8.
+
+    `spacing` is that of all volumes in mm, or None where it is not known or they differ.
+    """
+
+    images: Sequence[Tensor]
+    labels: Sequence[Tensor]
+    class_names: tuple[str, ...]
+    spacing: tuple[float, ...] | None = None
+
+
+def preprocessing(config: DataConfig, class_names: tuple[str, ...] = ()) -> Preprocessing:
+    """Return what a config has done to volumes."""
+    spacing = None if config.spacing is None else tuple(config.spacing)
+    return Preprocessing(
+        spacing, config.orientation, config.normalise, tuple(config.patch_size or ()), tuple(class_names)
+    )
+
+
+def split_key(name: str) -> str:
+    """Return train, val or test for any of the names of a split."""
+    for key, names in _SPLITS.items():
+        if name in names:
+            return key
+    raise BadInput(f"unknown split {name}; set data.train_split and data.test_split to train, val or test")
+
+
+# What numpy raises for a damaged file depends on where it is damaged.
+_DAMAGED = (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+
+
+@contextmanager
+def _npz(root: Path, pattern: str) -> Iterator[Any]:
+    """Open the arrays of the file `root`, or of the one file in the folder `root` that fits a pattern."""
+    files = [root] if root.is_file() else sorted(root.glob(pattern))
+    if not files:
+        raise BadInput(f"no file {pattern} in {root}; set data.root to it or to its folder")
+    if len(files) > 1:
+        raise BadInput(f"{root} has {len(files)} files {pattern}; set data.root to one of them, such as {files[0]}")
+    with open(files[0], "rb") as file:
+        try:
+            arrays = np.load(file, allow_pickle=False)
+        except _DAMAGED as error:
+            raise BadInput(f"cannot read {files[0]}: {str(error).splitlines()[0]}") from None
+        if not isinstance(arrays, np.lib.npyio.NpzFile):
+            raise BadInput(f"cannot read {files[0]}: it is no npz file")
+        yield arrays
+
+
+def _array(arrays: Any, key: str, origin: Path) -> np.ndarray:
+    try:
+        return arrays[key]
+    except KeyError:
+        raise BadInput(f"{origin} holds no {key}; it has {', '.join(sorted(arrays.files)[:8])}") from None
+    except _DAMAGED as error:
+        raise BadInput(f"cannot read {key} in {origin}: {error}") from None
+
+
+def read_hippocampus(root: Path, split: str, limit: int | None, how: str) -> Volumes:
+    """Return the cases of a split: `lut_NNN[code_NNN]` and `label_NNN` for each number NNN in `ids`."""
+    if split == "test":
+        raise BadInput(f"{root} has the splits train and val; set data.test_split=val")
+    images, labels = [], []
+    with _npz(root, "hippocampus*.npz") as arrays:
+        ids, member = _array(arrays, "ids", root), _array(arrays, "split", root)
+        for case in ids[member == ("train", "val").index(split)][:limit].tolist():
+            name = f"{root}: case {case:03d}"
+            code, lut = (_array(arrays, f"{kind}_{case:03d}", root) for kind in ("code", "lut"))
+            label = _array(arrays, f"label_{case:03d}", root)
+            if code.ndim != 3 or label.shape != code.shape or code.max() >= len(lut):
+                raise BadInput(f"{name} is damaged: image {code.shape}, labels {label.shape}, {len(lut)} grey levels")
+            voxels = checked_finite(torch.from_numpy(lut[code].astype(np.float32)), name)
+            images.append(normalised(voxels.unsqueeze(0), how))
+            labels.append(checked_labels(label, 3, name))
+    return Volumes(images, labels, ("background", "anterior", "posterior"), (1.0, 1.0, 1.0))
+
+
+def read_npz(root: Path, pattern: str, split: str, limit: int | None) -> Volumes:
+    """Return a split of `{split}_images` `(N, *S)` and `{split}_labels` `(N,)` or `(N, 1)`, the form of MedMNIST3D."""
+    with _npz(root, pattern) as arrays:
+        images, labels = (_array(arrays, f"{split}_{kind}", root) for kind in ("images", "labels"))
+        every = [_array(arrays, key, root).max(initial=0) for key in arrays.files if key.endswith("_labels")]
+        names = tuple(map(str, _array(arrays, "classes", root))) if "classes" in arrays.files else ()
+    if images.ndim != 4 or labels.size != len(images) or len(images) == 0:
+        raise BadInput(f"{root}: {split} has images {images.shape}, labels {labels.shape}, not (N, D, H, W), (N,)")
+    names = names or tuple(str(k) for k in range(int(max(every)) + 1))
+    checked = checked_labels(labels.reshape(-1), len(names), f"{root}: {split}_labels").long()
+    voxels = torch.from_numpy(images)
+    if voxels.is_floating_point():
+        checked_finite(voxels, f"{root}: {split}_images")
+    if split == "train":  # sorted by class, maybe: the first so many are to be of all
+        order = torch.randperm(len(voxels), generator=generator(0))[:limit]
+        voxels, checked = voxels[order], checked[order]
+    return Volumes(voxels.unsqueeze(1), checked, names)
+
+
+def read_split(config: DataConfig, in_chans: int, training: bool) -> Volumes:
+    """Return the training or the test split of a config."""
+    split = split_key(config.train_split if training else config.test_split)
+    limit, root = config.num_train if training else None, Path(config.root)
+    if not root.exists():
+        raise BadInput(f"no data in {root}; set data.root")
+    if config.name == "nifti":
+        return Volumes(*read_nifti(root, split, limit, in_chans, preprocessing(config)))
+    if in_chans != 1:
+        raise BadInput(f"{config.name} has 1 channel, the model takes {in_chans} (model.kwargs.in_chans)")
+    if config.name == "hippocampus":
+        return read_hippocampus(root, split, limit, config.normalise)
+    return read_npz(root, "*mnist3d*.npz" if config.name == "medmnist3d" else "modelnet10*.npz", split, limit)
+
+
+def augmentation(config: DataConfig, segmented: bool) -> Any:
+    """Return MONAI's transform of a training volume `{"image", "label"}`: a patch, moved and changed at random."""
+    transforms = optional("monai.transforms", "volumes")
+    keys, both = (["image", "label"], ("bilinear", "nearest")) if segmented else (["image"], ("bilinear",))
+    size, axes = config.patch_size, range(3)
+    steps = [transforms.RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in config.flip_axes]
+    if config.turn_axes is not None:
+        steps += [transforms.RandRotate90d(keys, prob=0.75, max_k=3, spatial_axes=tuple(config.turn_axes))]
+    if config.augment == "volume":
+        steps += [
+            transforms.RandAffined(
+                keys,
+                prob=0.7,
+                rotate_range=[0.15 for _ in axes],
+                translate_range=[0.06 * size[axis] for axis in axes],
+                scale_range=[0.1 for _ in axes],
+                mode=both,
+                padding_mode="zeros",
+            ),
+            transforms.RandScaleIntensityd(["image"], factors=0.15, prob=0.5),
+            transforms.RandShiftIntensityd(["image"], offsets=0.15, prob=0.5),
+            transforms.RandGaussianNoised(["image"], prob=0.3, std=0.1),
+        ]
+    if segmented and config.foreground > 0:
+        share = dict(pos=config.foreground, neg=1 - config.foreground)
+        steps += [transforms.RandCropByPosNegLabeld(keys, "label", size, num_samples=1, **share)]
+    else:
+        steps += [transforms.RandSpatialCropd(keys, size, random_size=False)]
+    return transforms.Compose([*steps, transforms.ToTensord(keys, track_meta=False)])
+
+
+class VolumeBatches:
+    """Batches of volumes. Order and augmentation depend on seed, epoch and batch number alone: a run can be resumed.
+
+    A training batch is of patches of one size. A test volume stays whole, padded to at least that size, and its batch
+    mates are those that follow it with the same shape; labels of the padding are `IGNORED`.
+    """
+
+    def __init__(self, data: Volumes, config: DataConfig, process: Process, *, training: bool, seed: int = 0) -> None:
+        self.data, self.config, self.process, self.training, self.seed = data, config, process, training, seed
+        self.class_names, self.spacing = data.class_names, data.spacing
+        self.segmented = config.name in SEGMENTED
+        self.size = tuple(config.patch_size)
+        self.batch_size = shared_batch_size(config.batch_size, len(data.labels), process, training)
+        self.transform = augmentation(config, self.segmented) if training else None
+        self.groups = [] if training else self._groups()
+
+    def _groups(self) -> list[list[int]]:
+        groups: list[list[int]] = []
+        shape: Any = None
+        for index, image in enumerate(self.data.images):
+            previous, shape = shape, tuple(max(n, s) for n, s in zip(image.shape[1:], self.size))
+            if not groups or shape != previous or len(groups[-1]) == self.batch_size:
+                groups.append([])
+            groups[-1].append(index)
+        return groups
+
+    def __len__(self) -> int:
+        return len(self.data.labels) // self.batch_size if self.training else len(self.groups)
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+        if self.training:
+            order = torch.randperm(len(self.data.labels), generator=generator(self.seed, epoch)).tolist()
+        for number in range(start, len(self)):
+            if self.training:
+                batch = order[number * self.batch_size : (number + 1) * self.batch_size]
+            else:
+                batch = self.groups[number]
+            places = range(self.process.rank, len(batch), self.process.world_size)
+            seeds = [seed_of(self.seed, epoch, number + 1, place) for place in places]
+            samples = [self._sample(batch[place], seed) for place, seed in zip(places, seeds)]
+            if samples:
+                x, y = (torch.stack(part).to(self.process.device) for part in zip(*samples))
+                yield x, y.long()
+
+    def _sample(self, index: int, seed: int) -> tuple[Tensor, Tensor]:
+        image, label = self.data.images[index], self.data.labels[index]
+        if not self.segmented:
+            image = normalised(image, self.config.normalise)  # held as bytes until now
+        image = padded(image, self.size)
+        if self.segmented:
+            label = padded(label, self.size, 0 if self.training else IGNORED)
+        if self.transform is None:
+            return image, label
+        self.transform.set_random_state(seed)
+        sample = {"image": image, "label": label.unsqueeze(0)} if self.segmented else {"image": image}
+        result = self.transform(sample)
+        result = result[0] if isinstance(result, list) else result
+        return result["image"].float(), result["label"].squeeze(0) if self.segmented else label
+
+
+def read_batches(
+    config: DataConfig, in_chans: int, process: Process, training: bool, seed: int
+) -> tuple[Batches, int | None]:
+    """Return the batches of a split of volumes, and the number of classes.
+
+    Raises:
+        BadInput: for missing or damaged data, or settings that are not for volumes.
+    """
+    turns = config.turn_axes
+    if config.augment not in ("none", "volume"):
+        raise BadInput(f"data.augment must be none or volume for {config.name}, got {config.augment}")
+    if not set(config.flip_axes) <= {0, 1, 2}:
+        raise BadInput(f"data.flip_axes must be of 0, 1 and 2, got {config.flip_axes}")
+    if config.patch_size is None or len(config.patch_size) != 3 or min(config.patch_size) < 16:
+        raise BadInput(f"data.patch_size must be three numbers of voxels from 16 up, got {config.patch_size}")
+    if turns is not None and (
+        sorted(set(turns)) != sorted(turns)
+        or len(turns) != 2
+        or not set(turns) <= {0, 1, 2}
+        or config.patch_size[turns[0]] != config.patch_size[turns[1]]
+    ):
+        raise BadInput(f"data.turn_axes must be two of 0, 1 and 2 along which data.patch_size is the same, got {turns}")
+    data = read_split(config, in_chans, training)
+    batches = VolumeBatches(data, config, process, training=training, seed=seed)
+    return batches, len(data.class_names)

@@ -1,0 +1,285 @@
+"""Volumes as a model sees them, and the way back to their own grid.
+
+Preprocessing                   what is done to a volume; its record lies in config.json beside the weights
+Preprocessing.of_record(dict)   from `config.json`'s entry "preprocessing"; `read_record(folder)` reads the file
+load_volume(path)               a NIfTI file: voxels `(C, *S)` in the file's own axes, and its affine
+load_labels(path, like=...)     the label volume of an image
+prepare(volume, preprocessing)  oriented, resampled and normalised voxels `(C, *S)`
+restore(scores, volume, ...)    scores `(K, *S)` of the prepared volume -> labels on the file's own grid
+save_labels(path, labels, volume)
+"""
+
+import dataclasses
+import importlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tools.config import BadInput
+
+NORMALISATIONS = ("zscore", "minmax", "none")
+ORIENTATIONS = ("RAS", "none")
+
+
+def optional(module: str, extra: str) -> Any:
+    """Return a module of an optional dependency.
+
+    Raises:
+        BadInput: naming the extra that brings it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise BadInput(f"this needs {module.partition('.')[0]}: pip install mdeq-vision[{extra}]") from None
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What is done to a volume before a model sees it.
+
+    Args:
+        spacing: mm per voxel along each axis after resampling; None leaves the file's own.
+        orientation: `"RAS"`: axes are turned to point right, anterior, superior; `"none"`: taken as they lie.
+        normalise: per volume and channel: `"zscore"`, `"minmax"` (to 0..1) or `"none"`.
+        patch_size: voxels of the patch that the model was trained on; smaller volumes are padded to it.
+        label_names: of the classes, background first.
+    """
+
+    spacing: tuple[float, ...] | None = None
+    orientation: str = "RAS"
+    normalise: str = "zscore"
+    patch_size: tuple[int, ...] = ()
+    label_names: tuple[str, ...] = ()
+
+    def record(self) -> dict[str, Any]:
+        """Return this as what JSON can hold."""
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def of_record(cls, record: dict[str, Any]) -> "Preprocessing":
+        """Return what `record` made a dictionary of; keys that are not its own are passed over.
+
+        Raises:
+            BadInput: for an orientation or a normalisation that there is not.
+        """
+        names = {f.name for f in dataclasses.fields(cls)}
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items() if k in names}
+        result = cls(**values)
+        if result.orientation not in ORIENTATIONS or result.normalise not in NORMALISATIONS:
+            raise BadInput(f"unknown preprocessing: orientation {result.orientation}, normalise {result.normalise}")
+        return result
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """Return the entry "preprocessing" of a folder's config.json, or None where there is none."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text()).get("preprocessing")
+    except (ValueError, AttributeError) as error:
+        raise BadInput(f"{path} is damaged: {error}") from None
+
+
+@dataclass(frozen=True)
+class Volume:
+    """Voxels `(C, *S)` float32 in the axes of their file, the affine `(4, 4)` from voxels to mm, and a name."""
+
+    voxels: Tensor
+    affine: np.ndarray
+    name: str = "volume"
+    has_affine: bool = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.voxels.shape[1:])
+
+    @property
+    def spacing(self) -> tuple[float, ...]:
+        """Mm per voxel along each axis of the file."""
+        return tuple(float(s) for s in np.sqrt((self.affine[:3, :3] ** 2).sum(axis=0)))
+
+
+def _open(path: Path) -> tuple[Any, np.ndarray]:
+    nibabel = optional("nibabel", "volumes")
+    try:
+        file = nibabel.load(path)
+        return file, np.asanyarray(file.dataobj)
+    except FileNotFoundError:
+        raise BadInput(f"no volume {path}") from None
+    except Exception as error:  # what a damaged file raises depends on where it is damaged
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BadInput(f"cannot read volume {path}: {reason}") from None
+
+
+def load_volume(path: str | Path, in_chans: int = 1) -> Volume:
+    """Return the volume in a NIfTI file; a fourth axis holds the channels.
+
+    Raises:
+        BadInput: if it cannot be read, has other axes or channels than a model takes, or voxels that are not finite.
+    """
+    path = Path(path)
+    file, data = _open(path)
+    while data.ndim > 3 and data.shape[-1] == 1:
+        data = data[..., 0]
+    if data.ndim not in (3, 4) or min(data.shape) < 1:
+        raise BadInput(f"{path} has the shape {data.shape}; expected 3 axes, and a fourth for channels")
+    channels = data.shape[3] if data.ndim == 4 else 1
+    if channels != in_chans:
+        shape = "x".join(map(str, data.shape))
+        raise BadInput(f"{path} is {data.ndim}-D ({shape}), {channels} channel(s); the model takes {in_chans}")
+    voxels = torch.from_numpy(np.ascontiguousarray(data, dtype=np.float32)).reshape(*data.shape[:3], channels)
+    checked_finite(voxels, str(path))
+    known = any(int(file.header[code]) > 0 for code in ("sform_code", "qform_code") if code in file.header)
+    return Volume(voxels.permute(3, 0, 1, 2).contiguous(), np.asarray(file.affine), str(path), known)
+
+
+def checked_finite(voxels: Tensor, name: str) -> Tensor:
+    """Return the voxels if all are finite, else raise BadInput."""
+    bad = int((~torch.isfinite(voxels)).sum())
+    if bad:
+        raise BadInput(f"{name} has {bad} voxels that are NaN or infinite")
+    return voxels
+
+
+def load_labels(path: str | Path, like: Volume, num_classes: int) -> Tensor:
+    """Return the labels `like.shape` uint8 of an image, in the axes of its file.
+
+    Raises:
+        BadInput: for another shape or affine than the image's, or values that are no classes.
+    """
+    path = Path(path)
+    file, data = _open(path)
+    while data.ndim > 3 and data.shape[-1] == 1:
+        data = data[..., 0]
+    if data.shape != like.shape:
+        raise BadInput(f"{path} has the shape {data.shape}, its image {like.name} {like.shape}")
+    if like.has_affine and not np.allclose(file.affine, like.affine, atol=1e-2):
+        raise BadInput(f"{path} lies elsewhere in space than its image {like.name}: their affines differ")
+    return checked_labels(data, num_classes, str(path))
+
+
+def checked_labels(data: np.ndarray, num_classes: int, name: str) -> Tensor:
+    """Return label values as uint8, after checking that all are whole numbers from 0 to `num_classes` - 1."""
+    values = np.unique(data)
+    bad = values[~((values >= 0) & (values < num_classes) & (values == np.floor(values)))]
+    if len(bad):
+        raise BadInput(f"{name} has the label value {bad[0]:g}; expected whole numbers from 0 to {num_classes - 1}")
+    return torch.from_numpy(np.ascontiguousarray(data).astype(np.uint8))
+
+
+def normalised(voxels: Tensor, how: str) -> Tensor:
+    """Return voxels `(C, *S)` as float32, normalised per channel; a channel of one value becomes zeros."""
+    voxels = voxels.float()
+    if how == "none":
+        return voxels
+    flat = voxels.flatten(1).double()  # raw intensities go up to millions
+    if how == "minmax":
+        low, high = flat.amin(dim=1, keepdim=True), flat.amax(dim=1, keepdim=True)
+        centre, width = low, high - low
+    else:
+        centre, width = flat.mean(dim=1, keepdim=True), flat.std(dim=1, keepdim=True, correction=0)
+    rounding = 1e-6 * flat.abs().amax(dim=1, keepdim=True)  # is no contrast
+    width = torch.where(width > rounding, width, torch.inf)
+    return ((flat - centre) / width).float().view_as(voxels)
+
+
+def _axes(volume: Volume, orientation: str) -> tuple[list[int], list[int]]:
+    """Return which axis of the file each axis of the prepared volume is, and which of these are reversed."""
+    if orientation == "none":
+        return [0, 1, 2], []
+    if not volume.has_affine:
+        raise BadInput(
+            f"{volume.name} does not say how it lies in space (sform and qform codes are 0); give it an affine, or set "
+            "data.orientation=none to take its axes as they are"
+        )
+    to_ras = optional("nibabel", "volumes").io_orientation(volume.affine)  # per axis of the file: axis of RAS, sign
+    if np.isnan(to_ras).any():
+        raise BadInput(f"{volume.name} has an affine that is not invertible")
+    order = [int(np.flatnonzero(to_ras[:, 0] == axis)[0]) for axis in range(3)]
+    return order, [axis for axis in range(3) if to_ras[order[axis], 1] < 0]
+
+
+def oriented(x: Tensor, volume: Volume, orientation: str) -> Tensor:
+    """Return x `(C, *S)` in the volume's axes, turned to an orientation."""
+    order, reverse = _axes(volume, orientation)
+    return x.permute(0, *(1 + axis for axis in order)).flip([1 + axis for axis in reverse])
+
+
+def _resampled_shape(shape: Sequence[int], spacing: Sequence[float], target: Sequence[float] | None) -> tuple[int, ...]:
+    if target is None:
+        return tuple(shape)
+    return tuple(max(1, round(n * s / t)) for n, s, t in zip(shape, spacing, target))
+
+
+def prepared_spacing(volume: Volume, preprocessing: Preprocessing) -> tuple[float, ...]:
+    """Return the mm per voxel of the prepared volume, to a thousandth."""
+    order, _ = _axes(volume, preprocessing.orientation)
+    return tuple(round(s, 3) for s in preprocessing.spacing or [volume.spacing[axis] for axis in order])
+
+
+def _grid(volume: Volume, preprocessing: Preprocessing) -> tuple[int, ...]:
+    """Return the shape of the prepared volume."""
+    order, _ = _axes(volume, preprocessing.orientation)
+    shape, spacing = ([values[axis] for axis in order] for values in (volume.shape, volume.spacing))
+    return _resampled_shape(shape, spacing, preprocessing.spacing)
+
+
+def prepare(volume: Volume, preprocessing: Preprocessing, labels: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Return voxels `(C, *S)` float32 as a model sees them, and labels `(*S)` on the same grid.
+
+    Raises:
+        BadInput: for a volume of unknown orientation, where that matters.
+    """
+    shape = _grid(volume, preprocessing)
+    x = oriented(volume.voxels, volume, preprocessing.orientation)
+    if tuple(x.shape[1:]) != shape:
+        x = F.interpolate(x.unsqueeze(0), size=shape, mode="trilinear").squeeze(0)
+    if labels is not None:
+        labels = oriented(labels.unsqueeze(0), volume, preprocessing.orientation)
+        if tuple(labels.shape[1:]) != shape:
+            labels = F.interpolate(labels.unsqueeze(0).float(), size=shape, mode="nearest-exact").squeeze(0).byte()
+        labels = labels.squeeze(0).contiguous()
+    return normalised(x.contiguous(), preprocessing.normalise), labels
+
+
+def restore(scores: Tensor, volume: Volume, preprocessing: Preprocessing) -> Tensor:
+    """Return labels `volume.shape` uint8 on the file's own grid, of scores `(K, *S)` of the prepared volume."""
+    order, reverse = _axes(volume, preprocessing.orientation)
+    shape = [volume.shape[axis] for axis in order]
+    if list(scores.shape[1:]) != shape:
+        scores = F.interpolate(scores.unsqueeze(0), size=shape, mode="trilinear").squeeze(0)
+    labels = scores.argmax(dim=0).byte().flip(reverse)
+    return labels.permute([order.index(axis) for axis in range(3)]).contiguous()
+
+
+def save_labels(path: Path, labels: Tensor, volume: Volume) -> None:
+    """Write labels as a NIfTI file with the affine of the volume they belong to."""
+    nibabel = optional("nibabel", "volumes")
+    nibabel.save(nibabel.Nifti1Image(labels.numpy().astype(np.uint8), volume.affine), path)
+
+
+def padding(shape: Sequence[int], size: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the voxels to add before and after each axis so that a shape, in the middle, has at least a size."""
+    missing = [max(0, s - n) for n, s in zip(shape, size)]
+    return [(m // 2, m - m // 2) for m in missing]
+
+
+def padded(x: Tensor, size: Sequence[int], value: float = 0.0) -> Tensor:
+    """Return x, its last axes padded on both sides to at least a size."""
+    flat = [n for pair in reversed(padding(x.shape[-len(size) :], size)) for n in pair]
+    return F.pad(x, flat, value=value) if any(flat) else x
+
+
+def unpadded(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return the middle part of x that `padded` put there: its last axes have the given shape."""
+    for axis, ((before, _), n) in enumerate(zip(padding(shape, x.shape[-len(shape) :]), shape)):
+        x = x.narrow(x.ndim - len(shape) + axis, before, n)
+    return x
