@@ -1,0 +1,256 @@
+"""Measure the peak memory of one training step against the size of the input and the number of solver steps.
+
+    python tools/memory.py --model mdeq3d_tiny_seg --sides 32 48 64 96 --steps 6 12 24 --out DIR
+
+Compares the implicit, phantom and reversible gradients with backpropagation through the unrolled solve and with the
+explicit twin, a network of as many cells in a row, each with weights of its own. Sides are compared at the middle
+number of steps, steps at the middle side. Every figure is that of a process of its own, on top of what the program
+holds before the step; the limit makes running out of memory a row like the others. Prints a table and saves memory.csv
+and memory.png.
+"""
+
+import argparse
+import csv
+import dataclasses
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import matplotlib
+import timm
+import torch
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mdeq import Anderson, Broyden, ImplicitGradient, PhantomGradient, ReversibleGradient
+from tools.build import known_model
+from tools.checkpoint import check_folder, write_atomically
+from tools.config import BadInput
+from tools.report import program
+
+COLUMNS = ("gradient", "side", "steps", "peak_mib", "note")
+GIB, MIB = 2**30, 2**20
+
+
+class Twin(nn.Module):
+    """As many cells in a row as there are steps, each with weights of its own, in place of an equilibrium."""
+
+    def __init__(self, model: nn.Module, steps: int) -> None:
+        super().__init__()
+        again = timm.create_model
+        name, classes = model.pretrained_cfg["architecture"], model.num_classes
+        self.model = model
+        self.cells = nn.ModuleList(again(name, num_classes=classes).equilibrium.cell for _ in range(steps))
+
+    def forward(self, x: Tensor) -> Tensor:
+        injection = self.model.inject(self.model.stem(x))
+        state = self.cells[0].zero_state(injection)
+        injections = (injection, *(None for _ in state[1:]))
+        for cell in self.cells:
+            state = cell(state, injections, cell.sample_masks(injection))
+        return self.model.head(state)
+
+
+def _solved(gradient: Any, solver: Any) -> Callable[[nn.Module, int], Callable[[Tensor], Tensor]]:
+    def build(model: nn.Module, steps: int) -> Callable[[Tensor], Tensor]:
+        model.deq.solver = solver(steps)
+        model.deq.gradient = gradient(steps)
+        return model.forward_features
+
+    return build
+
+
+def _anderson(steps: int) -> Anderson:
+    return Anderson(max_steps=steps, tol=0.0, history=5)
+
+
+# What a training step differentiates, by the name in the table.
+GRADIENTS: dict[str, Callable[[nn.Module, int], Callable[[Tensor], Tensor]]] = {
+    "implicit": _solved(lambda steps: ImplicitGradient(_anderson(steps)), _anderson),
+    "implicit, Broyden": _solved(
+        lambda steps: ImplicitGradient(Broyden(max_steps=steps, tol=0.0)),
+        lambda steps: Broyden(max_steps=steps, tol=0.0),
+    ),
+    "phantom, 5 steps": _solved(lambda steps: PhantomGradient(5), _anderson),
+    "reversible": _solved(lambda steps: ReversibleGradient(0.5), _anderson),
+    "unrolled": lambda model, steps: lambda x: model.head(model.solve(x, unroll=steps).state),
+    "explicit twin": Twin,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One measurement."""
+
+    model: str
+    gradient: str
+    side: int
+    steps: int
+    batch: int
+    device: str
+    limit_gib: float
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Return the row of a case, measured in this process."""
+    row = dict(gradient=case.gradient, side=case.side, steps=case.steps)
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = timm.create_model(case.model).to(case.device).train()
+    features = GRADIENTS[case.gradient](model, case.steps)
+    if isinstance(features, nn.Module):
+        features.to(case.device)
+
+    def step(side: int) -> None:
+        x = torch.randn(case.batch, model.in_chans, *[side] * model.spatial_dims, device=case.device)
+        features(x).square().mean().backward()
+
+    step(16)  # libraries set themselves up, and gradients are allocated
+    try:
+        with _Peak(case) as peak:
+            step(case.side)
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; that of a CPU has no type of its own
+        if "memory" not in str(error):
+            raise
+        return {**row, "peak_mib": "", "note": f"out of memory at {case.limit_gib:g} GiB"}
+    return {**row, "peak_mib": round(peak.mib, 1), "note": ""}
+
+
+class _Peak:
+    """The most memory that was held within a block, on top of what was held before, in MiB."""
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.mib = case, 0.0
+
+    def __enter__(self) -> "_Peak":
+        if self.case.device.startswith("cuda"):
+            torch.cuda.set_per_process_memory_fraction(
+                min(1.0, self.case.limit_gib * GIB / torch.cuda.get_device_properties(0).total_memory)
+            )
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        else:
+            import resource  # not on Windows
+
+            self.before = _resident("VmRSS")
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+            address_space = int(self.case.limit_gib * GIB) + _resident("VmSize")
+            resource.setrlimit(resource.RLIMIT_AS, (address_space, resource.RLIM_INFINITY))
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        cuda = self.case.device.startswith("cuda")
+        after = torch.cuda.max_memory_allocated() if cuda else _resident("VmHWM")
+        self.mib = (after - self.before) / MIB
+
+
+def _resident(field: str) -> int:
+    """Return a field of this process's status on Linux, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def in_a_process(case: Case) -> dict[str, Any]:
+    """Return the row of a case, measured in a process of its own."""
+    command = [sys.executable, __file__, "--measure", json.dumps(dataclasses.asdict(case))]
+    # The C library of Linux gives freed memory back at once: what is resident is what is in use.
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    killed = done.returncode in (-9, 137)  # by the system, for want of memory
+    if not killed:
+        raise RuntimeError(f"measuring {case} failed:\n{done.stderr}")
+    row = dict(gradient=case.gradient, side=case.side, steps=case.steps)
+    return {**row, "peak_mib": "", "note": "out of memory: killed by the system"}
+
+
+def middle(values: list[int]) -> int:
+    return values[len(values) // 2]
+
+
+def save(rows: list[dict[str, Any]], folder: Path, title: str, sides: list[int], steps: list[int]) -> None:
+    """Write memory.csv and memory.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(folder / "memory.csv", lambda path: path.write_text(text.getvalue()))
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    side, count = middle(sides), middle(steps)
+    for ax, x, fixed, value in ((axes[0], "side", "steps", count), (axes[1], "steps", "side", side)):
+        for name in GRADIENTS:
+            points = [(r[x], r["peak_mib"]) for r in rows if r["gradient"] == name and r[fixed] == value]
+            points = [point for point in points if point[1] != ""]
+            ax.plot(*zip(*points), "o-", label=name) if points else None
+        ax.set(xlabel=x, ylabel="peak memory of a training step (MiB)", yscale="log", title=f"{fixed} {value}")
+        ax.set_xticks(sides if x == "side" else steps)
+        ax.grid(alpha=0.3)
+    axes[1].legend(fontsize="small")
+    figure.suptitle(title)
+    write_atomically(folder / "memory.png", lambda path: figure.savefig(path, dpi=120, format="png"))
+    plt.close(figure)
+
+
+def table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    yield f"{'gradient':<20} {'side':>5} {'steps':>6} {'peak MiB':>10}"
+    for row in rows:
+        yield f"{row['gradient']:<20} {row['side']:>5} {row['steps']:>6} {row['peak_mib'] or row['note']:>10}"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="mdeq3d_tiny_seg", help="any model of this package")
+    parser.add_argument("--sides", type=int, nargs="+", default=[32, 48, 64, 96], help="of the input, all axes alike")
+    parser.add_argument("--steps", type=int, nargs="+", default=[6, 12, 24], help="of the solver")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--limit-gib", type=float, default=16.0, help="memory a step may take, in GiB")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs") / "memory", help="folder for memory.csv and memory.png"
+    )
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.measure is not None:
+        print(json.dumps(measure(Case(**json.loads(arguments.measure)))))
+        return
+    known_model(arguments.model)
+    check_folder(arguments.out)
+    for name, smallest in (("sides", 16), ("steps", 1)):
+        if min(getattr(arguments, name)) < smallest:
+            raise BadInput(f"--{name} must be >= {smallest}, got {min(getattr(arguments, name))}")
+    if not arguments.device.startswith("cuda") and not Path("/proc/self/clear_refs").exists():
+        raise BadInput("memory on a CPU is measured on Linux only; use --device cuda")
+    common = dict(batch=arguments.batch_size, device=arguments.device, limit_gib=arguments.limit_gib)
+    sides, steps = sorted(set(arguments.sides)), sorted(set(arguments.steps))
+    side, count = middle(sides), middle(steps)
+    grid = [
+        Case(model=arguments.model, gradient=name, side=s, steps=k, **common)
+        for name, s, k in product(GRADIENTS, sides, steps)
+        if s == side or k == count
+    ]
+    rows = [in_a_process(case) for case in tqdm(grid, unit="case")]
+    title = f"{arguments.model}, batch {arguments.batch_size}, {arguments.device}, torch {torch.__version__}"
+    save(rows, arguments.out, title, sides, steps)
+    print("\n".join(table(rows)))
+    print(f"saved: {arguments.out / 'memory.csv'}, {arguments.out / 'memory.png'}")
+
+
+if __name__ == "__main__":
+    program(main)
