@@ -8,6 +8,7 @@ from .official import identify_checkpoint, translate_checkpoint
 from .segmenter import MDEQSegmenter
 from .transfer import Transfer, inflate, transfer
 from .weights import HUB_ORG, RELEASES, Release, WeightsError, check_hub, hub_errors, local_file
+from .windows import WarmStart
 
 __all__ = [
     "HUB_ORG",
@@ -17,6 +18,7 @@ __all__ = [
     "MultiscaleCell",
     "Release",
     "Transfer",
+    "WarmStart",
     "WeightsError",
     "check_hub",
     "hub_errors",

@@ -102,6 +102,7 @@ class Backbone(nn.Module):
                     act=nn.ReLU(),
                 )
             )
+        self.stem_stride = tuple(a * b for a, b in zip(*strides))  # per axis
         self.equilibrium = MultiscaleDEQ(cell, DEQ(solver, gradient))
         self.last_tap: int | None = None  # set by pruning: the index in feature_info where the features end
         self.feature_info = feature_table(spatial_dims, channels, stem_stride)
