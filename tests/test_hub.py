@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import runpy
 import shutil
 import socket
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 import timm
 import torch
 import yaml
-from helpers import ROOT, publish, train
+from helpers import ROOT, publish, train, validate
 from hub_client import digest
 from hub_server import TOKEN, Hub, serving
 from huggingface_hub.errors import OfflineModeIsEnabled
@@ -270,7 +271,7 @@ def _other_shapes(run: Path) -> None:
     [
         (lambda run: (run / "model.safetensors").unlink(), "no weights"),
         (lambda run: (run / "model.safetensors").write_bytes(b"\0" * 100), "damaged or no safetensors file"),
-        (lambda run: (run / "config.json").unlink(), "no run of tools/train.py: it has no config.json"),
+        (lambda run: (run / "config.json").unlink(), "no file"),
         (lambda run: (run / "config.json").write_text("[]"), "config.json is damaged"),
         (lambda run: (run / "config.yaml").unlink(), "no config file"),
         (lambda run: (run / "results.json").unlink(), "train to the end"),
@@ -289,6 +290,68 @@ def test_too_large_to_ship(finished: Path, releases: Path, monkeypatch: pytest.M
     monkeypatch.setattr("tools.publish.MAX_SHIPPED", 1000)
     assert "too many to ship" in publish(finished, "--release", "test_mdeq.digits", "--ship").refusal()
     assert list(releases.iterdir()) == []
+
+
+# Models that others saved.
+
+
+def _absurd(**args: Any) -> Any:
+    def damage(run: Path) -> None:
+        config = json.loads((run / "config.json").read_text())
+        config["model_args"].update(args)
+        (run / "config.json").write_text(json.dumps(config))
+
+    return damage
+
+
+def _lying(run: Path) -> None:
+    header = json.dumps({"stem.conv1.weight": dict(dtype="F32", shape=[10**6] * 2, data_offsets=[0, 4 * 10**12])})
+    (run / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header.encode() + b"\0" * 64)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (_other_architecture, "holds resnet18, which is no model of this package"),
+        (lambda run: (run / "config.json").write_text("[" * 10**5), "config.json is damaged"),
+        (_absurd(channels=[10**5, 10**5], head_channels=[4, 4]), "parameters is described, the limit is"),
+        (_absurd(channels=[4] * 10**5, head_channels=[4] * 10**5), "at most 16 entries"),
+        (_absurd(num_features=10**12), "parameters is described, the limit is"),
+        (_absurd(channels="__import__('os')"), "model local-dir:"),
+        (_absurd(no_such_argument=1), "unknown argument no_such_argument"),
+        (_lying, "model local-dir:"),
+    ],
+)
+def test_hostile_folder(damage: Any, reason: str, finished: Path, tmp_path: Path) -> None:
+    """One line, and no memory taken for what cannot be."""
+    shutil.copytree(finished, tmp_path / "run")
+    damage(tmp_path / "run")
+    assert reason in validate("--model", f"local-dir:{tmp_path / 'run'}", *plain_config(tmp_path)).refusal()
+
+
+def plain_config(folder: Path) -> tuple[Any, ...]:
+    """Return the words for a config that leaves the model as it is."""
+    (folder / "plain.yaml").write_text("data: {name: digits, image_size: 32}\nrun: {progress: false, device: cpu}\n")
+    return ("--config", folder / "plain.yaml")
+
+
+def test_programs_say_what_the_hub_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def offline(url: str) -> None:
+        raise OfflineModeIsEnabled(url)
+
+    monkeypatch.setattr(weights, "get_hf_file_metadata", offline)
+    config = plain_config(tmp_path)
+    line = validate("--model", "hf-hub:org/no-such-model", *config).refusal()
+    assert "org/no-such-model is not in the cache and HF_HUB_OFFLINE is set" in line
+    line = validate("--model", "test_mdeq", *config).refusal()
+    assert "model test_mdeq: no pretrained weights for test_mdeq.untrained" in line
+
+
+def test_another_organisation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MDEQ_HUB_ORG", "elsewhere")
+    assert runpy.run_path(weights.__file__)["HUB_ORG"] == "elsewhere"
+    monkeypatch.setattr(weights, "HUB_ORG", "elsewhere")
+    assert Release(name="test_mdeq.a", sha256="", size=0).repo == "elsewhere/test_mdeq.a"
 
 
 # Push and pull.

@@ -6,19 +6,24 @@ import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 import mdeq
 from tools import volume_data
 from tools.batches import Batches, ImageSpec, Process
-from tools.checkpoint import load_weights
+from tools.checkpoint import load_weights, read_json
 from tools.config import BadInput, ModelConfig, RunConfig, TrainConfig, nearest
 from tools.data import build_batches
 
+_UNUSABLE = (
+    TypeError, ValueError, RuntimeError, OSError, AssertionError, AttributeError, LookupError, SafetensorError,
+)  # fmt: skip
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -52,13 +57,20 @@ def start_process(run: RunConfig) -> Process:
 
 
 def known_model(name: str) -> str:
-    """Return the name if it is one of this package's models, its weight tag aside.
+    """Return the name if it is one of this package's models, its weight tag aside, or a saved one of them.
 
     Raises:
         BadInput: naming the nearest model.
+        WeightsError: for one on the Hub that cannot be had.
     """
     valid = mdeq.list_models()
-    if name.partition(".")[0] not in valid and not name.startswith(("hf-hub:", "local-dir:")):
+    source, _, place = name.partition(":")
+    if source in ("hf-hub", "local-dir"):
+        path = mdeq.hub_config(place) if source == "hf-hub" else Path(place) / "config.json"
+        saved = read_json(path).get("architecture")
+        if saved not in valid:
+            raise BadInput(f"{name} holds {saved}, which is no model of this package")
+    elif name.partition(".")[0] not in valid:
         raise BadInput(f"unknown model {name}; {nearest(name, valid)} (all: {', '.join(valid)})")
     return name
 
@@ -90,12 +102,18 @@ def build_model(config: ModelConfig, num_classes: int | None, *, for_training: b
             kwargs[name] = getattr(config, name)
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
-    source, _, model_id = config.name.partition(":")
     try:
-        if source == "hf-hub":
-            mdeq.check_hub(model_id)
         model = timm.create_model(known_model(config.name), pretrained=config.pretrained, **kwargs)
-    except (TypeError, ValueError, RuntimeError, OSError, AssertionError, AttributeError, LookupError) as error:
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+        OSError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        SafetensorError,
+    ) as error:
         raise BadInput(f"model {config.name}: {_reason(error)}") from None
     if config.checkpoint is not None:
         classifier = model.pretrained_cfg["classifier"]

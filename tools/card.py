@@ -76,7 +76,11 @@ METRICS = {
     "mean_dice": ("dice", "Mean Dice", ""),
     "miou": ("mean_iou", "Mean IoU", " %"),
     "auc": ("roc_auc", "AUC", ""),
+    "balanced_accuracy": ("balanced_accuracy", "Balanced accuracy", " %"),
+    "pixel_accuracy": ("accuracy", "Pixel accuracy", " %"),
+    "hd95": ("hausdorff_distance", "Mean HD95", " mm"),
 }
+CLASS_METRICS = {"dice_": ("Dice", ""), "iou_": ("IoU", " %"), "hd95_": ("HD95", " mm")}
 
 PAPERS = """\
 @inproceedings{bai2020mdeq,
@@ -173,6 +177,9 @@ def results(record: Mapping[str, Any]) -> list[str]:
     ]
     others = [key for key in METRICS if key in metrics and key != name]
     rows[2:2] = [(_metric(key)[1], f"{_number(metrics[key], '.4g')}{_metric(key)[2]}") for key in others]
+    for prefix, (title, of) in CLASS_METRICS.items():
+        classes = [key for key in metrics if key.startswith(prefix) and key != "hd95_undefined"]
+        rows += [(f"{title} of {key.removeprefix(prefix)}", f"{_number(metrics[key], '.4g')}{of}") for key in classes]
     by_seed = ", ".join(f"{_number(s['value'], '.4g')}{unit} (seed {s['seed']})" for s in record["seeds"])
     return [
         "## Results",

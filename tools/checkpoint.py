@@ -1,5 +1,6 @@
 """Checkpoints that are complete or not there at all, and weights read from files that may be damaged or hostile."""
 
+import json
 import os
 import re
 import shutil
@@ -68,6 +69,23 @@ def load_state(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or "optimizer" not in state:
         raise BadInput(f"{path} holds no training state to resume from")
     return state
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object.
+
+    Raises:
+        BadInput: for a missing or damaged file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"no file {path}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInput(f"{path} is damaged: {error}") from None
+    if not isinstance(content, dict):
+        raise BadInput(f"{path} is damaged: it holds no mapping")
+    return content
 
 
 def export(model: nn.Module, folder: Path, record: dict[str, Any] | None = None) -> Path:

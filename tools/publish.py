@@ -27,7 +27,7 @@ from huggingface_hub import HfApi
 
 import mdeq
 from tools.card import dataset, model_card
-from tools.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_weights, write_atomically
+from tools.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_json, read_weights, write_atomically
 from tools.config import BadInput, config_yaml, load_config
 from tools.report import program
 from tools.results import ROOT, read_results
@@ -80,23 +80,6 @@ def parse_arguments() -> argparse.Namespace:
 
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object.
-
-    Raises:
-        BadInput: for a missing or damaged file.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInput(f"{path.parent} is no run of tools/train.py: it has no {path.name}") from None
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path} is damaged: {error}") from None
-    if not isinstance(content, dict):
-        raise BadInput(f"{path} is damaged: it holds no mapping")
-    return content
 
 
 def record_of(run: Path, seeds: Sequence[Path] = (), notes: Sequence[str] = ()) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import timm
 import torch
 
 import mdeq
-from tools.checkpoint import RESULTS_FILE, write_atomically
+from tools.checkpoint import RESULTS_FILE, read_json, write_atomically
 from tools.config import BadInput
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,15 +105,6 @@ def read_results(folder: Path) -> dict[str, Any]:
     Raises:
         BadInput: if there is none, or a damaged one.
     """
-    path = folder / RESULTS_FILE
-    try:
-        record = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise BadInput(
-            f"{folder} has no {RESULTS_FILE}; train to the end, or run tools/validate.py --record on it"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path} is damaged: {error}") from None
-    if not isinstance(record, dict):
-        raise BadInput(f"{path} is damaged: it holds no mapping")
-    return record
+    if not (folder / RESULTS_FILE).exists():
+        raise BadInput(f"{folder} has no {RESULTS_FILE}; train to the end, or run tools/validate.py --record on it")
+    return read_json(folder / RESULTS_FILE)

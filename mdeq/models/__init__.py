@@ -7,7 +7,7 @@ from .mdeq import MDEQ
 from .official import identify_checkpoint, translate_checkpoint
 from .segmenter import MDEQSegmenter
 from .transfer import Transfer, inflate, transfer
-from .weights import HUB_ORG, RELEASES, Release, WeightsError, check_hub, hub_errors, local_file
+from .weights import HUB_ORG, RELEASES, Release, WeightsError, hub_config, hub_errors, local_file
 from .windows import WarmStart
 
 __all__ = [
@@ -20,7 +20,7 @@ __all__ = [
     "Transfer",
     "WarmStart",
     "WeightsError",
-    "check_hub",
+    "hub_config",
     "hub_errors",
     "identify_checkpoint",
     "inflate",

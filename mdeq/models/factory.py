@@ -16,6 +16,9 @@ from .weights import hub_errors, with_releases, with_weights
 MODULES = ("mdeq", "segmenter", "volumes")
 """The modules that register models, under which timm lists them."""
 
+MAX_BRANCHES, MAX_PARAMETERS = 16, 2**31
+"""What a config.json may ask for: its author may be anybody, and memory is short."""
+
 
 def cfg(**kwargs: Any) -> dict[str, Any]:
     """Return a pretrained configuration of timm: that of an ImageNet classifier, but for what is given."""
@@ -55,7 +58,7 @@ def create(
             the coarsest branch.
 
     Raises:
-        ValueError: for another output stride.
+        ValueError: for another output stride, or a config.json that describes no plausible model.
         WeightsError: if there are no weights, or they cannot be had.
     """
     brought: dict[str, Any] = {}
@@ -64,6 +67,8 @@ def create(
     if pretrained:
         kwargs, brought = with_weights(variant, kwargs)
     args = {**defaults, **brought, **kwargs}
+    if args.get("pretrained_model_args"):  # those of a config.json
+        _require_plausible(model_cls, variant, args)
     taps = feature_table(args.get("spatial_dims", 2), args["channels"], args["stem_stride"])
     coarsest = taps[-1]["reduction"]
     if args.pop("output_stride", coarsest) != coarsest:
@@ -82,6 +87,16 @@ def create(
         )
     model._model_args = brought  # timm adds the caller's arguments, and saves all of them in a config.json
     return model
+
+
+def _require_plausible(model_cls: type[Backbone], variant: str, args: dict[str, Any]) -> None:
+    """Raise ValueError before memory is taken for a model of absurd size."""
+    if len(args["channels"]) > MAX_BRANCHES:
+        raise ValueError(f"channels must have at most {MAX_BRANCHES} entries, got {len(args['channels'])}")
+    outline = build_model_with_cfg(model_cls, variant, False, **{**args, "features_only": False, "device": "meta"})
+    count = sum(p.numel() for p in outline.parameters())
+    if count > MAX_PARAMETERS:
+        raise ValueError(f"a model of {count:,} parameters is described, the limit is {MAX_PARAMETERS:,}")
 
 
 def list_models(name_filter: str = "", pretrained: bool = False) -> list[str]:

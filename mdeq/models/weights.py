@@ -170,15 +170,19 @@ def local_file(release: Release, cache_dir: str | Path | None = None) -> Path:
     return path
 
 
-def check_hub(model_id: str) -> None:
-    """Raise WeightsError if a model `ORG/NAME[@REVISION]` is neither in the cache nor to be had from the Hub.
+def hub_config(model_id: str) -> Path:
+    """Return the config.json of a model `ORG/NAME[@REVISION]`, from the cache or the Hub.
 
-    It says so at once, where timm's own download tries for half a minute.
+    Raises:
+        WeightsError: if it cannot be had; at once, where timm's own download tries for half a minute.
     """
     repo, _, revision = model_id.partition("@")
+    place: dict[str, Any] = dict(repo_id=repo, filename="config.json", revision=revision or None)
     with hub_errors(repo, revision or None):
-        if not isinstance(try_to_load_from_cache(repo, "config.json", revision=revision or None), str):
-            get_hf_file_metadata(hf_hub_url(repo, "config.json", revision=revision or None))
+        cached = try_to_load_from_cache(**place)
+        if not isinstance(cached, str):
+            get_hf_file_metadata(hf_hub_url(**place))
+        return Path(hf_hub_download(**place))
 
 
 @contextmanager
