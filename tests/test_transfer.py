@@ -1,13 +1,17 @@
 """Weights of one model as a start for another."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import mdeq
+from tools.build import build_model
+from tools.config import BadInput, ModelConfig
 
 SHARED = ("stem.", "inject.", "equilibrium.")
 
@@ -90,3 +94,21 @@ def test_another_equilibrium_is_refused(args: dict[str, Any]) -> None:
 def test_volumes_do_not_start_images() -> None:
     with pytest.raises(ValueError, match=r"do not fit, such as stem\.conv1\.weight"):
         mdeq.transfer(segmenter(spatial_dims=3).state_dict(), segmenter())
+
+
+def test_fine_tuning_from_another_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A classifier's checkpoint starts a segmenter of volumes in training, and nothing else."""
+    settings = dict(channels=[8, 8], num_groups=2, expansion=1, stem_stride=2, post_norm_affine=False)
+    source = timm.create_model("mdeq_tiny_cifar", **settings)
+    save_file(source.state_dict(), tmp_path / "weights.safetensors")
+    config = ModelConfig("mdeq3d_tiny_seg", kwargs=settings, checkpoint=str(tmp_path / "weights.safetensors"))
+    model = build_model(config, 2, for_training=True)
+    assert torch.equal(model.stem.conv2.weight[:, :, 1], source.stem.conv2.weight)
+    line = capsys.readouterr().out
+    assert "head.conv.weight" in line
+    assert "start afresh" in line
+    with pytest.raises(BadInput, match="10 classes, this one has 2"):
+        build_model(config, 2, for_training=False)
+    other = ModelConfig("mdeq_tiny_seg", kwargs={"channels": [8, 16]}, checkpoint=config.checkpoint)
+    with pytest.raises(BadInput, match=r"gives this model no start: .* do not fit"):
+        build_model(other, 2, for_training=True)

@@ -117,7 +117,10 @@ def build_model(config: ModelConfig, num_classes: int | None, *, for_training: b
         raise BadInput(f"model {config.name}: {_reason(error)}") from None
     if config.checkpoint is not None:
         classifier = model.pretrained_cfg["classifier"]
-        load_weights(model, config.checkpoint, classifier=classifier, new_classifier=for_training)
+        left = load_weights(model, config.checkpoint, classifier=classifier, new_classifier=for_training)
+        if left and os.environ.get("RANK", "0") == "0":
+            taken, more = len(model.state_dict()) - len(left), ", ..." if len(left) > 3 else ""
+            print(f"{config.checkpoint}: {taken} tensors taken; {len(left)} start afresh: {', '.join(left[:3])}{more}")
     return model
 
 

@@ -152,6 +152,9 @@ def _refusal(error: Exception) -> str:
 def load_weights(model: nn.Module, path: str | Path, *, classifier: str, new_classifier: bool) -> list[str]:
     """Load weights, of an official layout too, into a model and return the names of what was left as it is.
 
+    For training (`new_classifier`) they may be of a model of another kind: a classifier for a segmenter or the reverse,
+    2D for 3D, of other input channels; see `mdeq.transfer`.
+
     Args:
         model: the model.
         path: see `read_weights`.
@@ -166,6 +169,11 @@ def load_weights(model: nn.Module, path: str | Path, *, classifier: str, new_cla
     except ValueError as error:
         raise BadInput(f"{path}: {error}") from None
     own = model.state_dict()
+    if new_classifier and _of_another_kind(weights, own):
+        try:
+            return list(mdeq.transfer(weights, model).kept)
+        except ValueError as error:
+            raise BadInput(f"{path} gives this model no start: {error}") from None
     key = f"{classifier}.weight"
     if key in own and key in weights and own[key].shape != weights[key].shape:
         if not new_classifier:
@@ -184,3 +192,10 @@ def load_weights(model: nn.Module, path: str | Path, *, classifier: str, new_cla
             raise BadInput(f"{path} does not fit the model: it {problem} {len(names)} tensors, such as {names[0]}")
     model.load_state_dict(weights, strict=False)
     return left
+
+
+def _of_another_kind(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:
+    """Whether weights are of another task, number of spatial dimensions or of input channels than the model's."""
+    stem, mark = "stem.conv1.weight", "head.conv.weight"  # a segmenter's head has one convolution
+    other_task = any(name.startswith("head.") for name in weights) and (mark in weights) != (mark in own)
+    return other_task or (stem in weights and weights[stem].shape[1:] != own[stem].shape[1:])
