@@ -215,6 +215,17 @@ def test_card(finished: Path, tmp_path: Path) -> None:
     assert content.config["pretrained_cfg"]["tag"] == "digits"
 
 
+def test_card_of_a_stopped_run(finished: Path, tmp_path: Path) -> None:
+    """What was not recorded is said to be so."""
+    shutil.copytree(finished, tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "results.json").read_text())
+    (tmp_path / "run" / "results.json").write_text(json.dumps({"evaluation": record["evaluation"]}))
+    (tmp_path / "run" / "steps.csv").unlink()
+    card = tools_publish().publication(tmp_path / "run", "org/test_mdeq.digits").texts["README.md"]
+    assert "Seed 0, 1 epochs; time and hardware were not recorded." in card
+    assert "The metric against the number of solver steps was not measured." in card
+
+
 def tools_publish() -> Any:
     return sys.modules["tools.publish"]
 

@@ -233,6 +233,8 @@ model = timm.create_model("hf-hub:{repo}", pretrained=True).eval()
 logits, equilibrium = model(torch.randn({shape}), return_equilibrium=True)
 print(logits.shape, equilibrium.stats.status, equilibrium.stats.residual)
 ```"""
+    if "preprocessing" in config:
+        text += f"\n\nWhat the model expects of a volume: `{_call(config['preprocessing'])}`."
     if data.task == "image-classification":
         text += f"""
 
@@ -243,14 +245,14 @@ With transformers, `import mdeq` first: `AutoModelForImageClassification.from_pr
 def training(record: Mapping[str, Any], data: Dataset) -> list[str]:
     """Return the section of how the weights came about."""
     run = record["training"]
-    time = "over several sessions" if run["minutes"] is None else f"{run['minutes']:.0f} minutes"
-    versions = ", ".join(f"{key} {value}" for key, value in run["versions"].items())
-    return [
-        "## Training",
-        f"Data: {data.title}. Seed {run['seed']}, {run['epochs']} epochs, {time} on {run['hardware']}; {versions}.",
-        f"```bash\n{run['command']}\n```",
-        f"The effective config:\n\n```yaml\n{record['config'].strip()}\n```",
-    ]
+    text = f"Data: {data.title}. Seed {run['seed']}, {run['epochs']} epochs"
+    if "command" in run:
+        time = "over several sessions" if run["minutes"] is None else f"{run['minutes']:.0f} minutes"
+        versions = ", ".join(f"{key} {value}" for key, value in run["versions"].items())
+        text += f", {time} on {run['hardware']}; {versions}.\n\n```bash\n{run['command']}\n```"
+    else:
+        text += "; time and hardware were not recorded."
+    return ["## Training", text, f"The effective config:\n\n```yaml\n{record['config'].strip()}\n```"]
 
 
 def limits(record: Mapping[str, Any], data: Dataset) -> list[str]:

@@ -95,10 +95,6 @@ def record_of(run: Path, seeds: Sequence[Path] = (), notes: Sequence[str] = ()) 
     """
     if not run.is_dir():
         raise BadInput(f"no folder {run}")
-    results = read_results(run)
-    lacking = [name for name in ("training", "evaluation") if name not in results]
-    if lacking:
-        raise BadInput(f"{run / 'results.json'} has no {lacking[0]}; train to the end")
     config = load_config(run / CONFIG_FILE)
     config = dataclasses.replace(
         config,
@@ -107,15 +103,25 @@ def record_of(run: Path, seeds: Sequence[Path] = (), notes: Sequence[str] = ()) 
     )
     return {
         "data": config.data.name,
-        **results,
-        "seeds": [_seed(results), *(_seed(read_results(other)) for other in seeds)],
+        **_results(run),
+        "seeds": [_seed(folder) for folder in (run, *seeds)],
         "steps": _steps(run),
         "notes": list(notes),
         "config": config_yaml(config),
     }
 
 
-def _seed(results: Mapping[str, Any]) -> dict[str, Any]:
+def _results(run: Path) -> dict[str, Any]:
+    results = read_results(run)
+    if "evaluation" not in results:
+        raise BadInput(f"{run / 'results.json'} has no evaluation; run tools/validate.py --record on it")
+    config = load_config(run / CONFIG_FILE)
+    # A run that was stopped has no record of its end, only that of an evaluation afterwards.
+    return {"training": {"seed": config.run.seed, "epochs": config.run.epochs}, **results}
+
+
+def _seed(run: Path) -> dict[str, Any]:
+    results = _results(run)
     evaluation = results["evaluation"]
     return {"seed": results["training"]["seed"], "value": evaluation["metrics"][evaluation["metric"]]}
 
