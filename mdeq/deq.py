@@ -107,13 +107,14 @@ class DEQ(nn.Module):
             raise ValueError(f"unroll and jacobian_probes must be >= 0, got {unroll} and {jacobian_probes}")
         flat, z_start = _flatten(fn, z0)
         z_start = z_start.detach()
-        forward_solver = self.solver if solver is None else build_solver(solver)
+        forward_solver = build_solver(self.solver if solver is None else solver)
         if unroll > 0:
             z, stats, record = z_start, None, []
             for _ in range(unroll):
                 z = flat(z)
         else:
-            z, stats, record = self.gradient.solve(flat, z_start, forward_solver, training=self.training)
+            gradient = build_gradient(self.gradient)
+            z, stats, record = gradient.solve(flat, z_start, forward_solver, training=self.training)
         penalty = jacobian_frobenius(flat, z, jacobian_probes) if jacobian_probes > 0 else None
         return Equilibrium(flat.layout.unflatten(z.to(flat.inner)), stats, penalty, record)
 

@@ -130,9 +130,9 @@ class PhantomGradient:
 
     def __post_init__(self) -> None:
         if not isinstance(self.num_steps, int) or self.num_steps < 1:
-            raise ValueError(f"num_steps must be >= 1, got {self.num_steps}")
-        if not 0 < self.damping <= 1:
-            raise ValueError(f"damping must be in (0, 1], got {self.damping}")
+            raise ValueError(f"num_steps must be >= 1, got {self.num_steps!r}")
+        if not isinstance(self.damping, (int, float)) or not 0 < self.damping <= 1:
+            raise ValueError(f"damping must be in (0, 1], got {self.damping!r}")
 
     def solve(
         self, fn: FlatFn, z0: Tensor, solver: FixedPointSolver, *, training: bool

@@ -117,8 +117,8 @@ class ReversibleGradient:
     beta: float = 0.8
 
     def __post_init__(self) -> None:
-        if not 0 < self.beta < 1:
-            raise ValueError(f"beta must be in (0, 1), got {self.beta}")
+        if not isinstance(self.beta, float) or not 0 < self.beta < 1:
+            raise ValueError(f"beta must be in (0, 1), got {self.beta!r}")
 
     def solve(
         self, fn: FlatFn, z0: Tensor, solver: FixedPointSolver, *, training: bool

@@ -415,3 +415,11 @@ def test_a_jacobian_that_is_not_finite_is_no_zero_gradient() -> None:
     eq.state[0].sum().backward()
     assert eq.backward_stats[0].status.item() == SolveStatus.NONFINITE
     assert torch.isnan(c.grad).all()
+
+
+def test_solver_and_gradient_may_be_set_by_their_descriptions() -> None:
+    deq = DEQ(Picard(), PhantomGradient())
+    deq.solver, deq.gradient = {"name": "broyden", "tol": 1e-6}, {"name": "implicit"}
+    x = torch.ones(2, 3, requires_grad=True)
+    deq(lambda z: (0.5 * z[0] + x,), (torch.zeros(2, 3),)).state[0].sum().backward()
+    assert (x.grad - 2).abs().max() < 1e-4

@@ -16,7 +16,16 @@ BAD = [
     (Anderson, dict(max_steps=0), r"max_steps must be >= 1, got 0"),
     (Broyden, dict(stop_mode="relative"), r"stop_mode must be 'rel' or 'abs', got relative"),
     (Broyden, dict(divergence_factor=1.0), r"divergence_factor must be > 1, got 1.0"),
-    (Broyden, dict(history=0), r"history must be >= 1 or None, got 0"),
+    (Broyden, dict(history=0), r"history must be >= 1, got 0"),
+    (Broyden, dict(history=2.5), r"history must be an integer, got 2.5"),
+    (Broyden, dict(line_search=1.5), r"line_search must be an integer, got 1.5"),
+    (Broyden, dict(max_steps=True), r"max_steps must be an integer, got True"),
+    (Broyden, dict(tol="1e-3"), r"tol must be a number, got '1e-3'"),
+    (Broyden, dict(divergence_factor="9"), r"divergence_factor must be a number, got '9'"),
+    (Anderson, dict(history=2.5), r"history must be an integer, got 2.5"),
+    (Anderson, dict(ridge=None), r"ridge must be a number, got None"),
+    (Anderson, dict(beta=True), r"beta must be a number, got True"),
+    (Picard, dict(damping="0.5"), r"damping must be a number, got '0.5'"),
     (Broyden, dict(line_search=-1), r"line_search must be >= 0, got -1"),
     (Anderson, dict(history=0), r"history must be >= 1, got 0"),
     (Anderson, dict(ridge=-1.0), r"ridge must be >= 0, got -1.0"),
@@ -162,3 +171,28 @@ def test_empty_batch(solver: FixedPointSolver) -> None:
     assert z.shape == (0, 4)
     assert stats.status.shape == stats.residual.shape == stats.num_steps.shape == (0,)
     assert stats.nfe == 1
+
+
+@pytest.mark.parametrize("z0", [torch.zeros(3), torch.zeros(2, 3, 1), torch.zeros(2, 3, dtype=torch.int64)])
+def test_a_state_that_is_none(solver: FixedPointSolver, z0: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"z0 must be a floating-point tensor \(B, D\), got"):
+        solver(lambda z: z, z0)
+
+
+def test_a_map_that_changes_the_shape(solver: FixedPointSolver) -> None:
+    with pytest.raises(ValueError, match=r"fn must keep the shape of its argument, \(2, 3\), got \(2, 1\)"):
+        solver(lambda z: z[:, :1], torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_states(solver: FixedPointSolver, dtype: torch.dtype) -> None:
+    z, stats = solver(lambda z: 0.5 * z + 1, torch.zeros(2, 3, dtype=dtype))
+    assert z.dtype == dtype
+    assert (z - 2).abs().max() < 0.1
+    assert (stats.residual < 0.05).all()
+
+
+def test_the_summary_of_no_samples(solver: FixedPointSolver) -> None:
+    z, stats = solver(lambda z: 0.5 * z + 1, torch.zeros(0, 3))
+    assert z.shape == (0, 3)
+    assert stats.summary()["converged"] != stats.summary()["converged"], "the mean of nothing is nan"

@@ -198,7 +198,7 @@ class MultiscaleCell(nn.Module):
 
         Computed once per solve; gradients reach the parameters through it.
         """
-        kernels = {m: m.weight for m in self.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)}
+        kernels = {m: m.weight for m in self.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))}
         device = self.blocks[0].norm1.weight.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
             kernels = {m: kernel.to(torch.get_autocast_dtype(device)) for m, kernel in kernels.items()}

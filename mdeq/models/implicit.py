@@ -72,10 +72,9 @@ class MultiscaleDEQ(nn.Module):
         """Return the equilibrium for an injection into branch 0; other arguments as in `DEQ.forward`."""
         start = self.cell.zero_state(injection)
         if z0 is not None:
-            if [z.shape for z in z0] != [z.shape for z in start]:
-                raise ValueError(
-                    f"z0 must have shapes {[tuple(z.shape) for z in start]}, got {[tuple(z.shape) for z in z0]}"
-                )
+            given = [tuple(z.shape) for z in z0] if isinstance(z0, (tuple, list)) else type(z0).__name__
+            if given != [tuple(z.shape) for z in start]:
+                raise ValueError(f"z0 must be tensors of shapes {[tuple(z.shape) for z in start]}, got {given}")
             start = tuple(z.to(s) for z, s in zip(z0, start))
         # With everything upstream frozen no backward solve is due, although f(z) depends on z.
         learns = injection.requires_grad or any(p.requires_grad for p in self.cell.parameters())

@@ -233,7 +233,7 @@ def _trouble(error: BaseException, repo: str) -> str | None:
     if "Consistency check failed" in str(error):
         return f"the download of {repo} was cut short; try again"
     library = type(error).__module__.partition(".")[0]
-    if library in ("httpx", "httpx2", "requests") or isinstance(error, ConnectionError | TimeoutError):
+    if library in ("httpx", "httpx2", "requests") or isinstance(error, (ConnectionError, TimeoutError)):
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         return f"{constants.ENDPOINT} cannot be reached for {repo} ({reason}); connect and try again"
     return None

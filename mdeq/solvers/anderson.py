@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from .base import FixedPointSolver, _require
+from .base import FixedPointSolver, _require, _require_count, _require_number
 
 
 @dataclass
@@ -43,8 +43,10 @@ class Anderson(FixedPointSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.history >= 1, "history must be >= 1", self.history)
+        _require_count("history", self.history, 1)
+        _require_number("ridge", self.ridge)
         _require(self.ridge >= 0, "ridge must be >= 0", self.ridge)
+        _require_number("beta", self.beta)
         _require(self.beta > 0, "beta must be > 0", self.beta)
 
     def init(self, z0: Tensor) -> _History:
@@ -72,10 +74,13 @@ class Anderson(FixedPointSolver):
 
     def _least_squares(self, gram: Tensor, rhs: Tensor) -> Tensor:
         """Solve gram gamma = rhs per sample, `(B, M, M)` and `(B, M)`, after scaling every column to unit length."""
+        half = gram.dtype
+        if half in (torch.bfloat16, torch.float16):  # linear algebra has no such kernels
+            gram, rhs = gram.float(), rhs.float()
         length = gram.diagonal(dim1=1, dim2=2).sqrt()
         scale = torch.where(length > 0, 1 / length, torch.zeros_like(length))  # a column of zeros takes no part
-        ridge = max(self.ridge, 10 * torch.finfo(gram.dtype).eps)
+        ridge = max(self.ridge, 10 * torch.finfo(half).eps)
         system = gram * scale.unsqueeze(1) * scale.unsqueeze(2)
         system = system + ridge * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
         # The checked version would raise on one bad sample, and wait for the device to do so.
-        return torch.linalg.solve_ex(system, rhs * scale)[0] * scale
+        return (torch.linalg.solve_ex(system, rhs * scale)[0] * scale).to(half)

@@ -55,6 +55,8 @@ class SolveStats:
     def summary(self) -> dict[str, float]:
         """Means, residual quantiles and the share of each status, for logging. One host synchronisation."""
         residual = self.residual.double().nan_to_num(nan=float("inf"))
+        if len(residual) == 0:
+            residual = residual.new_full((1,), float("nan"))  # of nothing there is neither mean nor largest
         values = [self.num_steps.double().mean(), residual.mean(), residual.median(), residual.max()]
         values += [(self.status == status).double().mean() for status in SolveStatus]
         names = ["steps", "residual_mean", "residual_median", "residual_max"]
@@ -78,6 +80,12 @@ def full_precision(z: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(z.device.type, enabled=False)
 
 
+def forget_casts(z: Tensor) -> None:
+    """Have autocast cast weights anew: what it cast and cached without gradients has none (torch before 2.7)."""
+    if not is_static(z) and torch.is_autocast_enabled(z.device.type):
+        torch.clear_autocast_cache()
+
+
 def is_static(z: Tensor) -> bool:
     """Whether values must not steer control flow: meta tensors and compiled or exported graphs run every step."""
     return z.is_meta or torch.compiler.is_compiling()
@@ -89,7 +97,7 @@ class FixedPointSolver(ABC):
 
     A subclass says how to step (`init`, `direction`); stopping, the best iterate, freezing of finished samples,
     failures and the trace exist once, in `__call__`. Step counts, status and result of a sample do not depend on its
-    batch mates.
+    batch mates, but for rounding, which an iteration that does not converge may amplify.
 
     Args:
         tol: a sample has converged when its residual is below this; relative (unitless) or absolute (units of z).
@@ -109,9 +117,11 @@ class FixedPointSolver(ABC):
     divergence_factor: float = 1e6
 
     def __post_init__(self) -> None:
+        _require_number("tol", self.tol)
         _require(self.tol >= 0, "tol must be >= 0", self.tol)
-        _require(isinstance(self.max_steps, int) and self.max_steps >= 1, "max_steps must be >= 1", self.max_steps)
+        _require_count("max_steps", self.max_steps, 1)
         _require(self.stop_mode in ("rel", "abs"), "stop_mode must be 'rel' or 'abs'", self.stop_mode)
+        _require_number("divergence_factor", self.divergence_factor)
         _require(self.divergence_factor > 1, "divergence_factor must be > 1", self.divergence_factor)
 
     @abstractmethod
@@ -137,12 +147,19 @@ class FixedPointSolver(ABC):
         Args:
             fn: the map, see `FlatFn`.
             z0: `(B, D)` starting points; their dtype is the dtype of the solve.
+
+        Raises:
+            ValueError: for a z0 that is no floating-point `(B, D)`, or an fn that changes its shape.
         """
+        if z0.ndim != 2 or not z0.is_floating_point():
+            raise ValueError(f"z0 must be a floating-point tensor (B, D), got {tuple(z0.shape)} {z0.dtype}")
         static = is_static(z0)
         progress = _Progress.start(z0)
         outer: list[tuple[_Progress, Tensor]] = []  # batches that were compacted, and the rows that went on
         memory = self.init(z0)
         z, fz, nfe = z0, fn(z0), 1
+        if fz.shape != z0.shape:
+            raise ValueError(f"fn must keep the shape of its argument, {tuple(z0.shape)}, got {tuple(fz.shape)}")
         for step in range(self.max_steps + 1):
             g = fz - z
             absolute = torch.linalg.vector_norm(g, dim=1)
@@ -172,6 +189,7 @@ class FixedPointSolver(ABC):
             nfe += spent
         for whole, index in reversed(outer):
             progress = whole.merge(index, progress)
+        forget_casts(z0)
         return progress.best, progress.stats(nfe)
 
 
@@ -249,3 +267,13 @@ def _where(mask: Tensor, x: Tensor, y: Tensor) -> Tensor:
 def _require(condition: bool, rule: str, value: object) -> None:
     if not condition:
         raise ValueError(f"{rule}, got {value}")
+
+
+def _require_number(name: str, value: object) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    _require(number, f"{name} must be a number", repr(value))
+
+
+def _require_count(name: str, value: object, least: int) -> None:
+    _require(isinstance(value, int) and not isinstance(value, bool), f"{name} must be an integer", repr(value))
+    _require(value >= least, f"{name} must be >= {least}", value)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import FixedPointSolver, FlatFn, _require, is_static
+from .base import FixedPointSolver, FlatFn, _require_count, is_static
 
 
 @dataclass
@@ -50,9 +50,9 @@ class Broyden(FixedPointSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        valid = self.history is None or (isinstance(self.history, int) and self.history >= 1)
-        _require(valid, "history must be >= 1 or None", self.history)
-        _require(self.line_search >= 0, "line_search must be >= 0", self.line_search)
+        if self.history is not None:
+            _require_count("history", self.history, 1)
+        _require_count("line_search", self.line_search, 0)
 
     def init(self, z0: Tensor) -> _Directions:
         batch, dim = z0.shape

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .base import FixedPointSolver, _require
+from .base import FixedPointSolver, _require, _require_number
 
 
 class _NoMemory:
@@ -26,6 +26,7 @@ class Picard(FixedPointSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _require_number("damping", self.damping)
         _require(0 < self.damping <= 1, "damping must be in (0, 1]", self.damping)
 
     def init(self, z0: Tensor) -> _NoMemory:
