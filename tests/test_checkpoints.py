@@ -1,5 +1,6 @@
 """Official checkpoints of every layout through timm's ordinary path; what does not fit says so."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ import mdeq
 from mdeq.models.official import checkpoint_filter_fn, identify_checkpoint
 from tests import official
 from tests.official_network import Official
+from tools.build import build_model
+from tools.checkpoint import export
+from tools.config import BadInput, ModelConfig
 
 AFFINE, PLAIN = dict(post_norm_affine=True), dict(post_norm_affine=False)
 WIDE = dict(head_channels=(28, 56, 112, 224))
@@ -293,3 +297,42 @@ def test_exactly_what_is_missing_or_left_over_is_named() -> None:
 def test_no_checkpoint_of_an_mdeq(content: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         checkpoint_filter_fn(content, timm.create_model("test_mdeq"))
+
+
+# -- config.json from outside
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that `local-dir:` loads."""
+    path = tmp_path_factory.mktemp("local")
+    export(timm.create_model("test_mdeq"), path)
+    return path
+
+
+DESCRIPTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "another model": (dict(architecture="mdeq_tiny_cifar"), "does not fit mdeq_tiny_cifar: it fits test_mdeq"),
+    "infinite": (dict(model_args=dict(expansion=float("inf"))), "cannot convert float infinity to integer"),
+    "negative": (dict(model_args=dict(channels=[-8] * 4)), "negative dimension"),
+    "a nested list": (dict(model_args=dict(stem_stride=[[1]])), "stem_stride must be 1, 2 or 4"),
+}
+
+
+@pytest.mark.parametrize("case", DESCRIPTIONS)
+def test_descriptions_from_outside(folder: Path, tmp_path: Path, case: str) -> None:
+    """One line; tests/test_hub.py has more of them."""
+    entries, message = DESCRIPTIONS[case]
+    (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **entries}))
+    with pytest.raises(BadInput, match=re.escape(message)) as error:
+        build_model(ModelConfig(name=f"local-dir:{tmp_path}", pretrained=True), None, for_training=False)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_takes_arguments_of_the_caller(folder: Path) -> None:
+    """The folder loads, with arguments of the caller, and a misspelt one is the caller's error."""
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=3, device="cpu")
+    assert torch.equal(model.stem.conv1.weight, load_file(folder / "model.safetensors")["stem.conv1.weight"])
+    with pytest.raises(TypeError, match="'chanels'"):
+        timm.create_model(f"local-dir:{folder}", pretrained=True, chanels=(8,))

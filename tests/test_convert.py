@@ -99,6 +99,21 @@ def test_native_weights_alone(tmp_path: Path) -> None:
     assert_same(local(tmp_path / "out"), model)
 
 
+def test_inflate(tmp_path: Path) -> None:
+    """The folder holds a 3D model: of a volume constant along depth it makes what the 2D one makes of a slice."""
+    model = timm.create_model("test_mdeq", num_classes=3).eval()
+    (tmp_path / "run").mkdir()
+    export(model, tmp_path / "run")
+    run("convert", tmp_path / "run", "--out", tmp_path / "out", "--inflate").ok()
+    volumes = local(tmp_path / "out")
+    assert (volumes.spatial_dims, volumes.num_classes) == (3, 3)
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        flat, deep = model(x, unroll=4), volumes(x[:, :, None].expand(1, 3, 32, 32, 32), unroll=4)
+    torch.testing.assert_close(flat, deep, rtol=1e-4, atol=1e-5)
+    assert "3D already" in run("convert", tmp_path / "out", "--out", tmp_path / "again", "--inflate").refusal()
+
+
 # What is refused: one line, exit code 2, nothing left behind.
 
 
@@ -175,6 +190,16 @@ def test_an_output_that_is_there(tmp_path: Path, released: Path) -> None:
     assert "is a file" in run("convert", released, "--out", released).refusal()
     assert "--tag" in run("convert", released, "--out", tmp_path / "out", "--tag", "../x").refusal()
     assert [path.name for path in tmp_path.iterdir()] == ["released.pkl"]
+
+
+def test_damaged_weights_beside_a_config(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    path = export(timm.create_model("test_mdeq"), tmp_path / "run")
+    path.write_bytes(path.read_bytes()[:-8])
+    assert str(tmp_path / "run") in run("convert", path, "--out", tmp_path / "out").refusal()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    assert "which is no model of this package" in run("convert", path.parent, "--out", tmp_path / "out").refusal()
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_folder_that_gives_another_model_is_not_kept(

@@ -112,6 +112,7 @@ def build_model(config: ModelConfig, num_classes: int | None, *, for_training: b
         AssertionError,
         AttributeError,
         LookupError,
+        ArithmeticError,
         SafetensorError,
     ) as error:
         raise BadInput(f"model {config.name}: {_reason(error)}") from None

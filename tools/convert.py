@@ -9,7 +9,8 @@ from the model's defaults are found likewise, and stand in config.json; afterwar
 
     timm.create_model("local-dir:DIR", pretrained=True)
 
-gives the model, as `hf-hub:` does once the folder is uploaded.
+gives the model, as `hf-hub:` does once the folder is uploaded. With --inflate the 2D weights become those of the same
+model over volumes (`mdeq.inflate`), a start for training.
 """
 
 import argparse
@@ -27,9 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import timm
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 import mdeq
+from tools.build import known_model
 from tools.checkpoint import WEIGHTS_FILE, check_folder, export, read_weights, write_atomically
 from tools.config import BadInput, nearest
 from tools.report import program
@@ -48,6 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", help="the model it is of; default: the one that the weights fit")
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument("--tag", help="name of these weights, as in ARCHITECTURE.TAG; default: locuslab")
+    parser.add_argument("--inflate", action="store_true", help="write the 3D model that has the 2D kernels inside")
     arguments = parser.parse_args()
     check_folder(arguments.out)
     if arguments.out.is_dir() and any(arguments.out.iterdir()):
@@ -63,25 +67,37 @@ def load(path: Path, name: str | None) -> tuple[nn.Module, str]:
     Raises:
         BadInput: for a file that cannot be read, or fits no model.
     """
-    valid = mdeq.list_models()
-    if name is not None and name not in valid:
-        raise BadInput(f"unknown model {name}; {nearest(name, valid)} (all: {', '.join(valid)})")
-    weights = read_weights(path)
+    if name is not None and name not in mdeq.list_models():
+        raise BadInput(f"unknown model {name}; {nearest(name, mdeq.list_models())}")
+    file = path / WEIGHTS_FILE if path.is_dir() else path
     try:
-        layout, fitting, args = mdeq.identify_checkpoint(weights, name)
+        if file.name == WEIGHTS_FILE and (file.parent / "config.json").is_file():  # it says more than shapes do
+            return timm.create_model(known_model(f"local-dir:{file.parent}"), pretrained=True), "native"
+        layout, fitting, args = mdeq.identify_checkpoint(read_weights(file), name)
         if name not in (None, fitting):
             raise BadInput(f"{path} does not fit {name}: it fits {fitting}")
-        file = path / WEIGHTS_FILE if path.is_dir() else path
-        beside = file.parent / "config.json"
-        if layout == "native" and file.name == WEIGHTS_FILE and beside.is_file():  # it says more than shapes do
-            return timm.create_model(f"local-dir:{file.parent}", pretrained=True), layout
         default = timm.get_pretrained_cfg(fitting)
         overlay: dict[str, Any] = dict(file=str(file), num_classes=args.get("num_classes", default.num_classes))
         if "in_chans" in args:
             overlay["input_size"] = (args["in_chans"], *default.input_size[1:])
         return timm.create_model(fitting, pretrained=True, pretrained_cfg_overlay=overlay, **args), layout
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, TypeError, OSError, SafetensorError) as error:
         raise BadInput(f"{path}: {str(error).splitlines()[0]}") from None
+
+
+def inflated(model: nn.Module) -> nn.Module:
+    """Return the model over volumes that holds the kernels of a model over images.
+
+    Raises:
+        BadInput: for a model over volumes.
+    """
+    if model.spatial_dims != 2:
+        raise BadInput("--inflate makes a 3D model of a 2D one; this one is 3D already")
+    args = {**model._model_args, "num_classes": model.num_classes, "in_chans": model.in_chans, "spatial_dims": 3}
+    volumes = timm.create_model(model.pretrained_cfg["architecture"], **args)
+    volumes.load_state_dict(mdeq.inflate(model.state_dict(), volumes))
+    volumes.pretrained_cfg.update(model.pretrained_cfg)
+    return volumes
 
 
 def write(model: nn.Module, folder: Path) -> None:
@@ -102,7 +118,7 @@ def verify(model: nn.Module, folder: Path) -> None:
         BadInput: if it does not.
     """
     again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    side = min(64, model.pretrained_cfg["input_size"][-1])
+    side = min(64 if model.spatial_dims == 2 else 32, model.pretrained_cfg["input_size"][-1])
     x = torch.randn(1, model.in_chans, *[side] * model.spatial_dims, generator=torch.Generator().manual_seed(0))
     weights, other = model.state_dict(), again.state_dict()
     same = weights.keys() == other.keys() and all(torch.equal(weights[key], other[key]) for key in weights)
@@ -113,6 +129,8 @@ def verify(model: nn.Module, folder: Path) -> None:
 def main() -> None:
     arguments = parse_arguments()
     model, layout = load(arguments.checkpoint, arguments.model)
+    if arguments.inflate:
+        model = inflated(model)
     cfg = model.pretrained_cfg
     if layout in OFFICIAL:
         cfg.update(license="mit", origin_url=OFFICIAL[layout], tag=arguments.tag or "locuslab")
