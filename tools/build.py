@@ -22,7 +22,8 @@ from tools.config import BadInput, ModelConfig, RunConfig, TrainConfig, nearest
 from tools.data import build_batches
 
 _UNUSABLE = (
-    TypeError, ValueError, RuntimeError, OSError, AssertionError, AttributeError, LookupError, SafetensorError,
+    TypeError, ValueError, RuntimeError, OSError, AssertionError, AttributeError, LookupError, ArithmeticError,
+    SafetensorError,
 )  # fmt: skip
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -104,17 +105,7 @@ def build_model(config: ModelConfig, num_classes: int | None, *, for_training: b
         kwargs["num_classes"] = num_classes
     try:
         model = timm.create_model(known_model(config.name), pretrained=config.pretrained, **kwargs)
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-        OSError,
-        AssertionError,
-        AttributeError,
-        LookupError,
-        ArithmeticError,
-        SafetensorError,
-    ) as error:
+    except _UNUSABLE as error:
         raise BadInput(f"model {config.name}: {_reason(error)}") from None
     if config.checkpoint is not None:
         classifier = model.pretrained_cfg["classifier"]
