@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tools.batches import Process
+from tools.batches import VOID, Process
 from tools.config import BadInput, DataConfig
-from tools.volume_data import IGNORED, VolumeBatches, read_batches, read_split
+from tools.volume_data import VolumeBatches, read_batches, read_split
 from tools.volumes import (
     Preprocessing,
     Volume,
@@ -128,8 +128,8 @@ def test_test_volumes_stay_whole_and_padding_does_not_count(tmp_path: Path) -> N
     for (x, y), case in zip(parts, (2, 3, 4, 5)):
         true = torch.from_numpy(blob(SHAPES[case - 1], case)[1]).long()
         assert torch.equal(unpadded(y[0], true.shape), true)
-        assert int((y == IGNORED).sum()) == y.numel() - true.numel()
-        assert bool((x[:, 0][y == IGNORED] == 0).all())
+        assert int((y == VOID).sum()) == y.numel() - true.numel()
+        assert bool((x[:, 0][y == VOID] == 0).all())
     same_shape = gather(batches(data("hippocampus", path, patch_size=[24, 24, 24], batch_size=3), training=False))
     assert [len(y) for _, y in same_shape] == [3, 1]
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from tools.config import BadInput
 
 MIN_SIZE = 16
+VOID = 255
+"""Label of pixels and voxels that do not count, whatever the number they have in the files."""
 
 Batch = tuple[Tensor, Tensor]
 """Normalised images `(B, C, *S)` on the device, and labels: `(B,)` of classes, or `(B, *S)` of pixels or voxels."""

@@ -1,3 +1,269 @@
-"""Images with masks."""
+"""Images with masks: CamVid, Cityscapes, and any folder of pairs with a file of classes."""
+
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from tools.batches import VOID, Batch, Batches, ImageSpec, Process, generator, seed_of, shared_batch_size
+from tools.config import BadInput, DataConfig
+from tools.images import Source, name_of, read_image, read_mask
 
 NAMES = ("camvid", "cityscapes", "masks")
+
+CAMVID_CLASSES = (
+    "Sky", "Building", "Pole", "Road", "Pavement", "Tree", "SignSymbol", "Fence", "Car", "Pedestrian", "Bicyclist",
+)  # fmt: skip
+CITYSCAPES_CLASSES = (
+    "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",
+    "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
+)  # fmt: skip
+CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # of the train ids 0 to 18
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A split: images and their masks, the label of each value in a mask, and the names of the classes."""
+
+    pairs: Sequence[tuple[Source, Source]]
+    table: np.ndarray
+    class_names: tuple[str, ...]
+
+
+def label_table(num_classes: int, ignored: Sequence[int]) -> np.ndarray:
+    """Return the label of each value 0 to 255 of a mask: its own if it is a class, `VOID`, or -1 for an error."""
+    table = np.full(256, -1)
+    table[:num_classes] = np.arange(num_classes)
+    table[list(ignored)] = VOID
+    return table
+
+
+def matched(images: Sequence[Path], masks: Path, origin: Path) -> list[tuple[Source, Source]]:
+    """Return each image with the mask of the same name, whatever its suffix."""
+    by_name = {path.stem: path for path in sorted(masks.glob("*")) if path.suffix.lower() in _SUFFIXES}
+    for path in images:
+        if path.stem not in by_name:
+            raise BadInput(f"image {path} has no mask of its name in {masks}")
+    if not images:
+        raise BadInput(f"no images in {origin}")
+    return [(path, by_name[path.stem]) for path in images]
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*") if path.suffix.lower() in _SUFFIXES)
+
+
+def read_camvid(root: Path, split: str) -> Pairs:
+    """Return a split of `camvid.zip` (`train.txt` lists pairs), or of the folders `train`, `trainannot` and so on."""
+    table = label_table(len(CAMVID_CLASSES), (len(CAMVID_CLASSES), VOID))
+    archive = root if root.is_file() else root / "camvid.zip"
+    if not archive.is_file():
+        if not (root / split).is_dir() or not (root / f"{split}annot").is_dir():
+            raise BadInput(f"no CamVid in {root}: expected camvid.zip, or the folders {split} and {split}annot")
+        pairs = matched(_files(root / split), root / f"{split}annot", root / split)
+        return Pairs(pairs, table, CAMVID_CLASSES)
+    try:
+        with zipfile.ZipFile(archive) as members:
+            lines = members.read(f"{split}.txt").decode().splitlines()
+            names = [line.split() for line in lines if line.strip()]
+            # 29 MB in all: held in memory, since an open archive does not survive a fork.
+            pairs = [tuple((f"{archive.name}: {name}", members.read(name)) for name in pair) for pair in names]
+    except KeyError as error:
+        raise BadInput(f"{archive}: {error.args[0]}") from None
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise BadInput(f"{archive} is damaged: {error}") from None
+    if not pairs or any(len(pair) != 2 for pair in pairs):
+        raise BadInput(f"{archive}: {split}.txt must have lines of an image and its mask")
+    return Pairs(pairs, table, CAMVID_CLASSES)
+
+
+def read_cityscapes(root: Path, split: str) -> Pairs:
+    """Return a split of the official folders leftImg8bit and gtFine, with the 19 train ids."""
+    images = sorted((root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))
+    if not images:
+        raise BadInput(f"no Cityscapes in {root}: expected leftImg8bit/{split}/CITY/*_leftImg8bit.png, and gtFine")
+    pairs: list[tuple[Source, Source]] = []
+    for path in images:
+        name = path.name.replace("_leftImg8bit", "_gtFine_labelIds")
+        mask = root / "gtFine" / split / path.parent.name / name
+        if not mask.is_file():
+            raise BadInput(f"image {path} has no mask {mask}")
+        pairs.append((path, mask))
+    table = np.full(256, -1)
+    table[:34], table[VOID] = VOID, VOID
+    table[list(CITYSCAPES_IDS)] = np.arange(len(CITYSCAPES_IDS))
+    return Pairs(pairs, table, CITYSCAPES_CLASSES)
+
+
+def read_masks(root: Path, split: str, ignored: int) -> Pairs:
+    """Return `SPLIT/images` and `SPLIT/masks` of a folder; `classes.txt` has a line `NUMBER NAME` for each class."""
+    path = root / "classes.txt"
+    try:
+        lines = [line.split() for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError):
+        raise BadInput(f"cannot read {path}; it holds a line `NUMBER NAME` (or `NAME`) for each class") from None
+    numbered = all(line[0].isdigit() and len(line) > 1 for line in lines)
+    numbers = [int(line[0]) if numbered else k for k, line in enumerate(lines)]
+    names = {number: line[1] if numbered else line[0] for number, line in zip(numbers, lines)}
+    names.pop(ignored, None)
+    if sorted(names) != list(range(len(names))) or not names or len(names) > VOID:
+        raise BadInput(
+            f"{path}: the classes must be numbered from 0 on (the one to ignore last), got {sorted(numbers)}"
+        )
+    folders = [root / split / kind for kind in ("images", "masks")]
+    for folder in folders:
+        if not folder.is_dir():
+            raise BadInput(f"no folder {folder}; expected {split}/images and {split}/masks in {root}")
+    pairs = matched(_files(folders[0]), folders[1], folders[0])
+    return Pairs(pairs, label_table(len(names), (ignored,)), tuple(names[k] for k in sorted(names)))
+
+
+class RandomScale(v2.Transform):
+    """Resizes image and mask by a random factor from a range."""
+
+    def __init__(self, low: float, high: float) -> None:
+        super().__init__()
+        self.range = (low, high)
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        low, high = self.range
+        return {"scale": low + (high - low) * float(torch.rand(()))}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        size = [max(1, round(params["scale"] * n)) for n in inpt.shape[-2:]]
+        return self._call_kernel(v2.functional.resize, inpt, size)  # masks by nearest neighbour
+
+
+def transforms(config: DataConfig, spec: ImageSpec, training: bool) -> v2.Compose:
+    """Return the joint transform of an image and its mask."""
+    steps: list[v2.Transform] = []
+    if training:
+        if config.augment == "scale_flip":
+            steps.append(RandomScale(*config.scale_range))
+        if config.patch_size is not None:
+            # Black before the normalisation, as in the official recipe.
+            fill = {tv_tensors.Image: 0, tv_tensors.Mask: VOID}
+            steps.append(v2.RandomCrop(config.patch_size, pad_if_needed=True, fill=fill))
+        if config.augment in ("flip", "scale_flip"):
+            steps.append(v2.RandomHorizontalFlip())
+    steps += [v2.ToDtype({tv_tensors.Image: torch.float32, tv_tensors.Mask: torch.int64}, scale=True)]
+    return v2.Compose([*steps, v2.Normalize(spec.mean, spec.std), v2.ToPureTensor()])
+
+
+class PairDataset(Dataset):
+    """Images `(C, H, W)` and labels `(H, W)`; an index comes with the seed of its augmentation."""
+
+    def __init__(self, data: Pairs, transform: v2.Compose, in_chans: int) -> None:
+        self.data, self.transform, self.in_chans = data, transform, in_chans
+
+    def __len__(self) -> int:
+        return len(self.data.pairs)
+
+    def __getitem__(self, key: tuple[int, int]) -> Batch:
+        index, seed = key
+        source, mask_source = self.data.pairs[index]
+        image, mask = read_image(source, self.in_chans), read_mask(mask_source, self.data.table)
+        if image.shape[1:] != mask.shape:
+            sizes = [f"{x.shape[-1]}x{x.shape[-2]}" for x in (image, mask)]
+            raise BadInput(f"image {name_of(source)} is {sizes[0]}, its mask {name_of(mask_source)} {sizes[1]}")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.transform(tv_tensors.Image(image), tv_tensors.Mask(mask))
+
+
+class PairBatches:
+    """Batches of images and masks. Order and augmentation depend on seed, epoch and batch number alone.
+
+    Test images stay whole; a batch of them is of one size.
+    """
+
+    spacing: tuple[float, ...] | None = None
+
+    def __init__(
+        self, data: Pairs, spec: ImageSpec, config: DataConfig, process: Process, *, training: bool, seed: int = 0
+    ) -> None:
+        self.config, self.process, self.training, self.seed = config, process, training, seed
+        self.class_names = data.class_names
+        self.dataset = PairDataset(data, transforms(config, spec, training), spec.size[0])
+        self.batch_size = shared_batch_size(config.batch_size, len(data.pairs), process, training)
+
+    def __len__(self) -> int:
+        count = len(self.dataset)
+        return count // self.batch_size if self.training else -(-count // self.batch_size)
+
+    def _keys(self, epoch: int, number: int, order: Tensor) -> list[tuple[int, int]]:
+        batch = order[number * self.batch_size : (number + 1) * self.batch_size].tolist()
+        places = range(self.process.rank, len(batch), self.process.world_size)
+        return [(batch[place], seed_of(self.seed, epoch, number + 1, place)) for place in places]
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+        order = torch.arange(len(self.dataset))
+        if self.training:
+            order = torch.randperm(len(self.dataset), generator=generator(self.seed, epoch))
+        keys = [self._keys(epoch, number, order) for number in range(start, len(self))]
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=[part for part in keys if part],
+            num_workers=self.config.workers,
+            collate_fn=_collate,
+            pin_memory=self.process.device.type == "cuda",
+            generator=generator(self.seed, epoch),  # for the seeds of the workers: the common one stays as it is
+        )
+        for samples in loader:
+            for part in samples:
+                x, y = (torch.stack(tensors) for tensors in zip(*part))
+                yield x.to(self.process.device), y.to(self.process.device)
+
+
+def _collate(samples: list[Batch]) -> list[list[Batch]]:
+    """Return the samples in groups of one size."""
+    groups: dict[Any, list[Batch]] = {}
+    for sample in samples:
+        groups.setdefault(sample[0].shape, []).append(sample)
+    return list(groups.values())
+
+
+def read_batches(
+    config: DataConfig, spec: ImageSpec, process: Process, training: bool, seed: int
+) -> tuple[Batches, int | None]:
+    """Return the batches of a split of images with masks, and the number of classes.
+
+    Raises:
+        BadInput: for data that are missing or do not belong together, or settings that are not for masks.
+    """
+    _check(config, process)
+    root, split = Path(config.root), config.train_split if training else config.test_split
+    if not root.exists():
+        raise BadInput(f"no data in {root}; set data.root")
+    if config.name == "camvid":
+        data = read_camvid(root, split)
+    elif config.name == "cityscapes":
+        data = read_cityscapes(root, split)
+    else:
+        data = read_masks(root, split, config.ignore_index)
+    if training and config.num_train is not None:
+        data = Pairs(data.pairs[: config.num_train], data.table, data.class_names)
+    batches = PairBatches(data, spec, config, process, training=training, seed=seed)
+    return batches, len(data.class_names)
+
+
+def _check(config: DataConfig, process: Process) -> None:
+    if config.augment not in ("none", "flip", "scale_flip"):
+        raise BadInput(f"data.augment must be none, flip or scale_flip for {config.name}, got {config.augment}")
+    if config.patch_size is None and (config.augment == "scale_flip" or config.batch_size > process.world_size):
+        raise BadInput(f"data.patch_size must be set for {config.name}: the size (H, W) of the training crops")
+    if config.patch_size is not None and (len(config.patch_size) != 2 or min(config.patch_size) < 16):
+        raise BadInput(f"data.patch_size must be two numbers of pixels from 16 up, got {config.patch_size}")
+    low, high = config.scale_range if len(config.scale_range) == 2 else (0, 0)
+    if not 0 < low <= high:
+        raise BadInput(f"data.scale_range must be two factors, the smaller first, got {config.scale_range}")

@@ -7,14 +7,11 @@ from torch import nn
 
 import mdeq
 from tools import segmentation_data, volume_data
-from tools.batches import Batches, Process
+from tools.batches import VOID, Batches, Process
 from tools.config import BadInput, TrainConfig
 from tools.inference import Inference, SlidingWindow, whole
 from tools.losses import PixelLoss, VolumeLoss
 from tools.metrics import DiceTally, MeanLoss, PixelTally, RankTally, Tally
-
-VOID = 255
-"""Label of pixels and voxels that do not count, after the data sets have put their own in its place."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import dataclasses
 import io
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,12 @@ import matplotlib.pyplot as plt
 from tqdm import tqdm
 
 from mdeq import Picard
-from tools import build
+from tools import build, segmentation_data
 from tools.batches import Batches, Process
 from tools.checkpoint import CONFIG_FILE, check_folder, write_atomically
 from tools.config import BadInput, TrainConfig, load_config, split_overrides
 from tools.engine import evaluate
+from tools.inference import MultiScale
 from tools.report import headline_lines, program, result_lines
 from tools.results import evaluation, write_results
 from tools.tasks import Headline, Task, build_task, check_task
@@ -51,6 +53,8 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
     parser.add_argument("--checkpoint", type=Path, help="weights: .safetensors, a run's folder, or a PyTorch file")
     parser.add_argument("--steps", type=int, nargs="+", help="numbers of solver steps to compare")
     parser.add_argument("--out", type=Path, help="folder for steps.csv and steps.png; default: that of the checkpoint")
+    parser.add_argument("--scales", type=float, nargs="+", help="2D segmentation: average over resized images")
+    parser.add_argument("--flip", action="store_true", help="2D segmentation: average with mirrored images")
     parser.add_argument(
         "--record", action="store_true", help="put this evaluation into results.json, for the model card"
     )
@@ -94,6 +98,19 @@ def load(config: TrainConfig, process: Process) -> tuple[torch.nn.Module, Batche
         model = build.build_model(config.model, found, for_training=False)
     build.check_classes(model, found, "the test split")
     return model.to(process.device, build.DTYPES[config.run.dtype]).eval(), batches
+
+
+def averaged(task: Task, config: TrainConfig, scales: list[float], flip: bool) -> Task:
+    """Return a task whose images are predicted at several scales, and mirrored, too.
+
+    Raises:
+        BadInput: if it is not one of images with masks, or for a scale out of range.
+    """
+    if config.data.name not in segmentation_data.NAMES:
+        raise BadInput("--scales and --flip are for the segmentation of images")
+    if not all(0.1 <= scale <= 10 for scale in scales):
+        raise BadInput(f"--scales must lie from 0.1 to 10, got {' '.join(map(str, scales))}")
+    return dataclasses.replace(task, inference=MultiScale(tuple(scales), flip, task.inference))
 
 
 def steps_table(model: Any, steps: list[int], run: Any, headline: Headline) -> list[dict[str, float]]:
@@ -144,7 +161,7 @@ def main() -> None:
     headline = task.headline
     amp, dtype = build.autocast(config.run, process), build.DTYPES[config.run.dtype]
 
-    def run(label: str, task: Task = task, **kwargs: Any) -> dict[str, float]:
+    def run(label: str, task: Task, **kwargs: Any) -> dict[str, float]:
         def watch(iterator: Iterator[Any]) -> Iterator[Any]:
             quiet = not (config.run.progress and process.is_main)
             return iter(tqdm(iterator, desc=label, total=len(batches), unit="batch", leave=False, disable=quiet))
@@ -152,9 +169,12 @@ def main() -> None:
         return evaluate(model, batches, process, task, amp=amp, dtype=dtype, watch=watch, **kwargs)
 
     solver = model.deq.solver
-    result = run("test", task=build_task(config, model, batches, process, distances=True))
-    twice = run("twice the steps", solver=dataclasses.replace(solver, max_steps=2 * solver.max_steps, tol=0.0))
-    rows = steps_table(model, arguments.steps, run, headline) if arguments.steps else []
+    full = build_task(config, model, batches, process, distances=True)
+    if arguments.scales or arguments.flip:
+        full = task = averaged(full, config, arguments.scales or [1.0], arguments.flip)
+    result = run("test", task=full)
+    twice = run("twice the steps", task, solver=dataclasses.replace(solver, max_steps=2 * solver.max_steps, tol=0.0))
+    rows = steps_table(model, arguments.steps, partial(run, task=task), headline) if arguments.steps else []
     if not process.is_main:
         return
     print(f"{config.model.name} on {config.data.name}, {solver}")

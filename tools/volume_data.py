@@ -12,15 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tools.batches import Batch, Batches, Process, generator, seed_of, shared_batch_size
+from tools.batches import VOID, Batch, Batches, Process, generator, seed_of, shared_batch_size
 from tools.config import BadInput, DataConfig
 from tools.nifti_data import read_nifti
 from tools.volumes import Preprocessing, checked_finite, checked_labels, normalised, optional, padded
 
 NAMES = ("hippocampus", "modelnet10", "medmnist3d", "nifti")
 SEGMENTED = ("hippocampus", "nifti")
-IGNORED = 255
-"""Label of the voxels around a volume that was padded for evaluation."""
 
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test",)}
 
@@ -173,7 +171,7 @@ class VolumeBatches:
     """Batches of volumes. Order and augmentation depend on seed, epoch and batch number alone: a run can be resumed.
 
     A training batch is of patches of one size. A test volume stays whole, padded to at least that size, and its batch
-    mates are those that follow it with the same shape; labels of the padding are `IGNORED`.
+    mates are those that follow it with the same shape; labels of the padding are `VOID`.
     """
 
     def __init__(self, data: Volumes, config: DataConfig, process: Process, *, training: bool, seed: int = 0) -> None:
@@ -219,7 +217,7 @@ class VolumeBatches:
             image = normalised(image, self.config.normalise)  # held as bytes until now
         image = padded(image, self.size)
         if self.segmented:
-            label = padded(label, self.size, 0 if self.training else IGNORED)
+            label = padded(label, self.size, 0 if self.training else VOID)
         if self.transform is None:
             return image, label
         self.transform.set_random_state(seed)

@@ -1,0 +1,440 @@
+"""Images with masks: data sets, joint transforms, losses and scores, averaged predictions, and bad files."""
+
+import io
+import math
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import rows, run
+from PIL import Image
+from test_train_tasks import SMALL, config_file
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassJaccardIndex
+
+from tools.batches import VOID, ImageSpec, Process
+from tools.config import BadInput, DataConfig
+from tools.images import read_image, read_mask
+from tools.inference import MultiScale, SlidingWindow, whole
+from tools.losses import PixelLoss, VolumeLoss
+from tools.metrics import DiceTally, PixelTally, RankTally
+from tools.segmentation_data import (
+    CAMVID_CLASSES,
+    CITYSCAPES_CLASSES,
+    CITYSCAPES_IDS,
+    PairBatches,
+    label_table,
+    read_batches,
+    read_cityscapes,
+)
+
+SPEC = ImageSpec((3, 32, 32), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+SIZE = (24, 40)  # H, W
+
+
+def picture(k: int, size: tuple[int, int] = SIZE) -> tuple[np.ndarray, np.ndarray]:
+    """An image whose red is 20 times its class and whose green is k, and its mask of 3 classes in stripes."""
+    mask = (np.arange(size[1]) * 3 // size[1]).astype(np.uint8)[None].repeat(size[0], 0)
+    image = np.stack((20 * mask, np.full_like(mask, k), 0 * mask), axis=-1)
+    return image, mask
+
+
+def save(path: Path, array: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+    return path
+
+
+def masks(root: Path, count: int = 4, size: tuple[int, int] = SIZE) -> Path:
+    """Write a folder of pairs with a file of classes."""
+    for split in ("train", "val"):
+        for k in range(count):
+            image, mask = picture(k, size)
+            mask[0, 0] = 255
+            save(root / split / "images" / f"{k}.png", image)
+            save(root / split / "masks" / f"{k}.png", mask)
+    (root / "classes.txt").write_text("0 left\n1 middle\n2 right\n")
+    return root
+
+
+def camvid_zip(root: Path) -> Path:
+    """Write a file like camvid.zip, listed in an order that is not that of the names."""
+    with zipfile.ZipFile(root / "camvid.zip", "w") as archive:
+        for split in ("train", "test"):
+            names = []
+            for k in (2, 0, 1):
+                image, mask = picture(k)
+                mask[0, 0] = 11
+                for name, array in ((f"{split}/{k}.png", image), (f"{split}annot/{k}.png", mask)):
+                    file = io.BytesIO()
+                    Image.fromarray(array).save(file, "PNG")
+                    archive.writestr(name, file.getvalue())
+                names.append(f"{split}/{k}.png {split}annot/{k}.png")
+            archive.writestr(f"{split}.txt", "\n".join(names))
+    return root
+
+
+def data(name: str, root: Path, **settings: Any) -> DataConfig:
+    values = dict(test_split="val", patch_size=[16, 16], batch_size=2, workers=0) | settings
+    return DataConfig(name=name, root=str(root), **values)
+
+
+def batches(config: DataConfig, training: bool, process: Process = Process(), seed: int = 0) -> PairBatches:
+    return read_batches(config, SPEC, process, training, seed)[0]
+
+
+def gather(data: PairBatches, epoch: int = 0, start: int = 0) -> list[tuple[Tensor, Tensor]]:
+    return list(data.epoch(epoch, start))
+
+
+def pixels(x: Tensor) -> Tensor:
+    """Undo the normalisation: 0..255."""
+    return (255 * (x * torch.tensor(SPEC.std).view(3, 1, 1) + torch.tensor(SPEC.mean).view(3, 1, 1))).round()
+
+
+def same(a: list[tuple[Tensor, Tensor]], b: list[tuple[Tensor, Tensor]]) -> bool:
+    return len(a) == len(b) and all(torch.equal(p, q) for x, y in zip(a, b) for p, q in zip(x, y))
+
+
+# Data sets.
+
+
+def test_folder_of_pairs(tmp_path: Path) -> None:
+    found = batches(data("masks", masks(tmp_path), batch_size=3), training=False)
+    assert found.class_names == ("left", "middle", "right")
+    parts = gather(found)
+    assert [tuple(y.shape) for _, y in parts] == [(3, *SIZE), (1, *SIZE)]
+    x, y = parts[0]
+    image, mask = picture(2)
+    mask[0, 0] = VOID
+    assert torch.equal(pixels(x[2]), torch.from_numpy(image).permute(2, 0, 1).float())
+    assert torch.equal(y[2], torch.from_numpy(mask).long())
+
+
+def test_class_that_is_ignored_by_its_number(tmp_path: Path) -> None:
+    (masks(tmp_path) / "classes.txt").write_text("left\nmiddle\nvoid\n")
+    with pytest.raises(BadInput, match="label value 255, which is no class"):
+        gather(batches(data("masks", tmp_path, ignore_index=2), training=False))
+    for path in tmp_path.glob("*/masks/*.png"):
+        save(path, picture(0)[1])
+    found = batches(data("masks", tmp_path, ignore_index=2), training=False)
+    assert found.class_names == ("left", "middle")
+    assert gather(found)[0][1].unique().tolist() == [0, 1, VOID]
+
+
+def test_camvid_from_the_zip_and_from_folders(tmp_path: Path) -> None:
+    camvid_zip(tmp_path)
+    parts = gather(batches(data("camvid", tmp_path, test_split="test"), training=False))
+    assert [int(pixels(x)[1].mean()) for part, _ in parts for x in part] == [2, 0, 1]  # in the order of the list
+    assert parts[0][1].unique().tolist() == [0, 1, 2, VOID]
+    with zipfile.ZipFile(tmp_path / "camvid.zip") as archive:
+        archive.extractall(tmp_path / "folders")
+    folders = gather(batches(data("camvid", tmp_path / "folders", test_split="test"), training=False))
+    assert sorted(int(pixels(x)[1].mean()) for part, _ in folders for x in part) == [0, 1, 2]
+    assert batches(data("camvid", tmp_path), training=True).class_names == CAMVID_CLASSES
+    with pytest.raises(BadInput, match="validation"):
+        batches(data("camvid", tmp_path, test_split="validation"), training=False)
+    content = (tmp_path / "camvid.zip").read_bytes()
+    (tmp_path / "camvid.zip").write_bytes(content[: len(content) // 2])
+    with pytest.raises(BadInput, match="is damaged"):
+        batches(data("camvid", tmp_path), training=True)
+
+
+def test_cityscapes_has_its_train_ids(tmp_path: Path) -> None:
+    ids = np.arange(34, dtype=np.uint8).reshape(2, 17).repeat(8, 0)
+    save(tmp_path / "leftImg8bit/val/ulm/ulm_000000_000019_leftImg8bit.png", np.zeros((16, 17, 3), np.uint8))
+    save(tmp_path / "gtFine/val/ulm/ulm_000000_000019_gtFine_labelIds.png", ids)
+    y = gather(batches(data("cityscapes", tmp_path), training=False))[0][1][0]
+    expected = [CITYSCAPES_IDS.index(k) if k in CITYSCAPES_IDS else VOID for k in range(34)]
+    assert torch.cat((y[0], y[8])).tolist() == expected
+    assert len(CITYSCAPES_CLASSES) == 19
+    assert (expected[7], expected[11], expected[26], expected[33]) == (0, 2, 13, 18)  # road, building, car, bicycle
+    (tmp_path / "gtFine/val/ulm/ulm_000000_000019_gtFine_labelIds.png").unlink()
+    with pytest.raises(BadInput, match="has no mask"):
+        read_cityscapes(tmp_path, "val")
+
+
+# Joint transforms.
+
+
+@pytest.mark.parametrize("augment", ["none", "flip", "scale_flip"])
+def test_masks_move_with_their_images(augment: str, tmp_path: Path) -> None:
+    config = data("masks", masks(tmp_path), augment=augment, patch_size=[32, 48], batch_size=4)
+    x, y = gather(batches(config, training=True))[0]
+    assert tuple(x.shape) == (4, 3, 32, 48)
+    red = torch.stack([pixels(image)[0] for image in x]) / 20
+    known = y != VOID
+    close = (red - y).abs()[known] < 0.5
+    assert float(close.float().mean()) > (0.9 if augment == "scale_flip" else 0.999)  # bilinear between classes
+    assert bool((red[~known] < 0.01).float().mean() > 0.5)  # padding is black and does not count
+    assert int((~known).sum()) >= 4
+
+
+def test_order_and_augmentation_depend_on_seed_epoch_and_number(tmp_path: Path) -> None:
+    config = data("masks", masks(tmp_path, 5), augment="scale_flip")
+    parts = gather(batches(config, training=True))
+    assert [len(y) for _, y in parts] == [2, 2]
+    torch.manual_seed(4)
+    before = torch.get_rng_state()
+    again = batches(config, training=True)
+    assert same(gather(again), parts)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert same(gather(again, start=1), parts[1:])
+    assert not same(gather(again, epoch=1), parts)
+    assert not same(gather(batches(config, training=True, seed=1)), parts)
+    halves = [gather(batches(config, training=True, process=Process(rank, 2))) for rank in (0, 1)]
+    for (x, _), (x0, _), (x1, _) in zip(parts, *halves):
+        assert torch.equal(torch.cat((x0, x1)), x)
+
+
+def test_images_of_other_sizes_are_tested_on_their_own(tmp_path: Path) -> None:
+    root = masks(tmp_path)
+    image, mask = picture(0, (20, 30))
+    save(root / "val/images/1.png", image)
+    save(root / "val/masks/1.png", mask)
+    parts = gather(batches(data("masks", root, batch_size=4), training=False))
+    assert sorted(tuple(y.shape) for _, y in parts) == [(1, 20, 30), (3, *SIZE)]
+
+
+# Files.
+
+
+def test_kinds_of_pixels(tmp_path: Path) -> None:
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    wide = grey.astype(np.uint16) * 257
+    for name, array in (("grey", grey), ("wide", wide), ("rgba", np.dstack([grey] * 4))):
+        for channels in (1, 3):
+            x = read_image(save(tmp_path / f"{name}.png", array), channels)
+            assert tuple(x.shape) == (channels, 16, 16)
+            if name != "rgba":
+                assert all(np.array_equal(channel.numpy(), grey) for channel in x)
+    palette = Image.fromarray(grey % 3, mode=None).convert("P")
+    palette.putpalette([9, 9, 9] * 256)
+    palette.putdata((grey % 3).ravel().tolist())
+    palette.save(tmp_path / "palette.png")
+    wide_mask = save(tmp_path / "wide_mask.png", (grey % 3).astype(np.uint16))
+    for path in (tmp_path / "palette.png", wide_mask):
+        assert np.array_equal(read_mask(path, label_table(3, (VOID,))).numpy(), grey % 3)
+    with pytest.raises(BadInput, match="the model takes 4"):
+        read_image(tmp_path / "grey.png", 4)
+
+
+def test_bad_masks_and_images(tmp_path: Path) -> None:
+    table = label_table(3, (VOID,))
+    mask = picture(0)[1]
+    for array, said in (
+        (mask + 1, "has the label value 3, which is no class"),
+        (mask.astype(np.uint16) + 300, "has the label value 300"),
+        (np.dstack([mask] * 3), "has the pixels RGB"),
+    ):
+        with pytest.raises(BadInput, match=said):
+            read_mask(save(tmp_path / "x.png", array), table)
+    good = save(tmp_path / "good.png", picture(0)[0])
+    for content in (b"", b"no image", good.read_bytes()[:60]):
+        (tmp_path / "bad.png").write_bytes(content)
+        with pytest.raises(BadInput, match=r"cannot read image .*bad\.png"):
+            read_image(tmp_path / "bad.png", 3)
+    with pytest.raises(BadInput, match="no image"):
+        read_image(tmp_path / "nowhere.png", 3)
+
+
+def test_mask_of_another_size(tmp_path: Path) -> None:
+    root = masks(tmp_path)
+    save(root / "val/masks/2.png", picture(2, (24, 39))[1])
+    with pytest.raises(BadInput, match=r"is 40x24, its mask .*2\.png 39x24"):
+        gather(batches(data("masks", root), training=False))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"augment": "crop_flip"}, "data.augment"),
+        ({"patch_size": [16, 16, 16]}, "data.patch_size"),
+        ({"patch_size": [8, 16]}, "data.patch_size"),
+        ({"patch_size": None}, "data.patch_size"),
+        ({"scale_range": [2.0, 0.5]}, "data.scale_range"),
+        ({"test_split": "test"}, "expected test/images and test/masks"),
+        ({"root": "/nowhere"}, "no data in /nowhere"),
+        ({"name": "camvid"}, "no CamVid"),
+        ({"name": "cityscapes"}, "no Cityscapes"),
+    ],
+)
+def test_bad_settings(settings: dict[str, Any], said: str, tmp_path: Path) -> None:
+    values = {"name": "masks", "root": masks(tmp_path), **settings}
+    with pytest.raises(BadInput) as error:
+        batches(data(**values), training=False)
+    assert said in str(error.value)
+
+
+def test_bad_folders_of_pairs(tmp_path: Path) -> None:
+    root = masks(tmp_path)
+    (root / "val/masks/3.png").unlink()
+    with pytest.raises(BadInput, match="has no mask of its name"):
+        batches(data("masks", root), training=False)
+    for text in ("0 a\n2 b\n", "", "1 a\n2 b\n"):
+        (root / "classes.txt").write_text(text)
+        with pytest.raises(BadInput, match="numbered from 0"):
+            batches(data("masks", root), training=True)
+    (root / "classes.txt").unlink()
+    with pytest.raises(BadInput, match="NUMBER NAME"):
+        batches(data("masks", root), training=True)
+
+
+# Losses and scores.
+
+
+def test_pixel_loss_is_cross_entropy_of_the_pixels_that_count() -> None:
+    logits, labels = torch.randn(2, 3, 4, 5), torch.randint(0, 3, (2, 4, 5))
+    labels[0, 0] = VOID
+    counted = labels != VOID
+    flat, kept = logits.movedim(1, -1)[counted], labels[counted]
+    torch.testing.assert_close(PixelLoss(VOID)(logits, labels), nn.functional.cross_entropy(flat, kept))
+    weights = [0.5, 1.0, 2.0]
+    expected = nn.functional.cross_entropy(flat, kept, weight=torch.tensor(weights))
+    torch.testing.assert_close(PixelLoss(VOID, weights)(logits, labels), expected)
+    logits.requires_grad_()
+    nothing = PixelLoss(VOID)(logits, torch.full_like(labels, VOID))
+    nothing.backward()
+    assert (nothing.item(), float(logits.grad.abs().sum())) == (0.0, 0.0)
+
+
+def test_ohem_counts_hard_pixels_alone() -> None:
+    logits = torch.tensor([[[[0.0, 1.0, 2.0, 3.0, 9.0]], [[0.0, 0.0, 0.0, 0.0, 0.0]]]])  # (1, 2, 1, 5)
+    labels = torch.tensor([[[0, 0, 0, 0, VOID]]])
+    losses = nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=VOID)[0, 0]
+    for threshold, kept, count in ((0.8, 1, 2), (0.8, 3, 3), (0.1, 1, 1), (0.99, 1, 4), (0.1, 99, 4)):
+        loss = PixelLoss(VOID, threshold=threshold, min_kept=kept)(logits, labels)
+        torch.testing.assert_close(loss, losses[:count].mean())
+
+
+def test_volume_loss_of_a_perfect_and_of_a_wrong_answer() -> None:
+    labels = torch.zeros(1, 6, 6, 6, dtype=torch.long)
+    labels[0, :3], labels[0, 4] = 1, 2
+    perfect = 50.0 * nn.functional.one_hot(labels, 3).movedim(-1, 1)
+    loss = VolumeLoss(VOID)
+    assert float(loss(perfect, labels)) == pytest.approx(0, abs=1e-3)
+    assert float(loss(perfect.roll(1, dims=1), labels)) > 10
+
+
+def test_iou_equals_torchmetrics_in_parts() -> None:
+    names = ("a", "b", "c", "d")
+    tally = PixelTally(names, VOID, Process())
+    expected = MulticlassJaccardIndex(4, average="none", ignore_index=VOID)
+    right = total = 0
+    for seed in range(3):
+        torch.manual_seed(seed)
+        logits, labels = torch.randn(2, 4, 5, 6), torch.randint(0, 3, (2, 5, 6))
+        logits[:, 3] = -9  # class d is nowhere: it has no IoU
+        labels[0, 0] = VOID
+        tally.add(torch.tensor(float(seed)), logits, labels)
+        found, counted = logits.argmax(1), labels != VOID
+        expected.update(found, labels)
+        right, total = right + int((found == labels)[counted].sum()), total + int(counted.sum())
+    result, iou = tally.summary(Process()), 100 * expected.compute()
+    assert [result[f"iou_{name}"] for name in "abc"] == pytest.approx(iou[:3].tolist())
+    assert math.isnan(result["iou_d"])
+    assert result["miou"] == pytest.approx(float(iou[:3].mean()))
+    assert result["pixel_accuracy"] == pytest.approx(100 * right / total)
+    assert result["loss"] == pytest.approx(1.0)
+
+
+def test_dice_and_hd95_of_boxes() -> None:
+    """Boxes of 4x4x4 voxels, one moved by 2 of spacing 1.5 mm: half of each is common, the surfaces are 3 mm apart."""
+    labels = torch.zeros(3, 12, 12, 12, dtype=torch.long)
+    found = labels.clone()
+    labels[:2, 2:6, 4:8, 4:8] = 1
+    found[0, 4:8, 4:8, 4:8] = 1
+    found[1, 2:6, 4:8, 4:8] = 1
+    labels[:, 11], found[:, 11] = VOID, 1  # padding
+    found[2, 2, 2, 2] = 1  # a class that is not there: Dice 0, no distance
+    tally = DiceTally(("background", "box", "nowhere"), VOID, (1.5, 1.0, 1.0))
+    tally.add(torch.tensor(0.0), nn.functional.one_hot(found, 3).movedim(-1, 1).float(), labels)
+    result = tally.summary(Process())
+    assert result["dice_box"] == pytest.approx((0.5 + 1 + 0) / 3)
+    assert math.isnan(result["dice_nowhere"])
+    assert result["mean_dice"] == pytest.approx(0.5)
+    assert result["hd95_box"] == pytest.approx((3 + 0) / 2)
+    assert result["hd95_undefined"] == 1
+
+
+def test_auc_and_balanced_accuracy() -> None:
+    tally = RankTally(2)
+    scores = torch.tensor([0.1, 0.4, 0.35, 0.8])  # of class 1
+    tally.add(torch.tensor(0.0), torch.stack((1 - scores, scores), 1).log(), torch.tensor([0, 0, 1, 1]))
+    result = tally.summary(Process())
+    assert result["auc"] == pytest.approx(0.75)
+    assert (result["balanced_accuracy"], result["top1"]) == (75.0, 75.0)
+    one = RankTally(2)
+    one.add(torch.tensor(0.0), torch.zeros(2, 2), torch.tensor([1, 1]))
+    assert math.isnan(one.summary(Process())["auc"])
+
+
+# Predictions.
+
+
+class Local(nn.Module):
+    """Logits that are the pixels themselves; notes the sizes it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[tuple[int, ...]] = []
+
+    def forward(self, x: Tensor, *, return_equilibrium: bool) -> tuple[Tensor, Any]:
+        self.sizes.append(tuple(x.shape[2:]))
+        return torch.cat((x, -x), dim=1), SimpleNamespace(stats="stats")
+
+
+@pytest.mark.parametrize("shape", [(40, 33), (20, 33, 18)])
+def test_windows_of_a_local_model_are_the_whole(shape: tuple[int, ...]) -> None:
+    model, x = Local(), torch.randn(2, 1, *shape)
+    expected, _ = whole(model, x)
+    logits, stats = SlidingWindow((16,) * len(shape), 0.5)(model, x)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    assert set(model.sizes[1:]) == {(16,) * len(shape)}
+    assert stats == ["stats"] * (len(model.sizes) - 1)
+    once = len(model.sizes)
+    assert torch.equal(SlidingWindow(shape, 0.5)(model, x)[0], expected)
+    assert len(model.sizes) == once + 1
+
+
+def test_scales_and_flips_are_averaged() -> None:
+    model, x = Local(), torch.randn(1, 1, 32, 48)
+    plain = whole(model, x)[0].softmax(1)
+    flipped, stats = MultiScale((1.0,), True)(model, x)
+    torch.testing.assert_close(flipped.exp(), plain)  # a local model sees the same mirrored
+    assert len(stats) == 2
+    model.sizes.clear()
+    scaled, stats = MultiScale((0.5, 1.0, 1.5), True)(model, torch.full_like(x, 0.3))
+    assert sorted(set(model.sizes)) == [(16, 24), (32, 48), (48, 72)]
+    assert (len(stats), tuple(scaled.shape)) == (6, (1, 2, 32, 48))
+    torch.testing.assert_close(scaled.exp()[0, 0], torch.full((32, 48), 0.3).mul(2).sigmoid())
+
+
+# The programs.
+
+
+def test_train_and_validate_a_segmenter(tmp_path: Path) -> None:
+    root, folder = masks(tmp_path / "data", size=(20, 32)), tmp_path / "run"
+    words = (
+        "task=segmentation", "model.name=mdeq_tiny_seg", "model.kwargs={channels: [4, 8], num_groups: 2, expansion: 1}",
+        "data.name=masks", "data.test_split=val", "data.patch_size=[16,16]", "data.batch_size=2",
+        "data.augment=scale_flip", "loss.ohem_threshold=0.7", "loss.ohem_min_kept=50", "run.epochs=2",
+    )  # fmt: skip
+    out = run("train", config_file(tmp_path), f"run.out_dir={folder}", f"data.root={root}", *SMALL, *words).ok()
+    assert "test mIoU: " in out
+    assert "IoU: left " in out
+    assert "pixel accuracy " in out
+    log = rows(folder)
+    assert len(log) == 2
+    assert 0 <= float(log[1]["test_miou"]) <= 100
+    plain = run("validate", "--checkpoint", folder).ok()
+    assert f"test mIoU: {float(log[1]['test_miou']):.2f} %, loss " in plain
+    averaged = run("validate", "--checkpoint", folder, "--scales", 1, 1.5, "--flip").ok()
+    assert "test mIoU: " in averaged
+    assert averaged != plain
+    assert "test mIoU: " in run("validate", "--checkpoint", folder, "data.inference=sliding").ok()
+    assert "--scales must" in run("validate", "--checkpoint", folder, "--scales", 0).refusal()
