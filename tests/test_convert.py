@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 import tools.convert
 from tests import official
-from tools.checkpoint import export
+from tools.checkpoint import export, load_weights
+from tools.config import BadInput
 
 
 @pytest.fixture
@@ -112,6 +113,15 @@ def test_inflate(tmp_path: Path) -> None:
         flat, deep = model(x, unroll=4), volumes(x[:, :, None].expand(1, 3, 32, 32, 32), unroll=4)
     torch.testing.assert_close(flat, deep, rtol=1e-4, atol=1e-5)
     assert "3D already" in run("convert", tmp_path / "out", "--out", tmp_path / "again", "--inflate").refusal()
+
+
+def test_training_and_validation_read_a_released_file(tmp_path: Path, released: Path) -> None:
+    """`model.checkpoint` and `--checkpoint` go through the same function."""
+    model = timm.create_model("mdeq_tiny_cifar", post_norm_affine=True)
+    assert load_weights(model, released, classifier="classifier", new_classifier=False) == []
+    assert torch.equal(model.stem.conv1.weight, official.official_weights()["downsample.0.weight"])
+    with pytest.raises(BadInput, match="does not fit the model"):
+        load_weights(timm.create_model("mdeq_tiny_cifar"), released, classifier="classifier", new_classifier=False)
 
 
 # What is refused: one line, exit code 2, nothing left behind.
