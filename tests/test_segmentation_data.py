@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import rows, run
 from PIL import Image
+from small_sets import SIZE, masks, picture, save
 from test_train_tasks import SMALL, config_file
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassJaccardIndex
@@ -33,32 +34,6 @@ from tools.segmentation_data import (
 )
 
 SPEC = ImageSpec((3, 32, 32), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
-SIZE = (24, 40)  # H, W
-
-
-def picture(k: int, size: tuple[int, int] = SIZE) -> tuple[np.ndarray, np.ndarray]:
-    """An image whose red is 20 times its class and whose green is k, and its mask of 3 classes in stripes."""
-    mask = (np.arange(size[1]) * 3 // size[1]).astype(np.uint8)[None].repeat(size[0], 0)
-    image = np.stack((20 * mask, np.full_like(mask, k), 0 * mask), axis=-1)
-    return image, mask
-
-
-def save(path: Path, array: np.ndarray) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path)
-    return path
-
-
-def masks(root: Path, count: int = 4, size: tuple[int, int] = SIZE) -> Path:
-    """Write a folder of pairs with a file of classes."""
-    for split in ("train", "val"):
-        for k in range(count):
-            image, mask = picture(k, size)
-            mask[0, 0] = 255
-            save(root / split / "images" / f"{k}.png", image)
-            save(root / split / "masks" / f"{k}.png", mask)
-    (root / "classes.txt").write_text("0 left\n1 middle\n2 right\n")
-    return root
 
 
 def camvid_zip(root: Path) -> Path:

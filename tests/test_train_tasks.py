@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-from helpers import assert_same_weights, rows, run
-from test_volume_data import hippocampus, medmnist
+from helpers import assert_same_weights, rows, run, spawn_distributed
+from small_sets import blob, decathlon, hippocampus, masks, medmnist, save_nifti
 
 from tools.volumes import Preprocessing, read_record
 
@@ -145,3 +145,41 @@ def test_classifier_of_volumes(volumes: Path, tmp_path: Path) -> None:
 def test_what_does_not_go_together(words: tuple[str, ...], said: str, volumes: Path, tmp_path: Path) -> None:
     assert said in train(tmp_path / "run", volumes, *words).refusal()
     assert not (tmp_path / "run").exists()
+
+
+def test_nifti_pairs_from_files_to_scores(tmp_path: Path) -> None:
+    words = ("data.name=nifti", "model.name=mdeq3d_tiny_seg", "data.spacing=[1.0,1.0,1.0]")
+    root = decathlon(tmp_path / "task", 5)
+    folder = tmp_path / "run"
+    out = train(folder, root, *SEGMENTER, *words).ok()
+    assert "Dice: front " in out
+    assert read_record(folder)["spacing"] == [1.0, 1.0, 1.0]
+    assert "Dice: front " in run("validate", "--checkpoint", folder).ok()
+    label = root / "labelsTr" / "case_1.nii.gz"
+    save_nifti(label, blob((9, 9, 9))[1])
+    said = train(tmp_path / "refused", root, *SEGMENTER, *words).refusal()
+    assert "case_1.nii.gz has the shape (9, 9, 9), its image" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["volumes", "images"])
+def test_two_processes_give_the_scores_of_one(
+    kind: str, segmented: tuple[Path, str], volumes: Path, tmp_path: Path
+) -> None:
+    """With one test volume the second process has none, and takes part in the sums."""
+    words = ["--checkpoint", segmented[0], "data.batch_size=2", "run.progress=false"]
+    if kind == "volumes":
+        hippocampus(tmp_path / "hippocampus.npz", 1, 4)
+        words += [f"data.root={tmp_path}"]
+    else:
+        root = masks(tmp_path / "masks", 3, (20, 32))
+        folder = tmp_path / "run"
+        settings = ("task=segmentation", "model.name=mdeq_tiny_seg", "data.name=masks", "data.test_split=val")
+        small = ("model.kwargs={channels: [4, 8], num_groups: 2, expansion: 1}", "data.patch_size=[16,16]")
+        train(folder, root, *settings, *small, "data.batch_size=2").ok()
+        words[1] = folder
+    alone = run("validate", *words).ok()
+    together = spawn_distributed(tmp_path / "logs", "validate", *words)
+    assert [outcome.code for outcome in together] == [0, 0], together[0].err
+    assert together[1].out == ""
+    assert together[0].out.splitlines()[:2] == alone.splitlines()[:2]
