@@ -420,6 +420,13 @@ def add(package: Path, record: dict[str, Any], tag: str, content: bytes, revisio
     (package / "mdeq" / "weights" / f"test_mdeq.{tag}.json").write_text(json.dumps(record))
 
 
+def keep(package: Path, tag: str, content: bytes) -> None:
+    """Put weights where `--runs` looks for them."""
+    folder = package / "runs" / f"test_mdeq.{tag}"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(content)
+
+
 def fill(hub: Hub, package: Path, finished: Path) -> None:
     """Put releases on a Hub, a good one and one with each fault."""
     with pytest.MonkeyPatch.context() as patch:
@@ -428,6 +435,7 @@ def fill(hub: Hub, package: Path, finished: Path) -> None:
     record = json.loads((package / "test_mdeq.good.json").read_text())
     good = (finished / "model.safetensors").read_bytes()
     files = {"model.safetensors": good, "config.json": (finished / "config.json").read_bytes()}
+    keep(package, "good", good)
     add(package, record, "good", good, hub.put(f"{DEFAULT_ORG}/test_mdeq.good", files))
     hub.put(f"{DEFAULT_ORG}/test_mdeq.good", {"model.safetensors": b"a later commit"})
     for tag in FAULTS:
@@ -436,6 +444,7 @@ def fill(hub: Hub, package: Path, finished: Path) -> None:
         path = package / "model.safetensors"
         save_file(load_file(finished / "model.safetensors"), path, metadata=header)
         content = path.read_bytes()
+        keep(package, tag, content)
         files["model.safetensors"] = content
         kept = {"config.json": b"{}"} if tag == "file" else files
         repo = f"{DEFAULT_ORG}/test_mdeq.{tag}"
@@ -458,10 +467,12 @@ def online(finished: Path, package: Path, tmp_path_factory: pytest.TempPathFacto
         ["create", "hf-hub:org/test_mdeq.digits"],
         ["publish", str(finished), "--repo", "someone-else/name"],
         *(["create", f"test_mdeq.{tag}"] for tag in ("damaged", "cut", "missing", "revision", "file")),
-        ["anonymous", "test_mdeq.gated"],
-        ["anonymous", "test_mdeq.private"],
+        ["anonymous", "create", "test_mdeq.gated"],
+        ["anonymous", "create", "test_mdeq.private"],
         ["full", "test_mdeq.full"],
         ["create", "test_mdeq.mine"],
+        ["anonymous", "publish", str(finished), "--repo", "org/another"],
+        ["publish", "--all", "--runs", str(package / "runs")],
     ]
     with serving() as hub:
         fill(hub, package, finished)
@@ -493,9 +504,23 @@ def test_push_and_pull(online: tuple[Talk, Hub, Path], finished: Path) -> None:
 
 
 def test_push_without_permission(online: tuple[Talk, Hub, Path], finished: Path) -> None:
-    refused = online[0].by_step[f"publish {finished} --repo someone-else/name"]
-    assert refused["code"] == 2
-    assert re.fullmatch(r"error: no permission for someone-else/name: log in .*\n", refused["err"])
+    """Not that of another organisation, and none at all without a token."""
+    for step, repo in (("publish", "someone-else/name"), ("anonymous publish", "org/another")):
+        refused = online[0].by_step[f"{step} {finished} --repo {repo}"]
+        assert refused["code"] == 2
+        assert re.fullmatch(f"error: no permission for {repo}: log in .*\\n", refused["err"])
+        assert repo not in online[1].repos
+
+
+def test_push_all(online: tuple[Talk, Hub, Path], package: Path) -> None:
+    talk, hub, _ = online
+    pushed = talk.by_step[f"publish --all --runs {package / 'runs'}"]
+    assert pushed["code"] == 0, pushed["err"]
+    for tag in ("good", *FAULTS):
+        commit, files = hub.repos[f"{DEFAULT_ORG}/test_mdeq.{tag}"].commits[-1]
+        assert f"published: revision {commit}" in pushed["out"]
+        assert files["model.safetensors"] == (package / "runs" / f"test_mdeq.{tag}" / "model.safetensors").read_bytes()
+        assert f"# test_mdeq.{tag}" in files["README.md"].decode()
 
 
 @pytest.mark.parametrize(
@@ -506,8 +531,8 @@ def test_push_without_permission(online: tuple[Talk, Hub, Path], finished: Path)
         ("create test_mdeq.missing", "there is no repository .* or it is private: check the name, or log in"),
         ("create test_mdeq.revision", "has no revision c{40}: name another one, or update mdeq-vision"),
         ("create test_mdeq.file", "has no model.safetensors"),
-        ("anonymous test_mdeq.gated", "is gated: ask for access at .*, then log in with `hf auth login`"),
-        ("anonymous test_mdeq.private", "there is no repository .* or it is private: check the name, or log in"),
+        ("anonymous create test_mdeq.gated", "is gated: ask for access at .*, then log in with `hf auth login`"),
+        ("anonymous create test_mdeq.private", "there is no repository .* or it is private: check the name, or log in"),
         ("full test_mdeq.full", "no space left for .*; make room, or set HF_HOME to another disk"),
     ],
 )
@@ -515,7 +540,7 @@ def test_faults(step: str, reason: str, online: tuple[Talk, Hub, Path]) -> None:
     """One line that says what to do, and nothing broken left in the cache."""
     talk, _, home = online
     assert re.search(reason, talk.problem(step))
-    repo = home / "hub" / f"models--{DEFAULT_ORG}--{step.split()[1]}"
+    repo = home / "hub" / f"models--{DEFAULT_ORG}--{step.split()[-1]}"
     left = [path for part in ("blobs", "snapshots") for path in (repo / part).rglob("*") if not path.is_dir()]
     assert left == []
 
