@@ -28,6 +28,27 @@ _UNUSABLE = (
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
+def find_device(name: str, setting: str) -> torch.device:
+    """Return a device by its name; auto is a GPU where there is one.
+
+    Args:
+        name: auto, cpu, cuda or cuda:1.
+        setting: what the name was given as, for the error.
+
+    Raises:
+        BadInput: for a device that is not there.
+    """
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    try:
+        device = torch.device(chosen)
+        if device.type not in ("cpu", "cuda"):
+            raise BadInput(f"{setting} must be auto, cpu or cuda, got {name}")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise BadInput(f"no device {name} here; set {setting}=cpu") from None
+    return device
+
+
 def start_process(run: RunConfig) -> Process:
     """Return this process, after joining the others where torchrun or Slurm started several.
 
@@ -36,16 +57,7 @@ def start_process(run: RunConfig) -> Process:
     """
     if run.threads is not None:
         torch.set_num_threads(run.threads)
-    name = run.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise BadInput(f"run.device must be auto, cpu or cuda, got {run.device}")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise BadInput(f"no device {run.device} here; set run.device=cpu") from None
+    device = find_device(run.device, "run.device")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         return Process(device=device)

@@ -1,0 +1,195 @@
+"""Predict images or volumes with a trained model: classes, or label maps with pictures to look at.
+
+    python tools/predict.py mdeq_tiny_cifar.cifar10 photo.jpg --out predictions
+    python tools/predict.py runs/camvid_mdeq_tiny_seg frames/ --out predictions
+    python tools/predict.py hf-hub:ORG/NAME scan.nii.gz --out predictions --patch 48
+
+MODEL is a name of a model with weights, hf-hub:ORG/NAME, local-dir:FOLDER, the folder of a run or a file of weights;
+INPUT an image, a NIfTI volume, a folder of either, or a pattern such as "frames/*.png". predictions.csv and
+predictions.json have a row for every input, with how its equilibrium was reached; what did not converge is marked there
+and on the pictures. docs/predict.md has the details.
+"""
+
+import argparse
+import glob
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tqdm import tqdm
+
+from tools.build import find_device
+from tools.checkpoint import check_folder, write_atomically
+from tools.config import BadInput
+from tools.predictions import Result, as_csv, as_json, printed
+from tools.predictors import Predictor, Sample, Settings
+from tools.pretrained import load_trained
+from tools.report import program
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="MODEL", help="name with weights, hf-hub:, local-dir:, run's folder, or file")
+    parser.add_argument("input", metavar="INPUT", nargs="+", help="image, NIfTI volume, folder or pattern")
+    parser.add_argument("--out", type=Path, required=True, help="folder for what is written; not that of the inputs")
+    parser.add_argument("--topk", type=int, default=5, help="classes to list (default: 5)")
+    parser.add_argument("--solver-steps", type=int, help="most solver steps; default: the model's own")
+    parser.add_argument("--batch-size", type=int, default=1, help="inputs, or windows of one, at once (default: 1)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
+    parser.add_argument(
+        "--size", type=int, nargs="+", help="images: pixels, one number or height and width, that the model sees"
+    )
+    windows = parser.add_mutually_exclusive_group()
+    windows.add_argument(
+        "--patch", type=int, nargs="+", help="segmentation: windows of so many pixels or voxels, one number or per axis"
+    )
+    windows.add_argument("--whole", action="store_true", help="volumes: no windows, whatever the training patch was")
+    parser.add_argument(
+        "--overlap", type=float, default=0.5, help="share of a window its neighbour covers (default: 0.5)"
+    )
+    parser.add_argument(
+        "--orientation", choices=["RAS", "none"], help="volumes: none takes the axes as they lie in the file"
+    )
+    arguments = parser.parse_args()
+    for name in ("topk", "solver_steps", "batch_size"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise BadInput(f"--{name.replace('_', '-')} must be >= 1, got {value}")
+    if not 0 <= arguments.overlap < 1:
+        raise BadInput(f"--overlap must be >= 0 and < 1, got {arguments.overlap:g}")
+    if arguments.size is not None and (len(arguments.size) > 2 or min(arguments.size) < 16):
+        raise BadInput(f"--size must be one or two numbers of at least 16, got {' '.join(map(str, arguments.size))}")
+    check_folder(arguments.out)
+    return arguments
+
+
+def settings_of(arguments: argparse.Namespace) -> Settings:
+    size = arguments.size
+    return Settings(
+        out=arguments.out,
+        topk=arguments.topk,
+        batch_size=arguments.batch_size,
+        size=None if size is None else (size[0], size[-1]),
+        patch=None if arguments.patch is None else tuple(arguments.patch),
+        whole=arguments.whole,
+        overlap=arguments.overlap,
+        orientation=arguments.orientation,
+        solver_steps=arguments.solver_steps,
+        device=find_device(arguments.device, "--device"),
+    )
+
+
+def gather(words: Sequence[str], suffixes: Sequence[str], out: Path) -> list[Path]:
+    """Return the files that the inputs name; of a folder those with one of the suffixes, by name.
+
+    Raises:
+        BadInput: for a folder or pattern without any, or inputs that lie where the outputs go.
+    """
+    found: list[Path] = []
+    for word in words:
+        path = Path(word)
+        if path.is_dir():
+            files = [file for file in sorted(path.iterdir()) if file.name.lower().endswith(tuple(suffixes))]
+            files = [file for file in files if file.is_file() and not file.name.startswith(".")]
+            if not files:
+                raise BadInput(f"no files {', '.join(suffixes)} in {path}")
+        elif not path.exists() and glob.has_magic(word):
+            files = [Path(name) for name in sorted(glob.glob(word))]
+            if not files:
+                raise BadInput(f"no files {word}")
+        else:
+            files = [path]  # one that is not there is said when it is read
+        found += [file for file in files if file not in found]
+    if any(file.parent.resolve() == out.resolve() for file in found):
+        raise BadInput(f"the inputs lie in {out}; give --out another folder")
+    return found
+
+
+def output_names(files: Sequence[Path]) -> list[str]:
+    """Return a name for the outputs of each input: its own without the suffix, numbered where that is taken."""
+    names: list[str] = []
+    taken: set[str] = set()  # also on file systems that do not tell upper from lower case
+    for file in files:
+        stem = file.name[:-7] if file.name.lower().endswith(".nii.gz") else file.stem
+        name, count = stem, 1
+        while name.casefold() in taken:
+            count += 1
+            name = f"{stem}_{count}"
+        taken.add(name.casefold())
+        names.append(name)
+    return names
+
+
+def predicted(predictor: Predictor, files: Sequence[Path], watch: Callable[..., Any]) -> Iterator[list[Result]]:
+    """Yield the results of all inputs in groups; one that fails does not keep the others from being predicted."""
+    waiting: list[Sample] = []
+
+    def flush() -> list[Result]:
+        samples = list(waiting)
+        waiting.clear()
+        if not samples:
+            return []
+        try:
+            return predictor.predict(samples)
+        except BadInput as error:
+            return [Result(sample.number, sample.path, error=str(error)) for sample in samples]
+
+    for number, (path, name) in enumerate(watch(list(zip(files, output_names(files))))):
+        try:
+            sample = predictor.read(number, path, name)
+        except BadInput as error:
+            yield [Result(number, path, error=str(error))]
+            continue
+        if waiting and waiting[0].x.shape != sample.x.shape:
+            yield flush()
+        waiting.append(sample)
+        if len(waiting) == predictor.batch_size:
+            yield flush()
+    yield flush()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    settings = settings_of(arguments)
+    predictor = Predictor(load_trained(arguments.model), settings)
+    files = gather(arguments.input, predictor.suffixes, arguments.out)
+    results: list[Result] = []
+
+    def watch(inputs: Sequence[Any]) -> Any:
+        return tqdm(inputs, desc="predicting", unit="input", disable=None)  # silent where nobody watches
+
+    for group in predicted(predictor, files, watch):
+        for result in group:
+            if result.error and len(files) > 1:
+                tqdm.write(f"error: {result.error}", file=sys.stderr)
+        results += group
+    results.sort(key=lambda result: result.number)
+    failed = [result for result in results if result.error]
+    if len(failed) == len(results):
+        raise BadInput(failed[0].error if len(failed) == 1 else f"none of the {len(failed)} inputs could be predicted")
+    names, dense = predictor.names, predictor.dense
+    print("\n".join(printed(results, names, arguments.topk)))
+    settings.out.mkdir(parents=True, exist_ok=True)
+    about = {"model": arguments.model, "solver": repr(predictor.solver)}
+    if predictor.is_3d:
+        about["preprocessing"] = predictor.preprocessing.record()
+    text = {
+        "predictions.csv": as_csv(results, names, dense),
+        "predictions.json": as_json(results, names, dense, about),
+    }
+    for name, content in text.items():
+        write_atomically(settings.out / name, lambda path, content=content: path.write_text(content, encoding="utf-8"))
+    marked = sum(bool(result.warning) for result in results)
+    print(
+        f"{marked} of {len(results) - len(failed)} inputs did not converge in {predictor.solver.max_steps} solver steps"
+    )
+    print(f"saved: {settings.out}")
+    if failed:
+        raise BadInput(f"{len(failed)} of {len(results)} inputs have no prediction, see above")
+
+
+if __name__ == "__main__":
+    program(main)

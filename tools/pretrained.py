@@ -1,0 +1,114 @@
+"""A trained model from a name, the Hub, a folder or a file, with what its config.json says of classes and inputs."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from timm.data import ImageNetInfo
+from torch import nn
+
+import mdeq
+from tools import convert
+from tools.build import build_model, known_model
+from tools.card import DATASETS
+from tools.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_weights
+from tools.config import BadInput, ModelConfig, load_config
+
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model with weights, in eval mode.
+
+    Args:
+        model: the model.
+        config: its config.json; empty where there is none.
+        label_names: of its classes.
+    """
+
+    model: nn.Module
+    config: dict[str, Any]
+    label_names: tuple[str, ...]
+
+
+def load_trained(name: str) -> Trained:
+    """Return the model of a name, `hf-hub:ORG/NAME`, `local-dir:FOLDER`, a run's folder or a file of weights.
+
+    Beside a file of weights its config.json or the run's config.yaml is read; where there is neither, the weights are
+    those of the model that they fit, as tools/convert.py finds it.
+
+    Raises:
+        BadInput: if there is no such model, or it has no weights.
+    """
+    known = name.partition(".")[0] in mdeq.list_models()
+    path = Path(name.removeprefix("local-dir:"))
+    looks_like_path = "/" in name or path.suffix in WEIGHT_SUFFIXES or path.exists()
+    if name.startswith("local-dir:") or (looks_like_path and not known and not name.startswith("hf-hub:")):
+        model, config = _from_path(path)
+    else:
+        model = build_model(ModelConfig(name=known_model(name), pretrained=True), None, for_training=False)
+        config = _config_of(name, model)
+    if not isinstance(model, mdeq.MDEQ | mdeq.MDEQSegmenter):
+        raise BadInput(f"{name} is a {type(model).__name__}, which is no model of this package")
+    if model.num_classes < 1:
+        raise BadInput(f"{name} has no classes to predict")
+    return Trained(model.eval(), config, _label_names(model, config))
+
+
+def _from_path(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    folder = path if path.is_dir() else path.parent
+    if not path.exists():
+        raise BadInput(f"no checkpoint {path}")
+    if (folder / "config.json").is_file():
+        config = _read_json(folder / "config.json")
+        if config.get("architecture") not in mdeq.list_models():
+            raise BadInput(f"{folder} holds a model {config.get('architecture')}, which is none of this package's")
+        weights = path / WEIGHTS_FILE if path.is_dir() else path
+        source = ModelConfig(name=f"local-dir:{folder}", checkpoint=str(weights))
+        if not weights.exists():  # timm knows other names of the file
+            source = ModelConfig(name=f"local-dir:{folder}", pretrained=True)
+        return build_model(source, None, for_training=False), config
+    if not (folder / CONFIG_FILE).is_file():
+        return convert.load(path, None)[0], {}
+    source = load_config(folder / CONFIG_FILE).model
+    source.pretrained, source.checkpoint = False, str(path)
+    classifier = read_weights(path).get("classifier.weight")
+    return build_model(source, None if classifier is None else len(classifier), for_training=False), {}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} is damaged: {error}") from None
+    if not isinstance(config, dict):
+        raise BadInput(f"{path} is damaged: expected an object")
+    return config
+
+
+def _config_of(name: str, model: nn.Module) -> dict[str, Any]:
+    """Return the config.json of a model that was loaded by its name."""
+    if name.startswith("hf-hub:"):
+        repo, _, revision = name.removeprefix("hf-hub:").partition("@")
+        with mdeq.hub_errors(repo, revision or None):  # the model came from there: the file is in the cache
+            return _read_json(Path(hf_hub_download(repo, "config.json", revision=revision or None)))
+    release = mdeq.RELEASES.get(f"{name.partition('.')[0]}.{model.pretrained_cfg.get('tag')}")
+    return {} if release is None else dict(release.config)
+
+
+def _label_names(model: nn.Module, config: dict[str, Any]) -> tuple[str, ...]:
+    """Return a name for every class: those of config.json, those known of the data, else numbers."""
+    tag = str(model.pretrained_cfg.get("tag") or "")
+    names = config.get("label_names") or model.pretrained_cfg.get("label_names") or ()
+    if isinstance(names, dict):  # timm allows a dictionary by number
+        names = [names.get(str(k), names.get(k, f"class {k}")) for k in range(model.num_classes)]
+    if not names and tag in DATASETS:
+        names = DATASETS[tag].labels
+    if not names and "in1k" in tag and model.num_classes == 1000:
+        names = [ImageNetInfo().index_to_description(k) for k in range(1000)]
+    if isinstance(names, str) or len(names) > model.num_classes:
+        raise BadInput(f"label_names in config.json are not those of {model.num_classes} classes")
+    return tuple(map(str, names)) + tuple(f"class {k}" for k in range(len(names), model.num_classes))
