@@ -1,7 +1,8 @@
 """How to differentiate through an equilibrium: estimators, each of which owns the forward solve."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -39,10 +40,16 @@ class _Implicit(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, f_z: Tensor, z: Tensor, value: Tensor, solver: FixedPointSolver, record: list[SolveStats]
+        ctx: Any,
+        f_z: Tensor,
+        z: Tensor,
+        value: Tensor,
+        solver: FixedPointSolver,
+        start: Callable[[Tensor], Tensor],
+        record: list[SolveStats],
     ) -> Tensor:
         ctx.save_for_backward(f_z, z)
-        ctx.solver, ctx.record = solver, record
+        ctx.solver, ctx.start, ctx.record = solver, start, record
         return value.clone()
 
     @staticmethod
@@ -59,12 +66,12 @@ class _Implicit(torch.autograd.Function):
         def adjoint(u: Tensor) -> Tensor:
             return vjp(f_z, z, u, retain_graph=True) + rhs
 
-        u, stats = ctx.solver(adjoint, torch.zeros_like(rhs))
+        u, stats = ctx.solver(adjoint, ctx.start(rhs))
         ctx.record.append(stats)
         # Where no step was possible, zero would pass for a gradient.
         lost = (stats.status == SolveStatus.NONFINITE) & (stats.num_steps == 0)
         u = u.masked_fill(lost.unsqueeze(1), float("nan"))
-        return u * size, None, None, None, None
+        return u * size, None, None, None, None, None
 
 
 @dataclass(frozen=True)
@@ -76,12 +83,16 @@ class ImplicitGradient:
 
     Args:
         solver: the backward solver.
+        warm_start: start the backward solve from what the forward solver learnt of the Jacobian (Broyden does), which
+            keeps its memory until then and every sample in the batch.
 
     Reference:
         Bai, Kolter and Koltun 2019, Deep Equilibrium Models, Theorem 1.
+        Ramzi et al. 2022, SHINE: SHaring the INverse Estimate from the forward pass.
     """
 
     solver: FixedPointSolver = Broyden()
+    warm_start: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "solver", build_solver(self.solver))
@@ -89,12 +100,15 @@ class ImplicitGradient:
     def solve(
         self, fn: FlatFn, z0: Tensor, solver: FixedPointSolver, *, training: bool
     ) -> tuple[Tensor, SolveStats, list[SolveStats]]:
-        z_star, stats = solver(fn, z0)
+        differentiable = torch.is_grad_enabled()
+        z_star, stats, memory = solver.solve(fn, z0, compact=not (self.warm_start and differentiable))
         record: list[SolveStats] = []
-        if not torch.is_grad_enabled():
+        if not differentiable:
             return (fn(z_star) if training else z_star), stats, record
+        start = partial(solver.inverse_transposed, memory, stats) if self.warm_start else torch.zeros_like
         z, f_z = evaluate(fn, z_star)
-        return _Implicit.apply(f_z, z, f_z.detach() if training else z_star, self.solver, record), stats, record
+        value = f_z.detach() if training else z_star
+        return _Implicit.apply(f_z, z, value, self.solver, start, record), stats, record
 
 
 class _Substitute(torch.autograd.Function):

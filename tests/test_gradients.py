@@ -483,3 +483,46 @@ def test_diagnostics_under_inference_mode() -> None:
         z = torch.zeros(2, 3)
         assert spectral_radius(lambda z: -0.5 * z, z).tolist() == pytest.approx([0.5, 0.5], rel=1e-6)
         assert jacobian_frobenius(lambda z: -0.5 * z, z) > 0
+
+
+@pytest.mark.parametrize("history", [None, 4])
+def test_warm_start_of_the_backward_solve(history: int | None) -> None:
+    """It starts nearer to the solution, ends at the same one, and takes fewer steps."""
+    f = Affine(radius=0.9, batch=4, dim=20)
+    forward = Broyden(tol=1e-10, max_steps=80, history=history)
+    results = {}
+    for warm in (False, True):
+        deq = DEQ(forward, ImplicitGradient(Broyden(tol=1e-10, max_steps=80), warm_start=warm))
+        eq = deq(f, f.zeros)
+        grads = f.backward(eq)
+        results[warm] = (eq.backward_stats[0], grads)
+    for actual, expected in zip(results[True][1], f.closed_form()[1:]):
+        assert relative(actual, expected) < 1e-8
+    cold, warm = results[False][0], results[True][0]
+    assert (warm.trace[0] < 0.9 * cold.trace[0]).all()
+    assert warm.num_steps.sum() < cold.num_steps.sum()
+
+
+def test_the_transposed_inverse_is_that_of_the_textbook_update() -> None:
+    """Good Broyden's inverse, built as a matrix from the same steps, sample by sample."""
+    f = Affine(radius=0.9, batch=3, dim=8)
+    iterates = []
+
+    def recorded(z: Tensor) -> Tensor:
+        iterates.append(z)
+        return f((z,))[0]
+
+    solver = Broyden(tol=0.0, max_steps=6)
+    with torch.no_grad():
+        _, stats, memory = solver.solve(recorded, f.zeros[0])
+        actual = solver.inverse_transposed(memory, stats, f.upstream)
+        for i in range(3):
+            inverse = -torch.eye(8, dtype=torch.float64)
+            points = [z[i] for z in iterates[:6]]  # the last step's own update has no direction after it
+            images = [f((z,))[0][i] for z in iterates[:6]]
+            for k in range(5):
+                dz = points[k + 1] - points[k]
+                dg = (images[k + 1] - points[k + 1]) - (images[k] - points[k])
+                h_dg = inverse @ dg
+                inverse = inverse + torch.outer(dz - h_dg, dz @ inverse) / (dz @ h_dg)
+            assert relative(actual[i], -inverse.mT @ f.upstream[i]) < 1e-9

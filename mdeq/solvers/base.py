@@ -137,9 +137,27 @@ class FixedPointSolver(ABC):
         z = z + step
         return z, fn(z), 1
 
-    @torch.no_grad()
+    def inverse_transposed(self, memory: Any, stats: SolveStats, w: Tensor) -> Tensor:
+        """Return an estimate of `(I - J)^-T w` `(B, D)` from what a solve remembers of J; w where that is nothing.
+
+        It is where the linear system of the implicit gradient may start (Ramzi et al. 2022, SHINE).
+
+        Args:
+            memory: of a solve, as `solve` returns it.
+            stats: of the same solve.
+            w: `(B, D)`.
+        """
+        return w
+
     def __call__(self, fn: FlatFn, z0: Tensor) -> tuple[Tensor, SolveStats]:
-        """Return the best iterate of each sample `(B, D)` and what happened. Never raises on failure of a solve.
+        """Return the best iterate of each sample `(B, D)` and what happened; see `solve`."""
+        return self.solve(fn, z0)[:2]
+
+    @torch.no_grad()
+    def solve(self, fn: FlatFn, z0: Tensor, *, compact: bool = True) -> tuple[Tensor, SolveStats, Any]:
+        """Return the best iterate of each sample `(B, D)`, what happened, and the solver's memory at the end.
+
+        Never raises on failure of a solve.
 
         The starting point does not compete as best iterate: it is returned only where it has converged already or where
         no later iterate is finite.
@@ -147,6 +165,7 @@ class FixedPointSolver(ABC):
         Args:
             fn: the map, see `FlatFn`.
             z0: `(B, D)` starting points; their dtype is the dtype of the solve.
+            compact: whether finished samples may leave the batch; the memory is then that of those that stayed.
 
         Raises:
             ValueError: for a z0 that is no floating-point `(B, D)`, or an fn that changes its shape.
@@ -175,7 +194,7 @@ class FixedPointSolver(ABC):
                 if num_active == 0:
                     break
                 # Compaction copies the memory, so it waits until it saves a quarter of the evaluations.
-                if num_active <= 0.75 * batch and hasattr(fn, "take"):
+                if compact and num_active <= 0.75 * batch and hasattr(fn, "take"):
                     index = progress.active.nonzero().squeeze(1)
                     outer.append((progress, index))
                     progress, memory, fn = progress.take(index), memory.take(index), fn.take(index)
@@ -190,7 +209,7 @@ class FixedPointSolver(ABC):
         for whole, index in reversed(outer):
             progress = whole.merge(index, progress)
         forget_casts(z0)
-        return progress.best, progress.stats(nfe)
+        return progress.best, progress.stats(nfe), memory
 
 
 @dataclass

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import FixedPointSolver, FlatFn, _require_count, is_static
+from .base import FixedPointSolver, FlatFn, SolveStats, _require_count, is_static
 
 
 @dataclass
@@ -87,6 +87,18 @@ class Broyden(FixedPointSolver):
         step = torch.baddbmm(g.unsqueeze(1), weights.unsqueeze(1), past).squeeze(1) / denominator
         memory.d[:, k] = step
         return step
+
+    def inverse_transposed(self, memory: _Directions, stats: SolveStats, w: Tensor) -> Tensor:
+        # The directions are those of the last `count` steps; a sample that had stopped before took no part in the rest.
+        steps = len(stats.trace) - 1
+        valid = stats.num_steps - (steps - memory.count)
+        for j in reversed(range(memory.count - 1)):
+            d, following = memory.d[:, j], memory.d[:, j + 1]
+            square = torch.linalg.vecdot(d, d)
+            u = following - (1 - memory.length[:, j : j + 1]) * d
+            share = torch.where((j + 1 < valid) & (square > 0), torch.linalg.vecdot(u, w) / square, 0)
+            w = w + share.unsqueeze(1) * d
+        return w
 
     @staticmethod
     def _append_row(memory: _Directions, gram: Tensor, short: Tensor) -> None:
