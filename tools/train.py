@@ -19,10 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch._functorch.config
 from omegaconf import OmegaConf
-from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2, list_optimizers
-from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -40,13 +37,12 @@ from tools.checkpoint import (
     save_state,
     write_atomically,
 )
-from tools.config import DEFAULT_CONFIG, BadInput, TrainConfig, config_yaml, load_config, nearest, split_overrides
+from tools.config import DEFAULT_CONFIG, BadInput, TrainConfig, config_yaml, load_config, split_overrides
 from tools.engine import Trainer, evaluate, train_epoch
+from tools.optim import build_mixup, build_optimizer, build_scheduler
 from tools.report import RunLog, headline_lines, program, result_lines
 from tools.results import circumstances, evaluation, write_results
 from tools.tasks import build_task, check_task
-
-SCHEDULES = ("cosine", "step", "multistep", "tanh", "poly", "wsd", "rsqrt", "constant", "none")
 
 
 def parse_arguments() -> tuple[Path, TrainConfig]:
@@ -127,7 +123,7 @@ class Run:
 
     def _trainer(self) -> Trainer:
         config, process, model = self.config, self.process, self.model
-        optim, data = config.optim, config.data
+        optim = config.optim
         if process.world_size > 1 and process.device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(model)  # before anything holds on to the batch norms it replaces
         frozen = build.freeze(model, config.model)
@@ -135,56 +131,9 @@ class Run:
             # The implicit gradient goes through the backward graph of one evaluation many times.
             torch._functorch.config.donated_buffer = False
             model.equilibrium.cell.compile(dynamic=True)
-        if optim.name not in list_optimizers():
-            raise BadInput(f"unknown optim.name {optim.name}; {nearest(optim.name, list_optimizers())}")
-        try:
-            optimizer = create_optimizer_v2(
-                model,
-                opt=optim.name,
-                lr=optim.lr,
-                weight_decay=optim.weight_decay,
-                momentum=optim.momentum,
-                layer_decay=optim.layer_decay,
-            )
-        except (ValueError, TypeError, AssertionError, RuntimeError, ImportError) as error:
-            raise BadInput(f"optim.name={optim.name}: {error}") from None
-        if optim.schedule not in SCHEDULES:
-            raise BadInput(f"unknown optim.schedule {optim.schedule}; {nearest(optim.schedule, SCHEDULES)}")
-        try:
-            scheduler, _ = create_scheduler_v2(
-                optimizer,
-                sched=optim.schedule,
-                num_epochs=config.run.epochs,
-                warmup_epochs=optim.warmup_epochs,
-                warmup_lr=optim.min_lr,
-                warmup_prefix=False,
-                min_lr=optim.min_lr,
-                decay_epochs=optim.decay_epochs,
-                decay_rate=optim.decay_rate,
-                step_on_epochs=False,
-                updates_per_epoch=len(self.train_batches),
-            )
-        except (ValueError, AssertionError, RuntimeError) as error:
-            raise BadInput(f"optim.schedule={optim.schedule}: {error}") from None
-        if scheduler is not None:
-            scheduler.step_update(0)
-        else:  # it is the scheduler that applies the layer-wise rates
-            for group in optimizer.param_groups:
-                group["lr"] *= group.get("lr_scale", 1.0)
-        mixup = None
-        criterion = self.task.criterion
-        if data.mixup > 0 or data.cutmix > 0:
-            if data.batch_size // process.world_size % 2:
-                raise BadInput(
-                    f"mixup needs an even number of images per process, got data.batch_size={data.batch_size}"
-                )
-            mixup = Mixup(
-                mixup_alpha=data.mixup,
-                cutmix_alpha=data.cutmix,
-                label_smoothing=optim.label_smoothing,
-                num_classes=model.num_classes,
-            )
-            criterion = SoftTargetCrossEntropy()
+        optimizer = build_optimizer(optim, model)
+        scheduler = build_scheduler(optim, optimizer, config.run.epochs, len(self.train_batches))
+        mixup = build_mixup(config, model.num_classes, process)
         ema = None
         if optim.ema_decay is not None:
             ema = ModelEmaV3(model, decay=optim.ema_decay, use_warmup=True)
@@ -199,7 +148,7 @@ class Run:
             optimizer=optimizer,
             scheduler=scheduler,
             task=self.task,
-            criterion=criterion,
+            criterion=self.task.criterion if mixup is None else SoftTargetCrossEntropy(),
             optim=optim,
             deq=config.deq,
             process=process,
