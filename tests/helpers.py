@@ -30,6 +30,7 @@ import tools.predict
 import tools.publish
 import tools.train
 import tools.validate
+import tools.windows
 from tools.batches import Process
 from tools.config import TrainConfig, load_config
 from tools.data import CIFAR_CLASSES
@@ -45,6 +46,7 @@ MAIN = {
     "publish": tools.publish.main,
     "train": tools.train.main,
     "validate": tools.validate.main,
+    "windows": tools.windows.main,
 }
 
 # The whole test_mdeq: at 16x16 its smallest maps have one pixel.

@@ -9,7 +9,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["downstream.md", "equilibria.md"])
+@pytest.mark.parametrize("page", ["dense.md", "downstream.md", "equilibria.md"])
 def test_page_runs(page: str) -> None:
     path = DOCS / page
     text = path.read_text()

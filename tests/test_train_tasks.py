@@ -103,6 +103,17 @@ def test_windows_of_the_size_of_the_volume_change_nothing(segmented: tuple[Path,
     assert "test mean Dice" in run("validate", "--checkpoint", folder, "data.inference=sliding").ok()
 
 
+def test_windows_are_compared(segmented: tuple[Path, str], tmp_path: Path) -> None:
+    out = run("windows", "--checkpoint", segmented[0], "--window", 16, "--count", 1).ok()
+    assert "cold starts: " in out
+    assert "warm starts: " in out
+    assert "3.00 evaluations a window" in out  # two steps
+    assert "1 of 1 bit for bit the same" in out
+    assert "0.000 % of the labels differ" in run("windows", "--checkpoint", segmented[0], "--window", 96).ok()
+    assert "--window must be >= 16" in run("windows", "--checkpoint", segmented[0], "--window", 8).refusal()
+    assert "no config" in run("windows", "--checkpoint", tmp_path).refusal()
+
+
 @pytest.mark.parametrize("task", [SEGMENTER, CLASSIFIER], ids=["segmentation", "classification"])
 def test_resumed_run_of_volumes_is_the_uninterrupted_one(task: tuple[str, ...], volumes: Path, tmp_path: Path) -> None:
     words = (*task, "data.augment=volume", "data.flip_axes=[0]", "run.epochs=2", "run.eval_every=2")

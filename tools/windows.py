@@ -1,0 +1,108 @@
+"""Compare prediction in one piece with prediction in windows that overlap, from cold and from warm starts.
+
+    python tools/windows.py --checkpoint runs/NAME/model.safetensors --window 32 --overlap 0.5 --count 20 data.root=DIR
+
+For inputs of the test split: the share of labels that differ between one piece and windows weighted by a Gaussian, the
+evaluations of f that the windows took from zero and from the equilibria of their neighbours, and whether a repetition
+gives the same bits.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mdeq import SolveStats, WarmStart
+from tools.build import start_process
+from tools.checkpoint import CONFIG_FILE
+from tools.config import BadInput, TrainConfig, load_config, split_overrides
+from tools.report import program
+from tools.validate import load
+from tools.volumes import optional
+
+
+class ColdStart:
+    """A segmenter as the predictor of a sliding window; keeps the statistics of its solves."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.stats: list[SolveStats] = []
+
+    @torch.no_grad()
+    def __call__(self, windows: Tensor, places: object) -> Tensor:
+        logits, equilibrium = self.model(windows, return_equilibrium=True)
+        self.stats.append(equilibrium.stats)
+        return logits
+
+
+def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, help="weights, with the run's config.yaml beside them"
+    )
+    parser.add_argument("--window", type=int, default=32, help="side of a window, at least 16")
+    parser.add_argument("--overlap", type=float, default=0.5, help="share of a side, in [0, 1)")
+    parser.add_argument("--count", type=int, default=20, help="how many inputs of the split")
+    overrides, rest = split_overrides(sys.argv[1:])
+    arguments = parser.parse_args(rest)
+    if arguments.window < 16 or not 0 <= arguments.overlap < 1 or arguments.count < 1:
+        raise BadInput("--window must be >= 16, --overlap in [0, 1), --count >= 1")
+    folder = arguments.checkpoint if arguments.checkpoint.is_dir() else arguments.checkpoint.parent
+    config = load_config(folder / CONFIG_FILE, [*overrides, "data.batch_size=1"])
+    if config.task != "segmentation":
+        raise BadInput(f"a segmenter is needed, the task of {folder} is {config.task}")
+    config.model.checkpoint, config.model.pretrained = str(arguments.checkpoint), False
+    return arguments, config
+
+
+@torch.no_grad()
+def compare(model: nn.Module, x: Tensor, window: int, overlap: float) -> dict[str, float]:
+    """Return shares, counts and whether two repetitions agree for one input `(1, C, *S)`."""
+    sliding = optional("monai.inferers", "volumes").sliding_window_inference
+
+    def predict(predictor: ColdStart | WarmStart) -> Tensor:
+        roi = [window] * (x.ndim - 2)
+        return sliding(x, roi, 1, predictor, overlap, mode="gaussian", with_coord=True)
+
+    whole, cold, warm = model(x).argmax(1), ColdStart(model), WarmStart(model)
+    labels, logits = predict(cold).argmax(1), predict(warm)
+    stats = {"cold": cold.stats, "warm": list(warm.stats)}
+    row = {
+        "differs": float((labels != whole).float().mean()),
+        "differs_warm": float((logits.argmax(1) != whole).float().mean()),
+        "windows": len(cold.stats),
+        "same_bits": float(torch.equal(predict(warm), logits)),
+    }
+    for name, solves in stats.items():
+        row[f"{name}_evaluations"] = sum(s.nfe for s in solves)
+        row[f"{name}_converged"] = sum(int(s.converged.sum()) for s in solves)
+    return row
+
+
+def main() -> None:
+    arguments, config = parse_arguments()
+    process = start_process(config.run)
+    model, batches = load(config, process)
+    rows = []
+    for x, _ in tqdm(batches.epoch(), total=min(arguments.count, len(batches)), desc="inputs", disable=None):
+        rows.append(compare(model, x.to(model.stem.conv1.weight), arguments.window, arguments.overlap))
+        if len(rows) == arguments.count:
+            break
+    total = {name: sum(row[name] for row in rows) for name in rows[0]}
+    print(f"{len(rows)} inputs, windows of {arguments.window} overlapping by {arguments.overlap:g}, {model.deq.solver}")
+    for name, key in (("cold", "differs"), ("warm", "differs_warm")):
+        print(
+            f"{name} starts: {100 * total[key] / len(rows):.3f} % of the labels differ from those in one piece, "
+            f"{total[f'{name}_evaluations'] / total['windows']:.2f} evaluations a window, "
+            f"{100 * total[f'{name}_converged'] / total['windows']:.1f} % of {total['windows']:.0f} windows converged"
+        )
+    print(f"repetition: {total['same_bits']:.0f} of {len(rows)} bit for bit the same")
+
+
+if __name__ == "__main__":
+    program(main)
