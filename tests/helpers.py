@@ -26,6 +26,7 @@ from sklearn.utils import Bunch
 from torch import Tensor
 
 import tools.convert
+import tools.export
 import tools.predict
 import tools.publish
 import tools.train
@@ -42,6 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = Path(__file__).parent / "data" / "tiny.yaml"
 MAIN = {
     "convert": tools.convert.main,
+    "export": tools.export.main,
     "predict": tools.predict.main,
     "publish": tools.publish.main,
     "train": tools.train.main,

@@ -7,9 +7,10 @@ import pytest
 
 DOCS = Path(__file__).parent.parent / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PAGES = ["dense.md", "downstream.md", "equilibria.md", pytest.param("export.md", marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize("page", ["dense.md", "downstream.md", "equilibria.md"])
+@pytest.mark.parametrize("page", PAGES)
 def test_page_runs(page: str) -> None:
     path = DOCS / page
     text = path.read_text()

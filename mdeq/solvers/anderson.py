@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from .base import FixedPointSolver, _require, _require_count, _require_number
+from .base import FixedPointSolver, _require, _require_count, _require_number, is_static
 
 
 @dataclass
@@ -82,5 +82,22 @@ class Anderson(FixedPointSolver):
         ridge = max(self.ridge, 10 * torch.finfo(half).eps)
         system = gram * scale.unsqueeze(1) * scale.unsqueeze(2)
         system = system + ridge * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-        # The checked version would raise on one bad sample, and wait for the device to do so.
-        return (torch.linalg.solve_ex(system, rhs * scale)[0] * scale).to(half)
+        if is_static(rhs):
+            gamma = _eliminate(system, rhs * scale)
+        else:  # the checked version would raise on one bad sample, and wait for the device to do so
+            gamma = torch.linalg.solve_ex(system, rhs * scale)[0]
+        return (gamma * scale).to(half)
+
+
+def _eliminate(matrix: Tensor, rhs: Tensor) -> Tensor:
+    """Solve small positive definite systems `(B, M, M)`, `(B, M)` by Gauss-Jordan elimination without pivoting.
+
+    In graphs: ONNX has no operator that solves a linear system.
+    """
+    table = torch.cat((matrix, rhs.unsqueeze(2)), dim=2)  # (B, M, M + 1)
+    unit = torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
+    for k in range(matrix.shape[1]):
+        row = table[:, k : k + 1] / table[:, k : k + 1, k : k + 1]
+        # Column k becomes that of the unit matrix: row k is replaced, a multiple of it taken off the others.
+        table = table - (table[:, :, k : k + 1] - unit[k].unsqueeze(1)) * row
+    return table[:, :, -1]
