@@ -136,7 +136,6 @@ class PixelTally(MeanLoss):
         metrics = optional("torchmetrics.classification", "seg")
         count, self.class_names = len(class_names), class_names
         self.confusion = metrics.MulticlassConfusionMatrix(count, ignore_index=ignored, sync_on_compute=False)
-        self.iou = metrics.MulticlassJaccardIndex(count, average="none", ignore_index=ignored, sync_on_compute=False)
         self.confusion.to(process.device)
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:

@@ -138,5 +138,5 @@ def program(main: Callable[[], None]) -> None:
         print(f"error: {message.removeprefix('tools.config.BadInput: ')}", file=sys.stderr, flush=True)
         os._exit(2) if "RANK" in os.environ else sys.exit(2)  # the other processes must not wait for this one
     except KeyboardInterrupt:
-        print("interrupted; run.resume=true goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
