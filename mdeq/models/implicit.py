@@ -74,7 +74,7 @@ class MultiscaleDEQ(nn.Module):
         if z0 is not None:
             given = [tuple(z.shape) for z in z0] if isinstance(z0, (tuple, list)) else type(z0).__name__
             if given != [tuple(z.shape) for z in start]:
-                raise ValueError(f"z0 must be tensors of shapes {[tuple(z.shape) for z in start]}, got {given}")
+                raise ValueError(f"z0 must have shapes {[tuple(z.shape) for z in start]}, got {given}")
             start = tuple(z.to(s) for z, s in zip(z0, start))
         # With everything upstream frozen no backward solve is due, although f(z) depends on z.
         learns = injection.requires_grad or any(p.requires_grad for p in self.cell.parameters())
