@@ -571,3 +571,12 @@ def test_without_a_network(name: str, cut_off: Talk, finished: Path) -> None:
 
 def test_without_a_network_or_cache(cut_off: Talk) -> None:
     assert re.search(r"cannot be reached for .*; connect and try again", cut_off.problem("create test_mdeq.cut"))
+
+
+def test_names_of_labels_are_those_of_the_weights_that_are_there() -> None:
+    def names(**kwargs: Any) -> Any:
+        return timm.create_model("mdeq_tiny_cifar", **kwargs).pretrained_cfg.get("label_names")
+
+    assert names(pretrained=True)[0] == "airplane"
+    assert names() is None
+    assert names(pretrained=True, num_classes=4) is None

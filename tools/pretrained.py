@@ -101,7 +101,7 @@ def _config_of(name: str, model: nn.Module) -> dict[str, Any]:
 
 def _label_names(model: nn.Module, config: dict[str, Any]) -> tuple[str, ...]:
     """Return a name for every class: those of config.json, those known of the data, else numbers."""
-    tag = str(model.pretrained_cfg.get("tag") or "")
+    tag = str(config.get("pretrained_cfg", {}).get("tag") or "")  # of the weights; the model's own may be of others
     names = config.get("label_names") or model.pretrained_cfg.get("label_names") or ()
     if isinstance(names, dict):  # timm allows a dictionary by number
         names = [names.get(str(k), names.get(k, f"class {k}")) for k in range(model.num_classes)]

@@ -85,6 +85,9 @@ def create(
             feature_cfg=dict(out_indices=tuple(range(len(taps))), feature_cls=Features),
             **args,
         )
+    names = model.pretrained_cfg.get("label_names")
+    if names and not (pretrained and len(names) == getattr(model, "num_classes", 0)):
+        del model.pretrained_cfg["label_names"]  # they are those of weights that are not there
     model._model_args = brought  # timm adds the caller's arguments, and saves all of them in a config.json
     return model
 
