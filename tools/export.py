@@ -139,6 +139,9 @@ def save_onnx(graph: torch.export.ExportedProgram, path: Path, names: dict[int, 
     )
     for node in made.model.graph:
         node.metadata_props.clear()
+        # The exporter adds a bias of zeros where there is none; that of 3D convolutions has the wrong shape.
+        if node.op_type == "Conv" and len(node.inputs) == 3 and node.inputs[2].producer() is not None:
+            node.resize_inputs(2)
     made.model.metadata_props.update(about)
     made.save(str(path))
 
