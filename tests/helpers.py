@@ -128,7 +128,7 @@ def make_config(folder: Path, *words: str) -> TrainConfig:
 def make_run(folder: Path, *words: str) -> tools.train.Run:
     """Return what tools/train.py trains by the tiny config, before its first step."""
     with mock.patch("tools.data.load_digits", few_digits):
-        return tools.train.Run(make_config(folder, *words), "tiny", Process())
+        return tools.train.Run(make_config(folder, *words), folder, Process())
 
 
 def losses(run: tools.train.Run, count: int) -> list[float]:

@@ -76,7 +76,8 @@ def test_unreadable_image(split: str, how: str, workers: int, tmp_path: Path) ->
     words = [*FOLDER, f"data.root={tmp_path / 'data'}", f"data.workers={workers}", "data.batch_size=8"]
     line = spawn_train(tmp_path / "run", *words).refusal()
     assert os.path.join("data", split, "bee", "001.png") in line
-    assert_nothing_partial(tmp_path / "run")
+    if split == "train":
+        assert_nothing_partial(tmp_path / "run")
 
 
 def test_unreadable_image_under_a_progress_bar(tmp_path: Path) -> None:
@@ -195,15 +196,15 @@ def test_hostile_pickles_do_not_run(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(hostile))
     (tmp_path / "script.pt").write_bytes(b"cos\nsystem\n(S'touch " + str(ran).encode() + b"'\ntR.")
     for name in ("zip.pt", "legacy.pt", "plain.pt", "script.pt"):
-        with warnings.catch_warnings():  # torch warns of a plain pickle of another protocol
-            warnings.simplefilter("ignore")
-            words = ["--config", trained / "config.yaml", "--checkpoint", tmp_path / name]
-            assert name in validate(*words).refusal()
-            assert name in train(tmp_path / "run", f"model.checkpoint={tmp_path / name}").refusal()
-            assert not (tmp_path / "run").exists()
-            (tmp_path / "resumed").mkdir(exist_ok=True)
-            shutil.copy(tmp_path / name, tmp_path / "resumed" / "checkpoint.pt")
-            assert "checkpoint.pt" in train(tmp_path / "resumed", "run.resume=true").refusal()
+        words = ["--config", trained / "config.yaml", "--checkpoint", tmp_path / name]
+        line = validate(*words).refusal()
+        assert name in line
+        assert "weights_only" not in line  # no advice to read it with trust
+        assert name in train(tmp_path / "run", f"model.checkpoint={tmp_path / name}").refusal()
+        assert not (tmp_path / "run").exists()
+        (tmp_path / "resumed").mkdir(exist_ok=True)
+        shutil.copy(tmp_path / name, tmp_path / "resumed" / "checkpoint.pt")
+        assert "checkpoint.pt" in train(tmp_path / "resumed", "run.resume=true").refusal()
         assert not ran.exists()
     torch.load(tmp_path / "zip.pt", weights_only=False)  # the trap works
     assert ran.exists()
@@ -326,7 +327,7 @@ def test_write_atomically_leaves_the_old_file_where_writing_fails(tmp_path: Path
         temporary.write_text("new, half")
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(BadInput, match="disk full"):
         write_atomically(path, fail)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert path.read_text() == "old"

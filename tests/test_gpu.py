@@ -44,7 +44,7 @@ def test_solve_in_mixed_precision(solver: mdeq.FixedPointSolver) -> None:
 def test_training(amp: str, tmp_path: Path) -> None:
     words = ["model.name=test_mdeq", "data.num_train=64", "data.image_size=32", "data.cache_on_device=true"]
     words += ["run.epochs=2", "run.progress=false", f"run.amp={amp}", f"run.out_dir={tmp_path / 'run'}"]
-    run = Run(load_config(None, words), "gpu", Process(device=torch.device("cuda", 0)))
+    run = Run(load_config(None, words), tmp_path / "run", Process(device=torch.device("cuda", 0)))
     assert run.train()
     assert run.trainer.num_steps == 2
     assert (tmp_path / "run" / "model.safetensors").exists()

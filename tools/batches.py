@@ -71,6 +71,16 @@ class ImageSpec:
         return cls((in_chans, height, width), mean, std, cfg["interpolation"], cfg["crop_pct"])
 
 
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Raise BadInput if one of the labels `(B,)` is no class of the model: on a GPU it would end in an assertion."""
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        raise BadInput(
+            f"the data have the label {low if low < 0 else high}, the model has the classes 0 to {num_classes - 1}; "
+            "set data.num_classes"
+        )
+
+
 def seed_of(*numbers: int) -> int:
     """Return one seed for a tuple of numbers, such as seed, epoch and step."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])

@@ -27,6 +27,15 @@ _UNUSABLE = (
 )  # fmt: skip
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
+ELSEWHERE = {
+    "num_classes": "data.num_classes",
+    "pretrained": "model.pretrained",
+    "checkpoint_path": "model.checkpoint",
+    "solver": "model.solver",
+    "gradient": "model.gradient",
+}
+"""Arguments of a model that have settings of their own."""
+
 
 def find_device(name: str, setting: str) -> torch.device:
     """Return a device by its name; auto is a GPU where there is one.
@@ -110,6 +119,9 @@ def build_model(config: ModelConfig, num_classes: int | None, *, for_training: b
         BadInput: for an unknown model or argument, or weights that do not fit.
     """
     kwargs = dict(config.kwargs)
+    for name, setting in ELSEWHERE.items():
+        if name in kwargs:
+            raise BadInput(f"model.kwargs.{name} is not set there but by {setting}")
     for name in ("solver", "gradient"):
         if getattr(config, name) is not None:
             kwargs[name] = getattr(config, name)
@@ -119,6 +131,9 @@ def build_model(config: ModelConfig, num_classes: int | None, *, for_training: b
         model = timm.create_model(known_model(config.name), pretrained=config.pretrained, **kwargs)
     except _UNUSABLE as error:
         raise BadInput(f"model {config.name}: {_reason(error)}") from None
+    unpooled = isinstance(model, mdeq.MDEQ) and not model.global_pool.pool_type
+    if unpooled or not isinstance(model, mdeq.MDEQ | mdeq.MDEQSegmenter):
+        raise BadInput(f"model {config.name} with {config.kwargs} is no classifier or segmenter of this package")
     if config.checkpoint is not None:
         classifier = model.pretrained_cfg["classifier"]
         left = load_weights(model, config.checkpoint, classifier=classifier, new_classifier=for_training)
@@ -166,10 +181,15 @@ def build_split(
     return build_batches(config.data, spec, process, training=training, seed=config.run.seed)
 
 
-def check_classes(model: nn.Module, found: int | None, origin: str) -> None:
-    """Raise BadInput if data have more classes than a model."""
-    if found is not None and found > model.num_classes:
-        raise BadInput(f"{origin} has {found} classes, the model {model.num_classes}; set data.num_classes={found}")
+def check_classes(model: nn.Module, found: int | None, origin: str, *, exactly: bool = False) -> None:
+    """Raise BadInput if data have more classes than a model, or, if it is to be `exactly` as many, fewer."""
+    if found is None or found == model.num_classes or (found < model.num_classes and not exactly):
+        return
+    fix = f"set data.num_classes={found}"
+    if exactly:
+        fix = f"say data.num_classes={model.num_classes} if its labels are the first ones of the model"
+        fix = fix if found < model.num_classes else "its labels are not those of the model"
+    raise BadInput(f"{origin} has {found} classes, the model {model.num_classes}; {fix}")
 
 
 def data_record(config: TrainConfig, batches: Batches) -> dict[str, Any]:

@@ -6,7 +6,8 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,33 @@ def check_folder(path: Path) -> None:
             raise BadInput(f"{place} is a file, no folder to write to")
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, if it is not there, and those above it.
+
+    Raises:
+        BadInput: if that cannot be done.
+    """
+    check_folder(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"cannot make {path}: {error.strerror}") from None
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what goes wrong when a file is written, on a full disk say, into one line.
+
+    Raises:
+        BadInput: if it cannot be written.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch and safetensors have their own words for it
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise BadInput(f"cannot write {path}: {reason}") from None
+
+
 def clear_leftovers(folder: Path) -> None:
     """Remove the half-written files that a kill left in a run's folder."""
     for name in (STATE_FILE, WEIGHTS_FILE, CONFIG_FILE, RESULTS_FILE, "config.json", "log.csv", "export"):
@@ -41,17 +69,22 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Have `write` fill a file beside `path`, then put it in place: a kill leaves the old file or the new one."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(Path(name))
-        with open(name, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    """Have `write` fill a file beside `path`, then put it in place: a kill leaves the old file or the new one.
+
+    Raises:
+        BadInput: if it cannot be written; the old file stays.
+    """
+    with writing(path):
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        try:
+            write(Path(name))
+            with open(name, "rb") as file:
+                os.fsync(file.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        finally:
+            Path(name).unlink(missing_ok=True)
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
@@ -93,7 +126,7 @@ def export(model: nn.Module, folder: Path, record: dict[str, Any] | None = None)
 
     What `record` says of the data, such as label names and preprocessing, is added to config.json.
     """
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".export.") as temporary:
+    with writing(folder / "config.json"), tempfile.TemporaryDirectory(dir=folder, prefix=".export.") as temporary:
         save_for_hf(model, temporary, model_config=record, safe_serialization=True)
         write_atomically(folder / "config.json", lambda path: os.replace(Path(temporary) / "config.json", path))
     weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
@@ -126,6 +159,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             break
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise BadInput(f"{path} holds no weights")
+    odd = [k for k, v in content.items() if v.layout != torch.strided or v.is_meta or v.is_quantized or v.is_complex()]
+    if odd:
+        raise BadInput(f"{path} holds tensors that are no weights (sparse, quantised, complex or meta): {odd[0]}")
     return dict(content)
 
 
@@ -168,6 +204,8 @@ def load_weights(model: nn.Module, path: str | Path, *, classifier: str, new_cla
         weights = mdeq.translate_checkpoint(read_weights(path), model)
     except ValueError as error:
         raise BadInput(f"{path}: {error}") from None
+    except (AttributeError, LookupError, RuntimeError, TypeError) as error:  # shapes that no checkpoint has
+        raise BadInput(f"{path} is no checkpoint of an MDEQ: {str(error).partition(chr(10))[0]}") from None
     own = model.state_dict()
     if new_classifier and _of_another_kind(weights, own):
         try:
@@ -175,9 +213,10 @@ def load_weights(model: nn.Module, path: str | Path, *, classifier: str, new_cla
         except ValueError as error:
             raise BadInput(f"{path} gives this model no start: {error}") from None
     key = f"{classifier}.weight"
-    if key in own and key in weights and own[key].shape != weights[key].shape:
+    there, here = (list(w[key].shape) if key in w else [] for w in (weights, own))
+    if there[:1] != here[:1] and there[1:] == here[1:] != []:
         if not new_classifier:
-            raise BadInput(f"{path} is of a model with {len(weights[key])} classes, this one has {len(own[key])}")
+            raise BadInput(f"{path} is of a model with {there[0]} classes, this one has {here[0]}")
         weights = {name: w for name, w in weights.items() if not name.startswith(f"{classifier}.")}
     missing = [name for name in own if name not in weights]
     unexpected = [name for name in weights if name not in own]

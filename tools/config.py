@@ -155,7 +155,7 @@ _AT_LEAST_ONE = (
 _POSITIVE = ("optim.lr", "optim.clip_grad", "optim.decay_epochs", "run.checkpoint_minutes", "run.max_minutes")
 _NOT_NEGATIVE = (
     "data.workers", "data.mixup", "data.cutmix", "optim.weight_decay", "optim.momentum", "optim.warmup_epochs",
-    "optim.min_lr", "optim.decay_rate", "optim.layer_decay", "deq.warmup_steps", "deq.jacobian_weight",
+    "optim.min_lr", "optim.decay_rate", "deq.warmup_steps", "deq.jacobian_weight",
     "deq.jacobian_increment", "deq.warmup_jacobian_weight", "run.seed",
 )  # fmt: skip
 _SHARES = (
@@ -170,26 +170,34 @@ def nearest(word: str, valid: Sequence[str]) -> str:
     return f"did you mean {close[0]}?" if close else "there is none"
 
 
-def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Return the schema's defaults, updated by a YAML file and then by `key=value` overrides.
+def load_config(
+    path: str | Path | None, overrides: Sequence[str] = (), *, base: TrainConfig | None = None
+) -> TrainConfig:
+    """Return settings, those of `base` or the defaults, updated by a YAML file and then by `key=value` overrides.
 
     Raises:
         BadInput: for a missing or malformed file, an unknown key, a wrong type or a value out of range.
     """
-    config = OmegaConf.structured(TrainConfig)
+    config = OmegaConf.structured(base or TrainConfig)
     if path is not None:
         config = _merge(config, lambda: OmegaConf.load(path), str(path))
     for override in overrides:
         if "=" not in override:
             raise BadInput(f"expected key=value, got {override!r}")
         config = _merge(config, lambda o=override: OmegaConf.from_dotlist([o]), override)
+    return _checked(config)
+
+
+def parse_config(text: str, origin: str) -> TrainConfig:
+    """Return the settings in a YAML text, such as `config_yaml` makes; raises as `load_config` does."""
+    return _checked(_merge(OmegaConf.structured(TrainConfig), lambda: OmegaConf.create(text), origin))
+
+
+def _checked(config: Any) -> TrainConfig:
     try:
-        missing = OmegaConf.missing_keys(config)
         result = OmegaConf.to_object(config)
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         raise BadInput(f"config: {str(error).splitlines()[0]}") from None
-    if missing:
-        raise BadInput(f"{min(missing)} has no value")
     _check(result)
     return result
 
@@ -200,6 +208,9 @@ def _merge(config: Any, read: Any, origin: str) -> Any:
         if not OmegaConf.is_dict(update):
             raise BadInput(f"{origin}: expected a mapping of settings")
         _check_keys(OmegaConf.to_container(update), origin)
+        missing = OmegaConf.missing_keys(update)  # a merge would leave what was there
+        if missing:
+            raise BadInput(f"{origin}: {min(missing)} has no value")
         for key in ("solver", "gradient"):
             # Another solver has other settings: it takes the place of the one before instead of adding to it.
             if "name" in (OmegaConf.select(update, f"model.{key}") or {}):
@@ -252,7 +263,10 @@ def _check(config: TrainConfig) -> None:
     for key in _AT_LEAST_ONE:
         if value(key) is not None and value(key) < 1:
             raise BadInput(f"{key} must be >= 1, got {value(key)}")
+    if config.data.cache_on_device and config.data.name not in ("digits", "cifar10"):
+        raise BadInput(f"data.cache_on_device is for digits and cifar10, not for {config.data.name}")
     for keys, rule, holds in (
+        (("optim.layer_decay",), "in (0, 1]", lambda number: 0 < number <= 1),
         (_POSITIVE, "> 0", lambda number: number > 0),
         (_NOT_NEGATIVE, ">= 0", lambda number: number >= 0),
         (_SHARES, "in [0, 1]", lambda number: 0 <= number <= 1),

@@ -35,7 +35,7 @@ import mdeq
 from tools.build import known_model
 from tools.checkpoint import WEIGHTS_FILE, check_folder, export, read_weights, write_atomically
 from tools.config import BadInput, nearest
-from tools.report import program
+from tools.report import Parser, program
 
 OFFICIAL = {
     "MDEQ-Vision": "https://github.com/locuslab/deq",
@@ -46,7 +46,7 @@ OFFICIAL = {
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="the file: .pkl, .pth, .safetensors; or a run's folder")
     parser.add_argument("--model", help="the model it is of; default: the one that the weights fit")
     parser.add_argument("--out", type=Path, required=True, help="folder to make")

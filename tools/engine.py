@@ -13,10 +13,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mdeq import Equilibrium, FixedPointSolver
-from tools.batches import Batches, Process, seed_everything
+from tools.batches import Batches, Process, check_labels, seed_everything
 from tools.config import BadInput, DEQConfig, OptimConfig
 from tools.metrics import MeanLoss, SolveLog
 from tools.tasks import CLASSIFICATION, Task
+
+
+class Diverged(BadInput):
+    """Training came to nothing: one step after another had to be skipped."""
 
 
 @torch.no_grad()
@@ -52,6 +56,8 @@ def evaluate(
     for x, y in watch(batches.epoch()):
         if len(y) == 0:
             continue
+        if y.ndim == 1:
+            check_labels(y, model.num_classes)
         with amp():
             logits, stats = task.inference(model, x.to(dtype), solver=solver, unroll=unroll)
         logits = logits.float()
@@ -105,12 +111,17 @@ class Trainer:
         """Update the weights by one batch and return its loss, not finite where the step was skipped.
 
         Raises:
-            BadInput: after `max_bad_steps` skipped steps in a row, or if a batch norm is left with one value.
+            Diverged: after `max_bad_steps` skipped steps in a row.
+            BadInput: for data that do not fit, or if a batch norm is left with one value.
         """
         # Chance depends on the step alone, so that a resumed run goes the same way; dropout differs between processes.
         draw = random.Random(f"{self.seed} {self.num_steps}").random()
         seed_everything(self.seed, self.num_steps, self.process.rank, 1)
+        if y.ndim == 1:
+            check_labels(y, self.bare.num_classes)
         if self.mixup is not None:
+            if len(y) % 2:
+                raise BadInput(f"mixup needs an even number of images per process, got {len(y)}; see data.batch_size")
             x, y = self.mixup(x, y)
         weight = jacobian_weight(self.deq, self.num_steps, epoch)
         probes = self.deq.jacobian_probes if weight > 0 and draw < self.deq.jacobian_prob else 0
@@ -187,9 +198,9 @@ class Trainer:
         self.bad_steps += 1
         self.bad_in_a_row += 1
         if self.bad_in_a_row >= self.max_bad_steps:
-            raise BadInput(
-                f"loss or gradient not finite in {self.bad_in_a_row} steps in a row; stopped, the last good checkpoint "
-                "is kept; lower optim.lr, or set optim.clip_grad"
+            raise Diverged(
+                f"stopped: loss or gradient not finite in {self.bad_in_a_row} steps in a row; lower optim.lr, or set "
+                "optim.clip_grad"
             )
 
 

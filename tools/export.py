@@ -30,7 +30,7 @@ import mdeq
 from tools.build import build_model
 from tools.checkpoint import CONFIG_FILE, check_folder, write_atomically
 from tools.config import BadInput, ModelConfig, load_config
-from tools.report import program
+from tools.report import Parser, program
 
 FORMATS = ("onnx", "pt2")
 MIN_SIZE = 16
@@ -39,7 +39,7 @@ Run = Callable[[Tensor], Tensor]
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("model", metavar="MODEL", help="name, hf-hub:ORG/NAME, local-dir:DIR, a run's folder or file")
     parser.add_argument("--out", type=Path, required=True, help="a folder, or a file that ends in .onnx or .pt2")
     parser.add_argument("--checkpoint", type=Path, help="weights, where MODEL is a name")

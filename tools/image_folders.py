@@ -1,5 +1,6 @@
 """Image sets that timm reads: folders, and whatever its readers know."""
 
+import importlib.util
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +13,13 @@ from timm.task.evaluator import evaluation_sample_limit
 from tools.batches import Batch, Batches, ImageSpec, Process, seed_everything
 from tools.config import BadInput, DataConfig, nearest
 
+READERS = {
+    "hfds": "datasets", "hfids": "datasets", "wds": "webdataset", "tfds": "tensorflow_datasets", "torch": "torchvision",
+}  # fmt: skip
+"""Prefixes of timm's readers, and the package that each needs."""
 DATA_NAMES = (
     "digits", "cifar10", "folder", "camvid", "cityscapes", "masks", "hippocampus", "modelnet10", "medmnist3d", "nifti",
-    "hfds/...", "hfids/...", "wds/...", "tfds/...", "torch/...",
+    *(f"{prefix}/..." for prefix in READERS),
 )  # fmt: skip
 
 # An image that cannot be read ends a run with one line, see StrictImages; timm would say so a second time.
@@ -35,7 +40,11 @@ class StrictImages(torch.utils.data.Dataset):
         try:
             return self.dataset[index]
         except (RuntimeError, OSError, SyntaxError):
-            raise BadInput(f"cannot read image {self.dataset.filename(index, absolute=True)}") from None
+            if hasattr(self.dataset, "filename"):
+                name = self.dataset.filename(index, absolute=True)
+            else:  # torchvision's
+                name = self.dataset.samples[index][0] if hasattr(self.dataset, "samples") else f"number {index}"
+            raise BadInput(f"cannot read image {name}") from None
 
     @property
     def transform(self) -> Any:
@@ -84,6 +93,16 @@ def _split_folder(root: Path, split: str) -> Path | None:
     return next((root / name for name in names if (root / name).is_dir()), None)
 
 
+def _require_reader(name: str) -> None:
+    """Raise BadInput where timm would take a name that it does not know for an image folder, or lacks a package."""
+    prefix, separator, _ = name.lower().partition("/")
+    if name != "folder" and not (separator and prefix in READERS):
+        raise BadInput(f"unknown data.name {name}; {nearest(name, DATA_NAMES)}")
+    package = READERS.get(prefix)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise BadInput(f"data.name={name} needs `pip install {package.replace('_', '-')}`")
+
+
 def _require_split(root: Path, split: str) -> None:
     """Raise BadInput where timm would take the whole folder for a split that is not there."""
     if not root.exists():
@@ -101,14 +120,47 @@ def _require_same_classes(root: Path, train_split: str, classes: set[str], split
             raise BadInput(f"{root}: {split} and {folder.name} differ in their classes, such as {min(differing)}")
 
 
+def _loader(config: DataConfig, spec: ImageSpec, process: Process, dataset: Any, training: bool) -> Any:
+    per_process = config.batch_size // process.world_size
+    try:
+        return create_loader(
+            dataset,
+            input_size=spec.size,
+            batch_size=per_process if training else min(per_process, len(dataset)),
+            is_training=training,
+            no_aug=config.augment == "none",
+            train_crop_mode={"crop_flip": "rkrr", "flip": "rkrc"}.get(config.augment),
+            scale=(1.0, 1.0) if config.augment == "flip" else None,
+            ratio=(1.0, 1.0) if config.augment == "flip" else None,
+            color_jitter=0.4 if config.augment == "imagenet" else 0.0,
+            auto_augment=config.auto_augment,
+            re_prob=config.reprob,
+            interpolation=spec.interpolation,
+            mean=spec.mean,
+            std=spec.std,
+            crop_pct=spec.crop_pct,
+            num_workers=config.workers,
+            distributed=process.world_size > 1,
+            pin_memory=process.device.type == "cuda",
+            device=process.device,
+            use_prefetcher=False,
+            persistent_workers=False,
+        )
+    except (AssertionError, ValueError, LookupError, TypeError) as error:
+        if config.auto_augment is None:
+            raise
+        reason = str(error) or "no policy of timm's"
+        raise BadInput(f"data.auto_augment={config.auto_augment}: {reason}") from None
+
+
 def read_batches(
     config: DataConfig, spec: ImageSpec, process: Process, training: bool, seed: int
 ) -> tuple[Batches, int | None]:
     name = "" if config.name == "folder" else config.name
-    if name and "/" not in name:
-        raise BadInput(f"unknown data.name {name}; {nearest(name, DATA_NAMES)}")
+    _require_reader(config.name)
     split = config.train_split if training else config.test_split
-    if name == "":
+    is_folder = name.lower() in ("", "torch/folder", "torch/image_folder")
+    if is_folder:
         _require_split(Path(config.root), split)
     per_process = config.batch_size // process.world_size
     try:
@@ -126,36 +178,14 @@ def read_batches(
         raise BadInput(f"cannot read data set {config.name} in {config.root}: {reason}") from None
     if spec.size[0] not in (1, 3):
         raise BadInput(f"image files have 1 or 3 channels, the model takes {spec.size[0]} (model.kwargs.in_chans)")
-    classes = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
-    if name == "" and classes and not training:
+    classes = getattr(getattr(dataset, "reader", dataset), "class_to_idx", None)
+    if is_folder and classes and not training:
         _require_same_classes(Path(config.root), config.train_split, set(classes), split)
     if not isinstance(dataset, torch.utils.data.IterableDataset):
         if training and config.num_train is not None:
             raise BadInput("data.num_train is for digits and cifar10; use a split or a smaller folder")
         dataset = StrictImages(dataset)
-    loader = create_loader(
-        dataset,
-        input_size=spec.size,
-        batch_size=per_process if training else min(per_process, len(dataset)),
-        is_training=training,
-        no_aug=config.augment == "none",
-        train_crop_mode={"crop_flip": "rkrr", "flip": "rkrc"}.get(config.augment),
-        scale=(1.0, 1.0) if config.augment == "flip" else None,
-        ratio=(1.0, 1.0) if config.augment == "flip" else None,
-        color_jitter=0.4 if config.augment == "imagenet" else 0.0,
-        auto_augment=config.auto_augment,
-        re_prob=config.reprob,
-        interpolation=spec.interpolation,
-        mean=spec.mean,
-        std=spec.std,
-        crop_pct=spec.crop_pct,
-        num_workers=config.workers,
-        distributed=process.world_size > 1,
-        pin_memory=process.device.type == "cuda",
-        device=process.device,
-        use_prefetcher=False,
-        persistent_workers=False,
-    )
+    loader = _loader(config, spec, process, dataset, training)
     if len(loader) == 0:
         raise BadInput(
             f"{len(dataset)} training images are fewer than one batch; lower data.batch_size={config.batch_size}"

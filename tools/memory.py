@@ -37,7 +37,7 @@ from mdeq import Anderson, Broyden, ImplicitGradient, PhantomGradient, Reversibl
 from tools.build import known_model
 from tools.checkpoint import check_folder, write_atomically
 from tools.config import BadInput
-from tools.report import program
+from tools.report import Parser, program
 
 COLUMNS = ("gradient", "side", "steps", "peak_mib", "note")
 GIB, MIB = 2**30, 2**20
@@ -211,7 +211,7 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", default="mdeq3d_tiny_seg", help="any model of this package")
     parser.add_argument("--sides", type=int, nargs="+", default=[32, 48, 64, 96], help="of the input, all axes alike")
     parser.add_argument("--steps", type=int, nargs="+", default=[6, 12, 24], help="of the solver")

@@ -40,7 +40,10 @@ class SolveLog:
         if stats is not None:
             self.residual.append((stats.trace[-1] if last_iterate else stats.residual).detach().double())
             self.status.append(stats.status)
-            self.evaluations.append(stats.num_steps.double() + 1)
+            # A halving of a line search evaluates f for all that are still on their way.
+            steps = max(len(stats.trace) - 1, 1)
+            halvings = stats.nfe - len(stats.trace)
+            self.evaluations.append(1 + stats.num_steps.double() * (1 + halvings / steps))
 
     def summary(self, process: Process = Process(), prefix: str = "") -> dict[str, float]:
         """Return mean evaluations, mean and quantiles of the residual, and shares of the statuses, of all processes."""

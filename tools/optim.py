@@ -8,7 +8,6 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
-from tools.batches import Process
 from tools.config import BadInput, OptimConfig, TrainConfig, nearest
 
 SCHEDULES = ("cosine", "step", "multistep", "tanh", "poly", "wsd", "rsqrt", "constant", "none")
@@ -67,17 +66,11 @@ def build_scheduler(optim: OptimConfig, optimizer: torch.optim.Optimizer, epochs
     return scheduler
 
 
-def build_mixup(config: TrainConfig, num_classes: int, process: Process) -> Mixup | None:
-    """Return what mixes the images of a batch and their labels, or None.
-
-    Raises:
-        BadInput: for an odd number of images per process.
-    """
+def build_mixup(config: TrainConfig, num_classes: int) -> Mixup | None:
+    """Return what mixes the images of a batch, an even number of them, and their labels; or None."""
     data = config.data
     if data.mixup == 0 and data.cutmix == 0:
         return None
-    if data.batch_size // process.world_size % 2:
-        raise BadInput(f"mixup needs an even number of images per process, got data.batch_size={data.batch_size}")
     return Mixup(
         mixup_alpha=data.mixup,
         cutmix_alpha=data.cutmix,

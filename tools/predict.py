@@ -27,11 +27,11 @@ from tools.config import BadInput
 from tools.predictions import Result, as_csv, as_json, printed
 from tools.predictors import Predictor, Sample, Settings
 from tools.pretrained import load_trained
-from tools.report import program
+from tools.report import Parser, program
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("model", metavar="MODEL", help="name with weights, hf-hub:, local-dir:, run's folder, or file")
     parser.add_argument("input", metavar="INPUT", nargs="+", help="image, NIfTI volume, folder or pattern")
     parser.add_argument("--out", type=Path, required=True, help="folder for what is written; not that of the inputs")

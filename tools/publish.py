@@ -29,7 +29,7 @@ import mdeq
 from tools.card import dataset, model_card
 from tools.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_json, read_weights, write_atomically
 from tools.config import BadInput, config_yaml, load_config
-from tools.report import program
+from tools.report import Parser, program
 from tools.results import ROOT, read_results
 
 RELEASES_FOLDER = ROOT / "mdeq" / "weights"
@@ -55,7 +55,7 @@ class Publication:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("run", nargs="?", type=Path, help="folder of a finished run of tools/train.py")
     parser.add_argument("--repo", help="ORG/NAME; the name ends in the tag of the weights, as mdeq_tiny_cifar.cifar10")
     parser.add_argument("--release", metavar="ARCHITECTURE.TAG", help="make the run a release of the package")

@@ -1,5 +1,6 @@
 """What a program tells people: result lines, the CSV of a run, TensorBoard and Weights & Biases by a switch."""
 
+import argparse
 import csv
 import importlib
 import io
@@ -7,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from mdeq import SolveStatus
 from tools.checkpoint import write_atomically
@@ -74,13 +75,13 @@ def result_lines(result: dict[str, float]) -> list[str]:
 class RunLog:
     """The log of a run: a CSV with a row an epoch always, and the services that were switched on."""
 
-    def __init__(self, folder: Path, run: RunConfig, settings: dict[str, Any], first_epoch: int) -> None:
+    def __init__(self, folder: Path, run: RunConfig, settings: dict[str, Any], first_epoch: int, run_id: str) -> None:
         self.path = folder / "log.csv"
         self.rows: list[dict[str, Any]] = []
         if self.path.exists():  # epochs after the checkpoint are done again
             with open(self.path, newline="") as file:
                 self.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < first_epoch]
-        self.folder, self.settings = folder, settings
+        self.folder, self.settings, self.id = folder, settings, run_id
         # Looked for at once, opened with the first row: a run that fails to start leaves nothing behind.
         self._tensorboard = _optional("torch.utils.tensorboard", "tensorboard") if run.tensorboard else None
         self._wandb = _optional("wandb", "wandb") if run.wandb else None
@@ -94,7 +95,7 @@ class RunLog:
         if self._wandb is not None and self.wandb is None:
             name, folder = self.folder.name, str(self.folder)
             self.wandb = self._wandb.init(
-                project="mdeq", name=name, dir=folder, config=self.settings, resume="allow", id=name
+                project="mdeq", name=name, dir=folder, config=self.settings, resume="allow", id=self.id
             )
 
     def add(self, row: dict[str, float]) -> None:
@@ -126,6 +127,16 @@ def _optional(module: str, package: str) -> Any:
         return importlib.import_module(module)
     except ImportError:
         raise BadInput(f"logging to {package} needs `pip install mdeq-vision[log]`") from None
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of a program's words whose complaints are bad input: one line, as any other."""
+
+    def __init__(self, *, description: str | None) -> None:
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        raise BadInput(f"{message}; --help says more")
 
 
 def program(main: Callable[[], None]) -> None:

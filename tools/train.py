@@ -7,10 +7,10 @@
 A config file holds what a run changes; `key=value` overrides it; all settings and defaults are in tools/config.py.
 """
 
-import argparse
 import dataclasses
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch._functorch.config
-from omegaconf import OmegaConf
 from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -30,63 +29,50 @@ from tools.batches import Batches, Process
 from tools.checkpoint import (
     CONFIG_FILE,
     STATE_FILE,
-    check_folder,
     clear_leftovers,
     export,
-    load_state,
+    make_folder,
     save_state,
     write_atomically,
 )
-from tools.config import DEFAULT_CONFIG, BadInput, TrainConfig, config_yaml, load_config, split_overrides
-from tools.engine import Trainer, evaluate, train_epoch
+from tools.config import DEFAULT_CONFIG, BadInput, TrainConfig, config_yaml, split_overrides
+from tools.engine import Diverged, EpochResult, Trainer, evaluate, train_epoch
 from tools.optim import build_mixup, build_optimizer, build_scheduler
-from tools.report import RunLog, headline_lines, program, result_lines
+from tools.report import Parser, RunLog, headline_lines, program, result_lines
 from tools.results import circumstances, evaluation, write_results
+from tools.run_folder import Plan, claimed, plan, run_name
 from tools.tasks import build_task, check_task
 
 
-def parse_arguments() -> tuple[Path, TrainConfig]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", nargs="?", type=Path, default=DEFAULT_CONFIG, help="YAML file; default: digits")
+def parse_arguments() -> tuple[Path, Plan]:
+    """Return the config file whose name a new folder gets, and what to start from."""
+    parser = Parser(description=__doc__)
+    parser.add_argument("config", nargs="?", type=Path, help="YAML file; default: digits")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file")
     overrides, rest = split_overrides(sys.argv[1:])
     arguments = parser.parse_args(rest)
     if arguments.overrides:
         raise BadInput(f"expected key=value, got {arguments.overrides[0]!r}")
-    path = arguments.config
-    return path, load_config(path, overrides)
-
-
-def run_folder(config: TrainConfig, name: str) -> Path:
-    """Return the folder of this run: a new one, or the one to go on in.
-
-    Raises:
-        BadInput: if it holds another run already, or nothing to resume.
-    """
-    if config.run.out_dir is not None:
-        folder = Path(config.run.out_dir)
-        check_folder(folder)
-        if not config.run.resume and (folder / STATE_FILE).exists():
-            raise BadInput(
-                f"{folder} holds a run already; set run.resume=true to go on with it, or another run.out_dir"
-            )
-    else:
-        runs = [Path("runs") / (name if k == 1 else f"{name}-{k}") for k in range(1, 10_000)]
-        used = [folder for folder in runs if (folder / CONFIG_FILE).exists()]
-        folder = next(folder for folder in runs if folder not in used)
-        if config.run.resume:
-            folder = next((f for f in reversed(used) if (f / STATE_FILE).exists()), runs[0])
-    if config.run.resume and not (folder / STATE_FILE).exists():
-        raise BadInput(f"run.resume=true, but {folder} holds no {STATE_FILE}; leave it out to start anew")
-    return folder
+    return arguments.config or DEFAULT_CONFIG, plan(arguments.config, DEFAULT_CONFIG, overrides)
 
 
 class Run:
-    """A training run from its config to its last line."""
+    """A training run from its config to its last line.
 
-    def __init__(self, config: TrainConfig, name: str, process: Process) -> None:
-        self.config, self.process = config, process
-        self.folder = run_folder(config, name)
+    Args:
+        config: its settings.
+        folder: where it writes.
+        process: this process.
+        state: what it goes on from, as `save` wrote it; None for a new run.
+
+    Raises:
+        BadInput: for settings, data or a state that do not go together.
+    """
+
+    def __init__(
+        self, config: TrainConfig, folder: Path, process: Process, state: dict[str, Any] | None = None
+    ) -> None:
+        self.config, self.folder, self.process, self.resumed = config, folder, process, state is not None
         self.amp = build.autocast(config.run, process)
         self.dtype = build.DTYPES[config.run.dtype]
         torch.manual_seed(config.run.seed)  # the weights
@@ -94,13 +80,15 @@ class Run:
         self.task = build_task(config, self.model, self.test_batches, process)
         self.trainer = self._trainer()
         self.epoch, self.batch = 0, 0  # where to go on: this epoch, after so many batches of it
+        self.trained: dict[str, float] | None = None  # metrics of this epoch's training, if it only lacks its test
+        self.id = uuid.uuid4().hex[:12]
         self.deadline = None if config.run.max_minutes is None else time.monotonic() + 60 * config.run.max_minutes
         self.started = self.saved = time.monotonic()
         self.result: dict[str, float] = {}  # of the last evaluation
-        if config.run.resume:
-            self._restore(load_state(self.folder / STATE_FILE))
+        if state is not None:
+            self._restore(state)
         if process.is_main:
-            self.log = RunLog(self.folder, config.run, dataclasses.asdict(config), self.epoch)
+            self.log = RunLog(self.folder, config.run, dataclasses.asdict(config), self.epoch, self.id)
 
     def _model_and_data(self) -> tuple[nn.Module, Batches, Batches]:
         config, process = self.config, self.process
@@ -134,7 +122,7 @@ class Run:
             model.equilibrium.cell.compile(dynamic=True)
         optimizer = build_optimizer(optim, model)
         scheduler = build_scheduler(optim, optimizer, config.run.epochs, len(self.train_batches))
-        mixup = build_mixup(config, model.num_classes, process)
+        mixup = build_mixup(config, model.num_classes)
         ema = None
         if optim.ema_decay is not None:
             ema = ModelEmaV3(model, decay=optim.ema_decay, use_warmup=True)
@@ -171,35 +159,39 @@ class Run:
     def save(self, final: bool = False) -> None:
         """Write the state to resume from, then the weights for use.
 
-        Amid steps that had to be skipped the last good checkpoint stays, unless this one is the last and its weights
-        are finite.
+        Amid steps that had to be skipped the last good checkpoint stays, unless this one is the last; weights that are
+        not finite never take its place.
         """
         trainer = self.trainer
-        good = trainer.bad_in_a_row == 0 or (final and all(torch.isfinite(p).all() for p in self.model.parameters()))
-        if self.process.is_main and good:
-            self.folder.mkdir(parents=True, exist_ok=True)
+        if self.process.is_main and (final or trainer.bad_in_a_row == 0) and self._finite():
+            make_folder(self.folder)
             clear_leftovers(self.folder)
-            write_atomically(self.folder / CONFIG_FILE, lambda path: path.write_text(config_yaml(self.config)))
+            settings = dataclasses.replace(self.config, run=dataclasses.replace(self.config.run, resume=False))
+            text = config_yaml(settings)
+            write_atomically(self.folder / CONFIG_FILE, lambda path: path.write_text(text))
             state = {
                 "epoch": self.epoch,
                 "batch": self.batch,
+                "trained": self.trained,
                 "model": self.model.state_dict(),
                 "ema": None if trainer.ema is None else trainer.ema.module.state_dict(),
                 "optimizer": trainer.optimizer.state_dict(),
                 "scaler": trainer.scaler.state_dict(),
                 "counts": [trainer.num_steps, trainer.bad_steps, trainer.bad_in_a_row],
-                "config": config_yaml(self.config),
+                "config": text,
+                "id": self.id,
             }
             save_state(self.folder, state)
             export(self.final_model, self.folder, build.data_record(self.config, self.test_batches))
         self.saved = time.monotonic()
 
+    def _finite(self) -> bool:
+        """Whether all weights are finite; a loss can be so although they are not any more."""
+        return all(bool(torch.isfinite(p).all()) for m in (self.model, self.final_model) for p in m.parameters())
+
     def _restore(self, state: dict[str, Any]) -> None:
-        trainer = self.trainer
+        trainer, origin = self.trainer, self.folder / STATE_FILE
         try:
-            before = OmegaConf.create(state["config"]).optim.name
-            if before != self.config.optim.name:
-                raise ValueError(f"optim.name={before}")
             self.model.load_state_dict(state["model"])
             if trainer.ema is not None:
                 trainer.ema.module.load_state_dict(state["ema"])
@@ -207,9 +199,15 @@ class Run:
             trainer.scaler.load_state_dict(state["scaler"])
             trainer.num_steps, trainer.bad_steps, trainer.bad_in_a_row = state["counts"]
             self.epoch, self.batch = state["epoch"], state["batch"]
+            self.trained, self.id = state.get("trained"), state.get("id", self.id)
         except (RuntimeError, ValueError, AttributeError, TypeError, LookupError) as error:
-            reason = str(error).splitlines()[0]
-            raise BadInput(f"{self.folder / STATE_FILE} is of a run with other settings: {reason}") from None
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise BadInput(f"{origin} is damaged, or of another model: {reason}") from None
+        for number in (self.epoch, self.batch, trainer.num_steps, trainer.bad_steps, trainer.bad_in_a_row):
+            if type(number) is not int or number < 0:
+                raise BadInput(f"{origin} is damaged: it counts {number!r} epochs or steps")
+        if not isinstance(self.id, str) or not (self.trained is None or isinstance(self.trained, dict)):
+            raise BadInput(f"{origin} is damaged: its id is {self.id!r}, its metrics {self.trained!r}")
         if trainer.scheduler is not None:
             trainer.scheduler.step_update(trainer.num_steps)
 
@@ -222,33 +220,47 @@ class Run:
         return late
 
     def train(self) -> bool:
-        """Train to the last epoch; return False if time ran out before."""
-        config = self.config
-        while self.epoch < config.run.epochs:
-            title = f"epoch {self.epoch + 1}/{config.run.epochs}"
-            bar = self._bar(title, "step", total=len(self.train_batches), initial=self.batch)
+        """Train to the last epoch; return False if time ran out before.
 
-            def after_step(done: int, loss: float, bar: tqdm = bar) -> bool:
-                self.batch = done
-                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-                bar.update()
-                if self._out_of_time():
+        Raises:
+            BadInput: where steps come to nothing, or data cannot be read; the last checkpoint stays.
+        """
+        while self.epoch < self.config.run.epochs:
+            if self.trained is None:
+                result = self._train_epoch()
+                if not result.complete:
+                    self.save(final=True)
                     return False
-                if self.process.is_main and time.monotonic() - self.saved > 60 * config.run.checkpoint_minutes:
-                    self.save()
-                return True
-
-            with bar:  # an error must not be said on the line of the bar
-                result = train_epoch(
-                    self.trainer, self.train_batches, self.epoch, start=self.batch, after_step=after_step
-                )
-            if not result.complete:
-                self.save(final=True)
-                return False
-            self._end_epoch(result.metrics)
-            if self._out_of_time() and self.epoch < config.run.epochs:
+                self.trained = result.metrics
+            self._end_epoch(self.trained)
+            if self._out_of_time() and self.epoch < self.config.run.epochs:
                 return False
         return True
+
+    def _train_epoch(self) -> EpochResult:
+        if self.process.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.process.device)
+        title = f"epoch {self.epoch + 1}/{self.config.run.epochs}"
+        bar = self._bar(title, "step", total=len(self.train_batches), initial=self.batch)
+
+        def after_step(done: int, loss: float) -> bool:
+            self.batch = done
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.update()
+            if self._out_of_time():
+                return False
+            if self.process.is_main and time.monotonic() - self.saved > 60 * self.config.run.checkpoint_minutes:
+                self.save()
+            return True
+
+        try:
+            with bar:  # an error must not be said on the line of the bar
+                return train_epoch(
+                    self.trainer, self.train_batches, self.epoch, start=self.batch, after_step=after_step
+                )
+        except Diverged as error:
+            kept = "the last good checkpoint is kept" if (self.folder / STATE_FILE).exists() else "nothing was saved"
+            raise BadInput(f"{error}; {kept}") from None
 
     def _end_epoch(self, train: dict[str, float]) -> None:
         config, trainer = self.config, self.trainer
@@ -260,6 +272,7 @@ class Run:
         row.update({f"train_{key}": value for key, value in train.items()})
         last = self.epoch + 1 == config.run.epochs
         if last or (self.epoch + 1) % config.run.eval_every == 0:
+            self.save(final=last)  # a test that fails must not cost the epoch
             self.result = self.evaluate()
             row.update({f"test_{key}": value for key, value in self.result.items()})
         row["skipped_steps"] = trainer.bad_steps
@@ -267,7 +280,7 @@ class Run:
             row["peak_memory_mib"] = torch.cuda.max_memory_allocated(self.process.device) / 2**20
         else:
             row["peak_memory_mib"] = _peak_resident_mib()
-        self.epoch, self.batch = self.epoch + 1, 0
+        self.epoch, self.batch, self.trained = self.epoch + 1, 0, None
         if self.process.is_main:
             self.log.add(row)
             line = self.task.headline
@@ -316,7 +329,7 @@ class Run:
     def _record(self, result: dict[str, float], twice: dict[str, float]) -> None:
         """Write results.json, from which tools/publish.py makes the model card."""
         config, where = self.config, (self.process.device, self.process.world_size)
-        minutes = None if config.run.resume else (time.monotonic() - self.started) / 60
+        minutes = None if self.resumed else (time.monotonic() - self.started) / 60
         training = {"seed": config.run.seed, "epochs": config.run.epochs, "minutes": minutes, **circumstances(*where)}
         reached = evaluation(self.final_model, result, twice, *where, metric=self.task.headline.key)
         write_results(self.folder, training=training, evaluation=reached)
@@ -329,19 +342,20 @@ def _peak_resident_mib() -> float:
 
 
 def main() -> None:
-    path, config = parse_arguments()
-    process = build.start_process(config.run)
-    run = Run(config, f"{path.parent.name}_{path.stem}", process)
-    if process.is_main:
-        count = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-        print(f"{config.model.name}: {count:,} trainable parameters on {process.device}, run in {run.folder}")
+    path, start = parse_arguments()
+    process = build.start_process(start.config.run)
     try:
-        if run.train():
-            run.finish()
-        elif process.is_main:
-            print(
-                f"time is up at epoch {run.epoch + 1}, step {run.trainer.num_steps}; run.resume=true goes on from there"
-            )
+        with claimed(start, run_name(path), is_main=process.is_main) as folder:
+            run = Run(start.config, folder, process, start.state)
+            if process.is_main:
+                count = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+                name = start.config.model.name
+                print(f"{name}: {count:,} trainable parameters on {process.device}, run in {folder}")
+            if run.train():
+                run.finish()
+            elif process.is_main:
+                place = f"epoch {run.epoch + 1}, step {run.trainer.num_steps}"
+                print(f"time is up at {place}; run.resume=true goes on from there")
     finally:
         if process.world_size > 1:
             torch.distributed.destroy_process_group()

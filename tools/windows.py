@@ -21,7 +21,7 @@ from mdeq import SolveStats, WarmStart
 from tools.build import start_process
 from tools.checkpoint import CONFIG_FILE
 from tools.config import BadInput, TrainConfig, load_config, split_overrides
-from tools.report import program
+from tools.report import Parser, program
 from tools.validate import load
 from tools.volumes import optional
 
@@ -41,7 +41,7 @@ class ColdStart:
 
 
 def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="weights, with the run's config.yaml beside them"
     )

@@ -1,0 +1,199 @@
+"""The folder of a run: a new one is claimed, an old one is gone on with by the settings that it was started with."""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import itertools
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tools.checkpoint import STATE_FILE, check_folder, load_state, make_folder
+from tools.config import BadInput, TrainConfig, load_config, parse_config
+
+RUNS = Path("runs")
+LOCK_FILE = ".lock"
+FREE = (
+    "run.max_minutes", "run.resume", "run.out_dir", "run.device", "run.threads", "run.compile", "run.eval_every",
+    "run.checkpoint_minutes", "run.max_bad_steps", "run.tensorboard", "run.wandb", "run.progress", "data.root",
+    "data.download", "data.workers", "data.cache_on_device",
+)  # fmt: skip
+"""Settings that may differ when a run goes on; `run.epochs` may grow. Any other one makes another run."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run starts from.
+
+    Attributes:
+        config: its settings.
+        folder: where it lies; None for a new folder in runs/.
+        state: what to go on from; None for a new run.
+    """
+
+    config: TrainConfig
+    folder: Path | None
+    state: dict[str, Any] | None = None
+
+
+def plan(path: Path | None, default: Path, overrides: Sequence[str]) -> Plan:
+    """Return the plan of a config file and `key=value` words.
+
+    A run that goes on keeps the settings in its checkpoint; a config file and words are held against them.
+
+    Args:
+        path: the config file; None if none was given.
+        default: the config file of a new run without one.
+        overrides: the words.
+
+    Raises:
+        BadInput: for a bad setting, nothing to resume from, or settings of another run.
+    """
+    config = load_config(path or default, overrides)
+    folder = None if config.run.out_dir is None else Path(config.run.out_dir)
+    if not config.run.resume:
+        return Plan(config, folder)
+    if folder is None:
+        folder = _newest(run_name(path or default))
+    if not (folder / STATE_FILE).exists():
+        raise BadInput(f"run.resume=true, but {folder} holds no {STATE_FILE}; leave it out to start anew")
+    state = load_state(folder / STATE_FILE)
+    return Plan(_resumed(state, folder, path, overrides), folder, state)
+
+
+def run_name(path: Path) -> str:
+    """Return the name of the runs of a config file."""
+    path = path.resolve()
+    return f"{path.parent.name}_{path.stem}"
+
+
+def _numbers(name: str) -> dict[int, Path]:
+    """Return the folders of a name in runs/ by their numbers."""
+    folders = RUNS.iterdir() if RUNS.is_dir() else ()
+    found = ((re.fullmatch(rf"{re.escape(name)}(?:-(\d+))?", folder.name), folder) for folder in folders)
+    return {int(match[1] or 1): folder for match, folder in found if match}
+
+
+def _newest(name: str) -> Path:
+    """Return the last of the folders of a name that holds a checkpoint, or the first folder if none does."""
+    used = sorted((k, folder) for k, folder in _numbers(name).items() if (folder / STATE_FILE).exists())
+    return used[-1][1] if used else RUNS / name
+
+
+def _resumed(state: Mapping[str, Any], folder: Path, path: Path | None, overrides: Sequence[str]) -> TrainConfig:
+    """Return the settings in a checkpoint, updated by those that may change.
+
+    Raises:
+        BadInput: for another setting that is not what it was.
+    """
+    origin = folder / STATE_FILE
+    if not isinstance(state.get("config"), str):
+        raise BadInput(f"{origin} holds no settings of a run")
+    saved = parse_config(state["config"], str(origin))
+    # Of a session, not of the run.
+    saved.run = dataclasses.replace(saved.run, resume=True, max_minutes=None, out_dir=str(folder))
+    config = load_config(path, overrides, base=saved)
+    if config.data.num_classes is None:  # as many as the data have, and that has been found out
+        config.data.num_classes = saved.data.num_classes
+    config.run.out_dir = str(folder)
+    before, now = _flat(dataclasses.asdict(saved)), _flat(dataclasses.asdict(config))
+    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key) and key not in FREE]
+    if config.run.epochs > saved.run.epochs:
+        changed.remove("run.epochs")
+    if changed:
+        listed = ", ".join(f"{key}={before.get(key)} (not {now.get(key)})" for key in changed)
+        raise BadInput(
+            f"{origin} is of a run with {listed}; resume with its own settings, which run.out_dir={folder} "
+            "run.resume=true alone does, or start anew in another run.out_dir"
+        )
+    return config
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+@contextlib.contextmanager
+def claimed(plan: Plan, name: str, *, is_main: bool) -> Iterator[Path]:
+    """Hold the folder of a run as long as it goes on, so that no other run writes there; one left empty is removed.
+
+    Args:
+        plan: what the run starts from.
+        name: of a new folder in runs/, with a number where it is taken.
+        is_main: whether this process is the one that writes; others only get to know the folder.
+
+    Raises:
+        BadInput: for a folder that holds another run, that another process writes to, or that cannot be written to.
+    """
+    if not is_main:
+        yield plan.folder or RUNS / name
+        return
+    if plan.folder is not None:
+        check_folder(plan.folder)
+    made = [place for place in (plan.folder or RUNS, *(plan.folder or RUNS).parents) if not place.exists()]
+    folder = plan.folder or _new(name)
+    if plan.folder is None:
+        made.insert(0, folder)
+    try:
+        make_folder(folder)
+        with _locked(folder):
+            if plan.state is None and (folder / STATE_FILE).exists():
+                raise BadInput(
+                    f"{folder} holds a run already; set run.resume=true to go on with it, or another run.out_dir"
+                )
+            yield folder
+    finally:
+        with contextlib.suppress(OSError):  # the first that is not empty
+            for place in made:
+                place.rmdir()
+
+
+def _new(name: str) -> Path:
+    """Make the next folder of a name; two runs that start at once get two."""
+    make_folder(RUNS)
+    for number in itertools.count(max(_numbers(name), default=0) + 1):
+        folder = RUNS / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise BadInput(f"cannot make {folder}: {error.strerror}") from None
+        return folder
+    raise AssertionError("there is always another number")
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, which the system gives back however the process ends."""
+    path = folder / LOCK_FILE
+    while True:
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise BadInput(f"cannot write to {folder}: {error.strerror}") from None
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                os.close(handle)
+                raise BadInput(f"another run is writing to {folder}; choose another run.out_dir") from None
+            break  # a file system without locks
+        if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+            break
+        os.close(handle)  # that of a run that has just ended and removed it
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
