@@ -86,7 +86,7 @@ def test_program_writes_both_formats(tmp_path: Path) -> None:
     model = minimal(solver={"name": "anderson", "max_steps": 2, "history": 2})
     save_for_hf(model, str(tmp_path / "model"), safe_serialization=True, model_args=MINIMAL)
     config = json.loads((tmp_path / "model" / "config.json").read_text())
-    config["pretrained_cfg"]["label_names"] = [f"class {i}" for i in range(10)]
+    config["label_names"] = [f"class {i}" for i in range(10)]
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
 
     out = run("export", tmp_path / "model", "--out", tmp_path / "exported", "--steps", 2, "--dynamic", "batch").ok()
@@ -118,8 +118,8 @@ REFUSALS = {
     "no such checkpoint": (["test_mdeq", "--checkpoint", "nowhere.safetensors"], "nowhere.safetensors"),
     "no such tag": (["test_mdeq.nowhere"], "nowhere"),
     "checkpoint of another model": (["test_mdeq", "--checkpoint", OFFICIAL], "official_cifar_tiny"),
-    "checkpoint alone": ([OFFICIAL], "--checkpoint"),
-    "folder without a model": ([Path(__file__).parent], "config.json"),
+    "checkpoint of no model": (["local-dir:nowhere", "--checkpoint", OFFICIAL], "--checkpoint goes with a name"),
+    "folder without a model": ([Path(__file__).parent], str(Path(__file__).parent)),
     "no steps": (["test_mdeq", "--steps", "0"], "--steps must be >= 1, got 0"),
     "size of wrong rank": (["test_mdeq", "--size", "64"], "--size needs 2 numbers"),
     "size too small": (["test_mdeq", "--size", "15", "64"], "every side must be >= 16, got 15"),

@@ -5,7 +5,7 @@
     python tools/export.py mdeq_small --checkpoint released.pkl --out exported --format pt2 --size 224 224
 
 MODEL is a name of mdeq.list_models() with or without a weight tag, an hf-hub: or local-dir: name, the folder of a run,
-or a checkpoint with its config.json beside it. A graph cannot stop early: it takes --steps steps for every sample,
+or a file of weights with its config.json beside it. A graph cannot stop early: it takes --steps steps for every sample,
 without tolerance. Every file is loaded again and compared with the model itself, and the residual at those steps is
 reported.
 """
@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 import mdeq
 from tools.build import build_model
-from tools.checkpoint import CONFIG_FILE, check_folder, write_atomically
-from tools.config import BadInput, ModelConfig, load_config
+from tools.checkpoint import check_folder, write_atomically
+from tools.config import BadInput, ModelConfig
+from tools.pretrained import load_trained
 from tools.report import Parser, program
 
 FORMATS = ("onnx", "pt2")
@@ -72,22 +73,18 @@ def require(formats: Sequence[str]) -> None:
             raise BadInput(f"ONNX needs {package}: `pip install mdeq-vision[export]`, or --format pt2") from None
 
 
-def model_config(name: str, checkpoint: Path | None) -> ModelConfig:
-    """Return what to build: a released model, a local one, or a name with a checkpoint."""
-    path = Path(name)
-    if name in mdeq.list_models() or not path.exists():
-        if checkpoint is not None:
-            return ModelConfig(name=name, checkpoint=str(checkpoint))
-        released = {tag for n in mdeq.list_models(pretrained=True) for tag in (n, n.partition(".")[0])}
-        return ModelConfig(name=name, pretrained=":" in name or "." in name or name in released)
-    if checkpoint is not None:
-        raise BadInput(f"--checkpoint goes with the name of a model; {name} has its own weights")
-    folder = path if path.is_dir() else path.parent
-    if not (folder / "config.json").is_file():
-        raise BadInput(f"no config.json in {folder} that says what model it is: give its name, and --checkpoint {name}")
-    run = folder / CONFIG_FILE
-    solver = load_config(run).model.solver if run.is_file() else None
-    return ModelConfig(name=f"local-dir:{folder}", checkpoint=name, solver=solver)
+def load(name: str, checkpoint: Path | None) -> tuple[nn.Module, tuple[str, ...], str]:
+    """Return a model in eval mode, the names of its classes, and where its weights come from."""
+    released = {n.partition(".")[0] for n in mdeq.list_models(pretrained=True)}
+    if checkpoint is None and (name not in mdeq.list_models() or name in released):
+        trained = load_trained(name)
+        return trained.model, trained.label_names, name
+    if name.partition(".")[0] not in mdeq.list_models():
+        raise BadInput(f"--checkpoint goes with a name of mdeq.list_models(), got {name}")
+    torch.manual_seed(0)
+    config = ModelConfig(name=name, checkpoint=None if checkpoint is None else str(checkpoint))
+    origin = "none, these are the initial values" if checkpoint is None else str(checkpoint)
+    return build_model(config, None, for_training=False).eval(), (), origin
 
 
 def input_size(model: nn.Module, size: Sequence[int] | None, dynamic: Sequence[str]) -> tuple[int, ...]:
@@ -210,7 +207,7 @@ def random_inputs(model: nn.Module, size: tuple[int, ...], batch: int, dynamic: 
     return [torch.randn(b, model.in_chans, *s, generator=generator) for b, s in zip(batches, sizes)]
 
 
-def about(model: nn.Module, solver: mdeq.FixedPointSolver) -> dict[str, str]:
+def about(model: nn.Module, solver: mdeq.FixedPointSolver, label_names: Sequence[str]) -> dict[str, str]:
     """Return what travels with a graph."""
     cfg = model.pretrained_cfg
     entries = {
@@ -218,12 +215,15 @@ def about(model: nn.Module, solver: mdeq.FixedPointSolver) -> dict[str, str]:
         "tag": cfg.get("tag"),
         "solver": type(solver).__name__,
         "steps": solver.max_steps,
-        **{key: cfg.get(key) for key in ("mean", "std", "interpolation", "crop_pct", "label_names")},
+        "label_names": list(label_names) or None,
+        **{key: cfg.get(key) for key in ("mean", "std", "interpolation", "crop_pct")},
     }
     return {key: v if isinstance(v, str) else json.dumps(v) for key, v in entries.items() if v is not None}
 
 
-def write(arguments: argparse.Namespace, model: nn.Module, solver: mdeq.FixedPointSolver) -> None:
+def write(
+    arguments: argparse.Namespace, model: nn.Module, solver: mdeq.FixedPointSolver, label_names: Sequence[str]
+) -> None:
     """Write the files that were asked for, one after the other, and say how exact each is."""
     size = input_size(model, arguments.size, arguments.dynamic)
     batch = 2 if "batch" in arguments.dynamic else arguments.batch  # a batch of 1 would be taken for a constant
@@ -240,7 +240,7 @@ def write(arguments: argparse.Namespace, model: nn.Module, solver: mdeq.FixedPoi
     whole = arguments.out.suffix.removeprefix(".") in FORMATS and not arguments.out.is_dir()
     folder = arguments.out.parent if whole else arguments.out
     folder.mkdir(parents=True, exist_ok=True)
-    facts = about(model, solver)
+    facts = about(model, solver, label_names)
     for kind in arguments.format:
         path = arguments.out if whole else folder / f"{facts['architecture']}.{kind}"
         start = time.monotonic()
@@ -260,17 +260,14 @@ def write(arguments: argparse.Namespace, model: nn.Module, solver: mdeq.FixedPoi
 def main() -> None:
     arguments = parse_arguments()
     require(arguments.format)
-    config = model_config(arguments.model, arguments.checkpoint)
-    torch.manual_seed(0)
-    model = build_model(config, None, for_training=False).eval()
-    source = config.checkpoint or (config.name if config.pretrained else "none, these are the initial values")
+    model, label_names, source = load(arguments.model, arguments.checkpoint)
     steps = arguments.steps or model.deq.solver.max_steps
     solver = dataclasses.replace(model.deq.solver, max_steps=steps, tol=0.0)
     name = model.pretrained_cfg["architecture"]
     print(f"{name}: weights: {source}; {type(solver).__name__}, {steps} steps")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporters' own, about their insides
-        write(arguments, model, solver)
+        write(arguments, model, solver, label_names)
 
 
 if __name__ == "__main__":
