@@ -161,6 +161,7 @@ def exported_difference(tmp_path: Path, *words: Any) -> dict[str, float]:
         ("test_mdeq", "--steps", 8, "--dynamic", "batch", "size"),
         ("test_mdeq", "--steps", 8, "--size", 33, 47),
         ("mdeq_tiny_cifar", "--checkpoint", OFFICIAL, "--steps", 8, "--dynamic", "batch"),
+        ("mdeq_tiny_cifar.cifar10", "--steps", 8),
         ("mdeq_tiny_seg", "--steps", 3, "--size", 33, 50, "--dynamic", "batch", "size"),
         ("test_mdeq3d", "--steps", 4, "--size", 17, 16, 19),
         ("mdeq3d_tiny_seg", "--steps", 3, "--size", 17, 24, 19, "--dynamic", "batch", "size"),

@@ -12,12 +12,14 @@ import mdeq
 
 MODELS = os.environ.get("MODELS", "test_mdeq").split()
 assert set(MODELS) <= set(mdeq.list_models())
+RELEASED = [name for name in mdeq.list_models(pretrained=True) if name.partition(".")[0] in MODELS]
 
 
 def list_models(filter: str | Sequence[str] = "", *args: Any, pretrained: bool = False, **kwargs: Any) -> list[str]:
     """Stand in for timm.list_models: exclusions and modules are about timm's models."""
     patterns = [filter] if isinstance(filter, str) else filter
-    return [n for n in MODELS if not pretrained and (not filter or any(fnmatch.fnmatch(n, p) for p in patterns))]
+    names = RELEASED if pretrained else MODELS
+    return [n for n in names if not filter or any(fnmatch.fnmatch(n, p) for p in patterns)]
 
 
 timm.list_models = list_models
