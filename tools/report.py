@@ -6,6 +6,7 @@ import importlib
 import io
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -144,6 +145,8 @@ def program(main: Callable[[], None]) -> None:
     try:
         main()
     except BadInput as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(3)  # mostly the first process says the same, and torchrun ends this one with it
         # From a data loader's worker the message comes wrapped in that worker's traceback.
         message = [line for line in str(error).splitlines() if line.strip()][-1]
         print(f"error: {message.removeprefix('tools.config.BadInput: ')}", file=sys.stderr, flush=True)
