@@ -105,8 +105,8 @@ class Run:
             build.check_classes(model, found, origin)
         config.data.num_classes = model.num_classes  # the effective config, from which validate.py builds the model
         size = (spec.size[0], *(config.data.patch_size or spec.size)[-2:])  # timm's has three numbers for volumes too
-        anew = {"input_size": size, "tag": "", "hf_hub_id": None, "file": None, "description": None}
-        anew["label_names"] = None  # config.json gets those of the data
+        # What was said of other weights; config.json gets the names of labels from the data.
+        anew = {"input_size": size, "tag": "", **dict.fromkeys(("hf_hub_id", "file", "description", "label_names"))}
         model.pretrained_cfg = {**model.pretrained_cfg, **anew}
         return model.to(process.device, self.dtype), train_batches, test_batches
 
