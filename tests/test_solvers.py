@@ -1,5 +1,7 @@
 """Fixed-point solvers on problems with known answers, in float64 unless a test says otherwise."""
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -61,9 +63,13 @@ def recorded(log: list[tuple[Tensor, ...]], **settings: Any) -> Broyden:
     """Return a Broyden solver that writes every iterate, residual, direction and next iterate to a log."""
 
     class Recorded(Broyden):
-        def advance(self, fn: Any, memory: Any, z: Tensor, g: Tensor, step: Tensor) -> tuple[Tensor, Tensor, int]:
-            result = super().advance(fn, memory, z, g, step)
-            log.append((z, g, step, result[0]))
+        def direction(self, memory: Any, z: Tensor, g: Tensor) -> Tensor:
+            log.append((z, g, super().direction(memory, z, g)))
+            return log[-1][2]
+
+        def advance(self, fn: Any, memory: Any, z: Tensor, g: Tensor, trial: Tensor) -> tuple[Tensor, Tensor, int]:
+            result = super().advance(fn, memory, z, g, trial)
+            log[-1] += (result[0],)
             return result
 
     return Recorded(**settings)
@@ -178,6 +184,51 @@ def test_line_search_costs_nothing_where_steps_are_good() -> None:
     z_search, stats_search = Broyden(**EXACT, line_search=4)(problem.fn, problem.z0)
     assert torch.equal(z, z_search)
     assert stats.nfe == stats_search.nfe
+
+
+@pytest.mark.parametrize("name", ["affine", "tanh", "runaway"])
+@pytest.mark.parametrize("compaction", [False, True])
+def test_looking_less_often_changes_no_result(
+    solver: FixedPointSolver, problems: dict[str, Any], name: str, compaction: bool
+) -> None:
+    problem = affine() if name == "runaway" else problems[name]()
+    fn = problem.fn if compaction else problem.fn.plain()
+    if name == "runaway":  # some samples diverge, some are not finite
+        scale = torch.tensor([1.0, 1e4, 1.0, float("inf"), 1.0], dtype=torch.float64).unsqueeze(1)
+        inner, fn = problem.fn.plain(), lambda z: inner(z) * scale
+    often = limits(solver, tol=1e-6, max_steps=200)
+    rarely = replace(often, check_every=7)
+    z, stats = often(fn, problem.z0)
+    z_rarely, stats_rarely = rarely(fn, problem.z0)
+    assert stats.num_steps.max() > 3
+    same = partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
+    for field in ("status", "residual", "num_steps"):
+        same(getattr(stats, field), getattr(stats_rarely, field))
+    same(z, z_rarely)
+    same(stats.trace, stats_rarely.trace[: len(stats.trace)])
+    assert stats.nfe <= stats_rarely.nfe <= stats.nfe + 6
+
+
+def test_a_solver_says_how_to_step() -> None:
+    """`init` and `direction` make a solver."""
+
+    class Half(FixedPointSolver):
+        def init(self, z0: Tensor) -> None:
+            return None
+
+    problem = affine()
+    with pytest.raises(NotImplementedError, match="Half needs direction or propose"):
+        Half()(problem.fn.plain(), problem.z0)
+
+    class Halved(Half):
+        def direction(self, memory: None, z: Tensor, g: Tensor) -> Tensor:
+            return 0.5 * g
+
+    settings = dict(tol=1e-6, max_steps=500)
+    z, stats = Halved(**settings)(problem.fn.plain(), problem.z0)
+    expected, damped = Picard(damping=0.5, **settings)(problem.fn.plain(), problem.z0)
+    assert torch.equal(stats.num_steps, damped.num_steps)
+    assert torch.allclose(z, expected, rtol=1e-12)
 
 
 # How a solve ends

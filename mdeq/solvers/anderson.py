@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .base import FixedPointSolver, _require, _require_count, _require_number, is_static
@@ -10,14 +11,14 @@ from .base import FixedPointSolver, _require, _require_count, _require_number, i
 
 @dataclass
 class _History:
-    """Differences of successive residuals and iterates, in a ring of M = history - 1 slots."""
+    """What is mixed, in a ring of M + 1 = history slots, and the differences of residuals, in one of M slots."""
 
-    dg: Tensor  # (B, M, D) g_{k+1} - g_k
-    dz: Tensor  # (B, M, D) (z_{k+1} - z_k) + beta (g_{k+1} - g_k)
+    mixed: Tensor  # (B, M + 1, D) z_k + beta g_k
+    dg: Tensor  # (B, M, D) g_k - g_{k-1}
     gram: Tensor  # (B, M, M) inner products of dg
+    rhs: Tensor  # (B, M) dg^T g_k
     last_g: Tensor  # (B, D)
-    last_step: Tensor  # (B, D)
-    count: int = 0  # calls so far
+    count: int = 0  # calls so far, k
 
     def take(self, index: Tensor) -> "_History":
         return _History(*(getattr(self, f.name)[index] for f in fields(self)[:-1]), self.count)
@@ -52,25 +53,38 @@ class Anderson(FixedPointSolver):
     def init(self, z0: Tensor) -> _History:
         batch, dim = z0.shape
         slots = max(min(self.history - 1, self.max_steps - 1), 0)
-        dg, dz = z0.new_empty(batch, slots, dim), z0.new_empty(batch, slots, dim)
-        return _History(dg, dz, z0.new_zeros(batch, slots, slots), z0, z0)
+        return _History(
+            mixed=z0.new_empty(batch, slots + 1, dim),
+            dg=z0.new_empty(batch, slots, dim),
+            gram=z0.new_zeros(batch, slots, slots),
+            rhs=z0.new_zeros(batch, slots),
+            last_g=z0,
+        )
 
-    def direction(self, memory: _History, z: Tensor, g: Tensor) -> Tensor:
-        slots = memory.dg.shape[1]
-        step = self.beta * g
-        if memory.count > 0 and slots > 0:
-            slot = (memory.count - 1) % slots
-            dg = g - memory.last_g
-            memory.dg[:, slot] = dg
-            memory.dz[:, slot] = memory.last_step + self.beta * dg
-            used = min(memory.count, slots)
-            # One pass over the history: the new row of the Gram matrix, and the right-hand side.
-            products = memory.dg[:, :used] @ torch.stack((dg, g), dim=2)  # (B, M, 2)
-            memory.gram[:, slot, :used] = memory.gram[:, :used, slot] = products[:, :, 0]
-            gamma = self._least_squares(memory.gram[:, :used, :used], products[:, :, 1])
-            step = step - torch.bmm(gamma.unsqueeze(1), memory.dz[:, :used]).squeeze(1)
-        memory.last_g, memory.last_step, memory.count = g, step, memory.count + 1
-        return step
+    def propose(self, memory: _History, z: Tensor, f: Tensor, g: Tensor) -> Tensor:
+        k, slots = memory.count, memory.dg.shape[1]
+        memory.count += 1
+        mixed = f if self.beta == 1 else torch.add(z, g, alpha=self.beta)
+        memory.mixed[:, k % (slots + 1)] = mixed
+        if k == 0 or slots == 0:
+            memory.last_g = g
+            return mixed
+        newest, used = (k - 1) % slots, min(k, slots)
+        dg = memory.dg[:, newest].copy_(g).sub_(memory.last_g)
+        memory.last_g = g
+        # One pass over dg, for the right-hand side. The new row of the Gram matrix is its change since the last step,
+        # but for the diagonal.
+        rhs = (g.unsqueeze(1) @ memory.dg[:, :used].mT).squeeze(1)
+        row = rhs - memory.rhs[:, :used]
+        row[:, newest] = torch.linalg.vector_norm(dg, dim=1).square()
+        memory.gram[:, newest, :used] = memory.gram[:, :used, newest] = row
+        memory.rhs[:, :used] = rhs
+        gamma = self._least_squares(memory.gram[:, :used, :used], rhs)
+        # mixed_k - sum_j gamma_j (mixed_j - mixed_{j-1}), collected by iterate, from the oldest to the newest.
+        gamma = _rotate(gamma, -(k % slots) if k > slots else 0)
+        weights = F.pad(gamma, (0, 1), value=1.0) - F.pad(gamma, (1, 0))
+        weights = _rotate(weights, (k + 1) % (slots + 1) if k > slots else 0)
+        return (weights.unsqueeze(1) @ memory.mixed[:, : used + 1]).squeeze(1)
 
     def _least_squares(self, gram: Tensor, rhs: Tensor) -> Tensor:
         """Solve gram gamma = rhs per sample, `(B, M, M)` and `(B, M)`, after scaling every column to unit length."""
@@ -87,6 +101,11 @@ class Anderson(FixedPointSolver):
         else:  # the checked version would raise on one bad sample, and wait for the device to do so
             gamma = torch.linalg.solve_ex(system, rhs * scale)[0]
         return (gamma * scale).to(half)
+
+
+def _rotate(x: Tensor, shift: int) -> Tensor:
+    """Return x `(B, M)` with its columns moved `shift` places on, the last ones to the front."""
+    return torch.cat((x[:, -shift:], x[:, :-shift]), dim=1) if shift else x
 
 
 def _eliminate(matrix: Tensor, rhs: Tensor) -> Tensor:

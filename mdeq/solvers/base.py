@@ -95,9 +95,9 @@ def is_static(z: Tensor) -> bool:
 class FixedPointSolver(ABC):
     """Settings of a fixed-point solver; calling it solves z = f(z) for every sample on its own.
 
-    A subclass says how to step (`init`, `direction`); stopping, the best iterate, freezing of finished samples,
-    failures and the trace exist once, in `__call__`. Step counts, status and result of a sample do not depend on its
-    batch mates, but for rounding, which an iteration that does not converge may amplify.
+    A subclass says how to step (`init`, and `direction` or `propose`); stopping, the best iterate, freezing of finished
+    samples, failures and the trace exist once, in `solve`. Step counts, status and result of a sample do not depend on
+    its batch mates, but for rounding, which an iteration that does not converge may amplify.
 
     Args:
         tol: a sample has converged when its residual is below this; relative (unitless) or absolute (units of z).
@@ -106,6 +106,8 @@ class FixedPointSolver(ABC):
         divergence_factor: a sample has diverged when `|f(z) - z|` exceeds this many times its first value, or
             times `1e-3 sqrt(D)` where that is more: a start that happens to be near a fixed point is no yardstick.
             Judged on the absolute residual in both modes, since the relative one saturates near 1.
+        check_every: steps between looks at who has finished, each of which waits for the device. In between, finished
+            samples are kept as they are but evaluated along with the rest; results are the same.
 
     Raises:
         ValueError: at construction, for a setting out of range.
@@ -115,6 +117,7 @@ class FixedPointSolver(ABC):
     max_steps: int = 30
     stop_mode: Literal["rel", "abs"] = "rel"
     divergence_factor: float = 1e6
+    check_every: int = 1
 
     def __post_init__(self) -> None:
         _require_number("tol", self.tol)
@@ -123,19 +126,26 @@ class FixedPointSolver(ABC):
         _require(self.stop_mode in ("rel", "abs"), "stop_mode must be 'rel' or 'abs'", self.stop_mode)
         _require_number("divergence_factor", self.divergence_factor)
         _require(self.divergence_factor > 1, "divergence_factor must be > 1", self.divergence_factor)
+        _require_count("check_every", self.check_every, 1)
 
     @abstractmethod
     def init(self, z0: Tensor) -> Any:
         """Return the memory of a new solve from z0 `(B, D)`."""
 
-    @abstractmethod
     def direction(self, memory: Any, z: Tensor, g: Tensor) -> Tensor:
         """Return the step `(B, D)` to take from iterate z, where g = f(z) - z; update the memory in place."""
+        raise NotImplementedError(f"{type(self).__name__} needs direction or propose")
 
-    def advance(self, fn: FlatFn, memory: Any, z: Tensor, g: Tensor, step: Tensor) -> tuple[Tensor, Tensor, int]:
+    def propose(self, memory: Any, z: Tensor, f: Tensor, g: Tensor) -> Tensor:
+        """Return the next iterate `(B, D)`, where f = f(z) and g = f - z; update the memory in place.
+
+        To be given in place of `direction` by a solver that gets there with fewer passes over the state.
+        """
+        return z + self.direction(memory, z, g)
+
+    def advance(self, fn: FlatFn, memory: Any, z: Tensor, g: Tensor, trial: Tensor) -> tuple[Tensor, Tensor, int]:
         """Return the next iterate, its image under fn, and the number of evaluations spent. A line search goes here."""
-        z = z + step
-        return z, fn(z), 1
+        return trial, fn(trial), 1
 
     def inverse_transposed(self, memory: Any, stats: SolveStats, w: Tensor) -> Tensor:
         """Return an estimate of `(I - J)^-T w` `(B, D)` from what a solve remembers of J; w where that is nothing.
@@ -185,26 +195,23 @@ class FixedPointSolver(ABC):
             residual = absolute
             if self.stop_mode == "rel":
                 residual = absolute / (torch.linalg.vector_norm(fz, dim=1) + 1e-9)
-            progress.update(self, step, z, absolute, residual)
-            if step == self.max_steps:
+            look = not static and (step % self.check_every == 0 or step == self.max_steps)
+            num_active = progress.update(self, step, z, absolute, residual, look)
+            if step == self.max_steps or num_active == 0:
                 break
-            num_active = batch = z.shape[0]
-            if not static:
-                num_active = int(progress.active.sum())  # the one host synchronisation of a step
-                if num_active == 0:
-                    break
-                # Compaction copies the memory, so it waits until it saves a quarter of the evaluations.
-                if compact and num_active <= 0.75 * batch and hasattr(fn, "take"):
-                    index = progress.active.nonzero().squeeze(1)
-                    outer.append((progress, index))
-                    progress, memory, fn = progress.take(index), memory.take(index), fn.take(index)
-                    z, g, batch = z[index], g[index], num_active
+            # Compaction copies the memory, so it waits until it saves a quarter of the evaluations.
+            if compact and num_active is not None and num_active <= 0.75 * z.shape[0] and hasattr(fn, "take"):
+                index = progress.active.nonzero().squeeze(1)
+                outer.append((progress, index))
+                progress, memory, fn = progress.take(index), memory.take(index), fn.take(index)
+                z, fz, g = z[index], fz[index], g[index]
             with full_precision(z):  # autocast is for f, not for the solver's own products
-                update = self.direction(memory, z, g)
-            if static or num_active < batch:  # finished samples rest at their best iterate, which is always finite
+                trial = self.propose(memory, z, fz, g)
+            if num_active is None or num_active < z.shape[0]:
+                # Finished samples rest at their best iterate, which is always finite.
                 z = _where(progress.active, z, progress.best)
-                update = _where(progress.active, update, torch.zeros_like(update))
-            z, fz, spent = self.advance(fn, memory, z, g, update)
+                trial = _where(progress.active, trial, progress.best)
+            z, fz, spent = self.advance(fn, memory, z, g, trial)
             nfe += spent
         for whole, index in reversed(outer):
             progress = whole.merge(index, progress)
@@ -219,7 +226,7 @@ class _Progress:
     active: Tensor  # (B,) bool
     best: Tensor  # (B, D)
     best_residual: Tensor  # (B,)
-    first: Tensor  # (B,) absolute residual of the starting point, or a floor: what divergence is measured against
+    limit: Tensor  # (B,) absolute residual above which a sample has diverged
     status: Tensor  # (B,) int64
     num_steps: Tensor  # (B,) int64
     trace: list[Tensor]  # of (B,)
@@ -232,36 +239,53 @@ class _Progress:
             active=torch.ones(batch, dtype=torch.bool, device=z0.device),
             best=z0,
             best_residual=z0.new_full((batch,), float("inf")),
-            first=z0.new_zeros(batch),
+            limit=z0.new_zeros(batch),
             status=status,
             num_steps=torch.zeros_like(status),
             trace=[],
         )
 
-    def update(self, solver: FixedPointSolver, step: int, z: Tensor, absolute: Tensor, residual: Tensor) -> None:
-        """Take note of iterate z and decide which samples go on."""
+    def update(
+        self, solver: FixedPointSolver, step: int, z: Tensor, absolute: Tensor, residual: Tensor, look: bool
+    ) -> int | None:
+        """Take note of iterate z and decide which samples go on; return how many do, None where nobody may look."""
         if step == 0:
-            self.first = absolute.clamp(min=1e-3 * z.shape[1] ** 0.5)
-        finite = torch.isfinite(absolute)
-        converged = finite & ((residual < solver.tol) | (absolute == 0))
-        diverged = finite & (absolute > solver.divergence_factor * self.first) & ~converged
-        better = self.active & finite & (residual < self.best_residual)
+            first = absolute.clamp(min=1e-3 * z.shape[1] ** 0.5)
+            self.limit = (solver.divergence_factor * first).clamp(max=torch.finfo(first.dtype).max)
+        # Comparisons with nan are false: what is not finite does not go on, and is never better.
+        goes_on = self.active & (residual >= solver.tol) & (absolute > 0) & (absolute <= self.limit)
+        better = self.active & (residual < self.best_residual) & (absolute < float("inf"))
         if step == 0:  # its residual is reported if nothing else can be returned, but any finite iterate beats it
-            better &= converged
+            better &= ~goes_on & (absolute <= self.limit)
+        num_active = None
+        if look:
+            # The one host synchronisation of a step.
+            num_active, num_better = torch.stack((goes_on.sum(), better.sum())).tolist()
+            if num_active == len(residual) and num_better == (0 if step == 0 else num_active):
+                # Nothing ended and nothing got worse, the usual step: what is noted needs no pass over the state.
+                if num_better:
+                    self.best, self.best_residual = z, residual
+                self.trace.append(residual)
+                self.num_steps.fill_(step)
+                return num_active
+        ended = self.active & ~goes_on
+        finite = absolute < float("inf")
+        converged = ended & finite & ((residual < solver.tol) | (absolute == 0))
         self.best = _where(better, z, self.best)
         self.best_residual = torch.where(better, residual, self.best_residual)
         for status, condition in (
             (SolveStatus.CONVERGED, converged),
-            (SolveStatus.DIVERGED, diverged),
-            (SolveStatus.NONFINITE, ~finite),
+            (SolveStatus.DIVERGED, ended & finite & ~converged),
+            (SolveStatus.NONFINITE, ended & ~finite),
         ):
-            self.status = self.status.masked_fill(self.active & condition, status)
+            self.status = self.status.masked_fill(condition, status)
         self.trace.append(torch.where(self.active, residual, self.trace[-1]) if self.trace else residual)
         self.num_steps = torch.where(self.active, step, self.num_steps)
-        self.active = self.active & finite & ~converged & ~diverged
+        self.active = goes_on
+        return num_active
 
     def take(self, index: Tensor) -> "_Progress":
-        fields = (self.active, self.best, self.best_residual, self.first, self.status, self.num_steps)
+        fields = (self.active, self.best, self.best_residual, self.limit, self.status, self.num_steps)
         return _Progress(*(x[index] for x in fields), trace=[self.trace[-1][index]])
 
     def merge(self, index: Tensor, part: "_Progress") -> "_Progress":

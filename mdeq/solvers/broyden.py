@@ -74,17 +74,19 @@ class Broyden(FixedPointSolver):
             return g
         # v = -H_{k-1} g = g + sum_j c_j u_j with c_j = d_j^T v_j / |d_j|^2, v_j the partial sum before term j.
         past = memory.d[:, :k]
-        # One pass over the history for d_j^T d_{k-1} and d_j^T g, which lie side by side in it.
-        products = past @ memory.d[:, k - 1 : k + 1].mT  # (B, k, 2)
+        # One pass over the history for d_j^T d_{k-1} and d_j^T g, which lie side by side in it. A CPU is faster at this
+        # order of the factors, with the long axis last in both.
+        gram, right = (memory.d[:, k - 1 : k + 1] @ past.mT).unbind(1)  # (B, k) each
         short = 1 - memory.length[:, :k]
-        self._append_row(memory, products[:, :, 0], short)
-        c = (memory.solve[:, :k, :k] @ (products[:, :, 1] * memory.scale[:, :k]).unsqueeze(2)).squeeze(2)
-        weights = torch.cat((torch.zeros_like(c[:, :1]), c[:, :-1]), dim=1) - short * c
+        self._append_row(memory, gram, short)
+        c = (memory.solve[:, :k, :k] @ (right * memory.scale[:, :k]).unsqueeze(2)).squeeze(2)
+        weights = torch.cat((torch.zeros_like(c[:, :1]), c[:, :-1], torch.ones_like(c[:, :1])), dim=1)
+        weights[:, :-1] -= short * c
         # d_k = (v - (1 - l) c_{k-1} d_{k-1}) / (1 - c_{k-1}); a vanishing denominator means no secant information.
         denominator = 1 - c[:, -1:]
         tiny = 10 * torch.finfo(g.dtype).eps
         denominator = torch.where(denominator.abs() > tiny, denominator, torch.ones_like(denominator))
-        step = torch.baddbmm(g.unsqueeze(1), weights.unsqueeze(1), past).squeeze(1) / denominator
+        step = torch.bmm((weights / denominator).unsqueeze(1), memory.d[:, : k + 1]).squeeze(1)
         memory.d[:, k] = step
         return step
 
@@ -115,10 +117,11 @@ class Broyden(FixedPointSolver):
             memory.solve[:, last, :last] = (row.unsqueeze(1) @ memory.solve[:, :last, :last]).squeeze(1)
 
     def advance(
-        self, fn: FlatFn, memory: _Directions, z: Tensor, g: Tensor, step: Tensor
+        self, fn: FlatFn, memory: _Directions, z: Tensor, g: Tensor, trial: Tensor
     ) -> tuple[Tensor, Tensor, int]:
-        trial, image, nfe = super().advance(fn, memory, z, g, step)
-        if self.line_search == 0:
+        step = trial - z if self.line_search else None
+        trial, image, nfe = super().advance(fn, memory, z, g, trial)
+        if step is None:
             return trial, image, nfe
         start = torch.linalg.vector_norm(g, dim=1)
         length = torch.ones_like(start)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .base import FixedPointSolver, _require, _require_number
@@ -32,5 +33,5 @@ class Picard(FixedPointSolver):
     def init(self, z0: Tensor) -> _NoMemory:
         return _NoMemory()
 
-    def direction(self, memory: _NoMemory, z: Tensor, g: Tensor) -> Tensor:
-        return self.damping * g
+    def propose(self, memory: _NoMemory, z: Tensor, f: Tensor, g: Tensor) -> Tensor:
+        return f if self.damping == 1 else torch.add(z, g, alpha=self.damping)
