@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import importlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,18 @@ DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "digits" /
 
 class BadInput(Exception):
     """Something that the user has to change, said in one line. Programs print it and exit with code 2."""
+
+
+def optional(module: str, extra: str) -> Any:
+    """Return a module of an optional dependency.
+
+    Raises:
+        BadInput: naming the extra that brings it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise BadInput(f"this needs {module.partition('.')[0]}: pip install mdeq-vision[{extra}]") from None
 
 
 @dataclass

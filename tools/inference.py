@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdeq import SolveStats
-from tools.volumes import optional
+from tools.config import optional
 
 Prediction = tuple[Tensor, list[SolveStats]]
 """Logits (or log-probabilities) of a batch, and the statistics of every solve that they took."""

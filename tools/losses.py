@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tools.volumes import optional
+from tools.config import optional
 
 
 class PixelLoss(nn.Module):

@@ -14,8 +14,6 @@ import csv
 import dataclasses
 import io
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -34,13 +32,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mdeq import Anderson, Broyden, ImplicitGradient, PhantomGradient, ReversibleGradient
+from tools import peak
 from tools.build import known_model
 from tools.checkpoint import check_folder, write_atomically
 from tools.config import BadInput
 from tools.report import Parser, program
 
 COLUMNS = ("gradient", "side", "steps", "peak_mib", "note")
-GIB, MIB = 2**30, 2**20
 
 
 class Twin(nn.Module):
@@ -118,62 +116,20 @@ def measure(case: Case) -> dict[str, Any]:
 
     step(16)  # libraries set themselves up, and gradients are allocated
     try:
-        with _Peak(case) as peak:
+        with peak.Peak(case.device, case.limit_gib) as step_peak:
             step(case.side)
     except RuntimeError as error:  # torch.OutOfMemoryError is one; that of a CPU has no type of its own
         if "memory" not in str(error):
             raise
         return {**row, "peak_mib": "", "note": f"out of memory at {case.limit_gib:g} GiB"}
-    return {**row, "peak_mib": round(peak.mib, 1), "note": ""}
-
-
-class _Peak:
-    """The most memory that was held within a block, on top of what was held before, in MiB."""
-
-    def __init__(self, case: Case) -> None:
-        self.case, self.mib = case, 0.0
-
-    def __enter__(self) -> "_Peak":
-        if self.case.device.startswith("cuda"):
-            torch.cuda.set_per_process_memory_fraction(
-                min(1.0, self.case.limit_gib * GIB / torch.cuda.get_device_properties(0).total_memory)
-            )
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-        else:
-            import resource  # not on Windows
-
-            self.before = _resident("VmRSS")
-            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-            address_space = int(self.case.limit_gib * GIB) + _resident("VmSize")
-            resource.setrlimit(resource.RLIMIT_AS, (address_space, resource.RLIM_INFINITY))
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        cuda = self.case.device.startswith("cuda")
-        after = torch.cuda.max_memory_allocated() if cuda else _resident("VmHWM")
-        self.mib = (after - self.before) / MIB
-
-
-def _resident(field: str) -> int:
-    """Return a field of this process's status on Linux, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+    return {**row, "peak_mib": round(step_peak.mib, 1), "note": ""}
 
 
 def in_a_process(case: Case) -> dict[str, Any]:
     """Return the row of a case, measured in a process of its own."""
-    command = [sys.executable, __file__, "--measure", json.dumps(dataclasses.asdict(case))]
-    # The C library of Linux gives freed memory back at once: what is resident is what is in use.
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    killed = done.returncode in (-9, 137)  # by the system, for want of memory
-    if not killed:
-        raise RuntimeError(f"measuring {case} failed:\n{done.stderr}")
     row = dict(gradient=case.gradient, side=case.side, steps=case.steps)
-    return {**row, "peak_mib": "", "note": "out of memory: killed by the system"}
+    killed = {**row, "peak_mib": "", "note": "out of memory: killed by the system"}
+    return peak.in_a_process(__file__, dataclasses.asdict(case)) or killed
 
 
 def middle(values: list[int]) -> int:
@@ -235,8 +191,7 @@ def main() -> None:
     for name, smallest in (("sides", 16), ("steps", 1)):
         if min(getattr(arguments, name)) < smallest:
             raise BadInput(f"--{name} must be >= {smallest}, got {min(getattr(arguments, name))}")
-    if not arguments.device.startswith("cuda") and not Path("/proc/self/clear_refs").exists():
-        raise BadInput("memory on a CPU is measured on Linux only; use --device cuda")
+    peak.check_measurable(arguments.device)
     common = dict(batch=arguments.batch_size, device=arguments.device, limit_gib=arguments.limit_gib)
     sides, steps = sorted(set(arguments.sides)), sorted(set(arguments.steps))
     side, count = middle(sides), middle(steps)

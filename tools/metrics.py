@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mdeq import SolveStats, SolveStatus
 from tools.batches import Process
-from tools.volumes import optional
+from tools.config import optional
 
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from tools.batches import VOID, Batch, Batches, Process, generator, seed_of, shared_batch_size
-from tools.config import BadInput, DataConfig
+from tools.config import BadInput, DataConfig, optional
 from tools.nifti_data import read_nifti
-from tools.volumes import Preprocessing, checked_finite, checked_labels, normalised, optional, padded
+from tools.volumes import Preprocessing, checked_finite, checked_labels, normalised, padded
 
 NAMES = ("hippocampus", "modelnet10", "medmnist3d", "nifti")
 SEGMENTED = ("hippocampus", "nifti")

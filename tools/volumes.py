@@ -10,7 +10,6 @@ save_labels(path, labels, volume)
 """
 
 import dataclasses
-import importlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,22 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tools.config import BadInput
+from tools.config import BadInput, optional
 
 NORMALISATIONS = ("zscore", "minmax", "none")
 ORIENTATIONS = ("RAS", "none")
-
-
-def optional(module: str, extra: str) -> Any:
-    """Return a module of an optional dependency.
-
-    Raises:
-        BadInput: naming the extra that brings it.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise BadInput(f"this needs {module.partition('.')[0]}: pip install mdeq-vision[{extra}]") from None
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,9 @@ from tqdm import tqdm
 from mdeq import SolveStats, WarmStart
 from tools.build import start_process
 from tools.checkpoint import CONFIG_FILE
-from tools.config import BadInput, TrainConfig, load_config, split_overrides
+from tools.config import BadInput, TrainConfig, load_config, optional, split_overrides
 from tools.report import Parser, program
 from tools.validate import load
-from tools.volumes import optional
 
 
 class ColdStart:

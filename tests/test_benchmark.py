@@ -1,0 +1,276 @@
+"""tools/benchmark.py on tiny sizes: that it works and what its numbers mean. Nothing here looks at a time."""
+
+import csv
+import ctypes
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+import tools.benchmark
+from mdeq import DEQ, Broyden, PhantomGradient
+from tools import comparison, scaling
+from tools.comparison import Bench
+from tools.config import BadInput
+from tools.contenders import Clocked, TorchDEQ, Twin, parse_case, residual, resnet_like, solvers
+from tools.report import keep_freed_memory
+from tools.timings import quartiles, reference, table, take_turns, timing_rows
+
+CPU = torch.device("cpu")
+
+
+def bench(**settings: Any) -> Bench:
+    return Bench(**{"device": CPU, "steps": 3, "tol": 0.3, "history": 3, "repeats": 1, **settings})
+
+
+def problem(batch: int = 2) -> Any:
+    torch.manual_seed(0)
+    model = timm.create_model("test_mdeq").eval()
+    b = bench()
+    return b.problem(model, b.inputs(model, 16, batch))
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *words])
+    tools.benchmark.main()
+
+
+# Contenders
+
+
+def test_all_contenders_take_the_same_number_of_evaluations() -> None:
+    fn, z0 = problem()
+    with torch.no_grad():
+        for name, layer in {**solvers(5, 0.0, 3), "twin": Twin(6)}.items():
+            clocked = Clocked(layer.eval())
+            clocked(fn, z0)
+            assert clocked.clock.calls == 6, name
+            assert clocked.clock.samples == 12, name
+            assert clocked.clock.seconds > 0, name
+
+
+def test_the_peer_solves_the_same_problem() -> None:
+    """Broyden from the same start is the same iteration: in float64 both end at the same point."""
+    fn, z0 = problem()
+    fn.cell.double()
+    fn = fn.__class__(fn.cell, tuple(None if u is None else u.double() for u in fn.injection), None, fn.cell.kernels())
+    z0 = tuple(z.double() for z in z0)
+    with torch.no_grad():
+        own = DEQ(Broyden(max_steps=4, tol=0.0), PhantomGradient()).eval()(fn, z0)
+        peer = TorchDEQ("broyden", 5, 0.0).eval()(fn, z0)
+    assert torch.equal(own.stats.trace[1:].argmin(0), torch.full((2,), 3)), "the last iterate is the best"
+    for mine, theirs in zip(own.state, peer.state):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11)
+    reached = residual(fn, own.state)
+    torch.testing.assert_close(reached, own.stats.residual, rtol=1e-6, atol=0)
+
+
+def test_samples_that_left_the_batch_are_not_counted() -> None:
+    fn, z0 = problem(batch=4)
+    with torch.no_grad():
+        exact = DEQ(Broyden(max_steps=200, tol=1e-2), PhantomGradient()).eval()(fn, z0)
+        assert exact.stats.converged.any()
+        layer = Clocked(DEQ(Broyden(max_steps=200, tol=1e-2), PhantomGradient()).eval())
+        start = tuple(z.clone() for z in z0)
+        for z, solved in zip(start, exact.state):
+            z[:3] = solved[:3]
+        layer(fn, start)
+    assert layer.clock.samples < 4 * layer.clock.calls
+
+
+def test_the_nearest_resnet() -> None:
+    name, net = resnet_like(timm.create_model("mdeq_large_cifar", num_classes=10))
+    assert name == "timm resnet18, 11M"
+    assert net.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+# Timings
+
+
+def test_turns() -> None:
+    """Every contender once unmeasured, then all of them in each round."""
+    order: list[str] = []
+    runs = {name: lambda name=name: order.append(name) or name for name in "ab"}
+    times, results = take_turns(runs, 2, CPU, "test")
+    assert order == ["a", "b"] * 3
+    assert results == {"a": ["a", "a"], "b": ["b", "b"]}
+    assert [len(values) for values in times.values()] == [2, 2]
+
+
+def test_rows_are_relative_to_the_peer_turn_by_turn() -> None:
+    """The machine became four times slower in the second turn, which says nothing of either."""
+    times = {"mdeq A": [1.0, 4.0, 1.2], "TorchDEQ A": [2.0, 8.0, 2.4], "other": [4.0, 16.0, 4.8]}
+    rows = timing_rows("part", "case", times)
+    assert [rows[name]["relative"] for name in times] == [0.5, 1.0, 2.0]
+    assert rows["mdeq A"]["ms"] == 1200
+    assert rows["mdeq A"]["ms_low"] == pytest.approx(1100)
+
+
+def test_namesakes() -> None:
+    names = ["mdeq A", "TorchDEQ B", "TorchDEQ A", "mdeq A + warm start", "explicit twin"]
+    assert [reference(name, names) for name in names] == ["TorchDEQ A", "TorchDEQ B", *["TorchDEQ A"] * 2, "TorchDEQ B"]
+    assert reference("mdeq A", ["mdeq A"]) is None
+
+
+def test_quartiles_and_table() -> None:
+    assert quartiles([3.0]) == (3.0, 3.0, 3.0)
+    assert quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 3.0, 4.0)
+    assert list(table([{"name": "a", "x": 1.0}, {"name": "bc", "y": 12345.678}])) == [
+        "name  x          y",
+        "a     1",
+        "bc       1.235e+04",
+    ]
+
+
+# Parts
+
+
+def test_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    words = "--parts solve inference tolerance training ragged --cases test_mdeq:16:2 --steps 3 --repeats 1 --tol 0.3"
+    monkeypatch.setattr(comparison, "BACKWARD_STEPS", (1, 3))
+    monkeypatch.setattr(comparison, "RAGGED_BATCH", 8)
+    monkeypatch.setattr(comparison, "RAGGED_SLOW", 1)
+    call(monkeypatch, *words.split(), "--trained", "mdeq_tiny_cifar.cifar10:16:2", "--out", str(tmp_path))
+    rows = list(csv.DictReader((tmp_path / "benchmark.csv").read_text().splitlines()))
+    parts = {part: [row for row in rows if row["part"] == part] for part in comparison.PARTS}
+    assert [len(members) for members in parts.values()] == [7, 6, 6, 8, 4, 0]
+    for row in parts["solve"]:
+        assert float(row["evaluations"]) == 4, row
+        assert float(row["overhead"]) >= 1, row
+        assert float(row["ms"]) > float(row["inside_ms"]) > 0, row
+    broyden = {row["contender"]: float(row["residual"]) for row in parts["solve"]}
+    assert broyden["mdeq Broyden"] == pytest.approx(broyden["TorchDEQ Broyden"], rel=1e-3)
+    assert all(float(row["residual_max"]) < 0.3 for row in parts["tolerance"] if row["contender"].startswith("mdeq"))
+    errors = {row["contender"]: row["gradient_error"] for row in parts["training"]}
+    assert float(errors["mdeq phantom 5"]) == pytest.approx(float(errors["TorchDEQ phantom 5"]), rel=1e-2)
+    assert all(0 < float(value) < 2 for name, value in errors.items() if "timm" not in name)
+    assert (tmp_path / "benchmark.png").stat().st_size > 20_000
+    assert "TorchDEQ Broyden" in capsys.readouterr().out
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="memory of a process is read from /proc")
+def test_memory_of_a_solver() -> None:
+    """Broyden keeps a vector a step here and two in the peer's form."""
+    rows = {row["contender"]: row for row in comparison.memory_part(bench(steps=12), ["mdeq_tiny_cifar:32:16"], "")}
+    assert rows["mdeq Broyden"]["relative"] < 0.75
+    state_mib = 16 * 30720 * 4 / 2**20
+    assert 12 * state_mib <= rows["mdeq Broyden"]["solver_mib"] <= 20 * state_mib
+
+
+def test_growth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """What grows with the square of the side is linear in pixels; memory is measured elsewhere."""
+
+    def peak(**settings: Any) -> float:
+        _, side, batch = parse_case(settings["case"])
+        return float(side**2 * batch * settings["width"])
+
+    monkeypatch.setattr(scaling, "measured_peak", peak)
+    monkeypatch.setattr(scaling, "FACTORS", {"steps": (1, 2), "side": (1, 1.5), "batch": (1, 2)})
+    monkeypatch.setattr(scaling, "WIDTHS", (1, 2))
+    monkeypatch.setattr(scaling, "MATRIX", 64)
+    words = "--scaling --cases test_mdeq:16:1 --trained deq_tiny_cifar:16:1 --steps 2 --repeats 1"
+    monkeypatch.setattr(tools.benchmark, "list_models", lambda pretrained: ["deq_tiny_cifar"])
+    call(monkeypatch, *words.split(), "--out", str(tmp_path))
+    rows = list(csv.DictReader((tmp_path / "scaling.csv").read_text().splitlines()))
+    assert {row["axis"] for row in rows} == {"steps", "pixels", "batch", "channels"}
+    growth = {
+        (row["axis"], row["contender"]): row["memory_exponent"]
+        for row in scaling.exponents(
+            [{**row, **{k: float(row[k]) for k in ("value", "ms", "peak_mib")}} for row in rows]
+        )
+    }
+    assert growth == {
+        (axis, name): pytest.approx(0.0 if axis == "steps" else 1.0)
+        for axis in ("steps", "pixels", "batch", "channels")
+        for name in scaling.CONTENDERS
+    }
+    assert (tmp_path / "scaling.png").stat().st_size > 20_000
+    rates = list(csv.DictReader((tmp_path / "rates.csv").read_text().splitlines()))
+    assert [row["what"] for row in rates] == ["matrix product", "test_mdeq:16:1"]
+    assert "time_exponent" in capsys.readouterr().out
+
+
+def test_operations_of_f() -> None:
+    """One branch: 3x3 convolutions of 24 to 120 channels and back at full resolution, two operations a product."""
+    rows = scaling.roofline(bench(), ["deq_tiny_cifar:16:2"])
+    assert rows[1]["gflop"] == pytest.approx(2 * 2 * 2 * 24 * 120 * 9 * 16**2 / 1e9)
+
+
+def test_exponent() -> None:
+    values = [1.0, 2.0, 5.0]
+    assert scaling.exponent(values, [3 * v**1.5 for v in values]) == pytest.approx(1.5)
+    assert math.isclose(scaling.exponent(values, [7.0] * 3), 0, abs_tol=1e-12)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--cases mdeq_tiny_cifar", "a case is MODEL:SIDE:BATCH"),
+        ("--cases mdeq_tiny_cifar:32:0", "a case is MODEL:SIDE:BATCH"),
+        ("--cases mdeq_tiny:32:1", "did you mean"),
+        ("--cases mdeq_tiny_cifar:8:1", "must be >= 16"),
+        ("--trained mdeq_small:64:1", "--trained needs a model with weights"),
+        ("--steps 0", "--steps must be >= 1"),
+        ("--tol 0", r"--tol must be in \(0, 1\)"),
+        ("--threads 0", "--threads must be >= 1"),
+        ("--parts everything", "invalid choice"),
+        ("--device cuda:99", "no device cuda:99"),
+        ("--out {file}", "is a file, no folder"),
+    ],
+)
+def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, message: str) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(BadInput, match=message):
+        call(monkeypatch, *words.format(file=file).split())
+
+
+def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchdeq", None)
+    with pytest.raises(BadInput, match=r"torchdeq: pip install mdeq-vision\[bench\]"):
+        call(monkeypatch, "--cases", "test_mdeq:16:1")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="memory of a process is read from /proc")
+def test_a_measurement_in_a_process_of_its_own() -> None:
+    case = dict(case="test_mdeq:64:4", contender="mdeq Anderson", steps=3, history=3, device="cpu")
+    command = [sys.executable, tools.benchmark.__file__, "--measure", json.dumps(case)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["mib"] > 0
+
+
+# The allocator
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the C library of Linux")
+@pytest.mark.parametrize("variable", [None, "MALLOC_TRIM_THRESHOLD_"])
+def test_freed_memory_is_kept_unless_the_environment_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, variable: str | None
+) -> None:
+    calls: list[tuple[int, int]] = []
+
+    class Library:
+        def mallopt(self, option: int, value: int) -> int:
+            calls.append((option, value))
+            return 1
+
+    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
+        monkeypatch.delenv(name)
+    if variable is not None:
+        monkeypatch.setenv(variable, "65536")
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Library())
+    keep_freed_memory()
+    assert bool(calls) == (variable is None)

@@ -1,0 +1,132 @@
+"""Compare solvers and gradients with TorchDEQ, the explicit twin and a ResNet, side by side in one process.
+
+    python tools/benchmark.py --cases mdeq_tiny_cifar:32:32 mdeq_large_cifar:32:8 --data DIR --out OUT
+
+All run on the same cell, weights, inputs and precision, and take turns, so that a machine whose speed drifts is as slow
+for one as for the others. A case is MODEL:SIDE:BATCH. Parts:
+
+    solve      a solve of a fixed number of steps, and the time inside f; the ratio of the two is the overhead
+    inference  images/s of whole models at that number of steps
+    tolerance  time to a relative residual, on trained weights
+    training   a training step, and the error of its gradient against float64; implicit gradients take as many backward
+               steps as they need for the error that TorchDEQ has after --steps, or 1.1 times that
+    ragged     a batch of 64 on trained weights, 8 of which need four times the steps of the rest
+    memory     what a solve holds beyond f itself, each in a process of its own
+
+`--scaling` measures how time and memory grow with steps, pixels, channels and batch instead, and the share of the
+machine's rate of matrix products that f reaches. Prints a table and saves it as CSV and PNG.
+"""
+
+import argparse
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from mdeq import list_models
+from tools import comparison, scaling
+from tools.build import find_device, known_model
+from tools.checkpoint import check_folder, make_folder
+from tools.comparison import PARTS, Bench
+from tools.config import BadInput, optional
+from tools.contenders import parse_case
+from tools.report import Parser, program
+from tools.timings import plot, save_table, table
+
+CASES = ["mdeq_tiny_cifar:32:32", "mdeq_large_cifar:32:8", "mdeq_small:224:2"]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(description=__doc__)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help="default: all")
+    parser.add_argument("--cases", nargs="+", default=CASES, help="for solve, inference and memory")
+    parser.add_argument(
+        "--trained", default="mdeq_tiny_cifar.cifar10:32:32", help="the case with weights, for the other parts"
+    )
+    parser.add_argument("--data", type=Path, help="folder with CIFAR-10, for test images in place of noise")
+    parser.add_argument("--steps", type=int, default=18, help="of a solve")
+    parser.add_argument("--tol", type=float, default=1e-3, help="relative residual, for tolerance and ragged")
+    parser.add_argument("--history", type=int, default=5, help="of Anderson")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, help="of the CPU; default: torch's choice")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
+    parser.add_argument("--bf16", action="store_true", help="f under autocast to bfloat16")
+    parser.add_argument("--compile", action="store_true", help="torch.compile of the cell, for all contenders alike")
+    parser.add_argument("--scaling", action="store_true", help="measure growth instead")
+    parser.add_argument("--out", type=Path, default=Path("runs") / "benchmark", help="folder for CSV and PNG")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def checked(arguments: argparse.Namespace) -> Bench:
+    """Return what is to be measured.
+
+    Raises:
+        BadInput: for a setting that is out of range, an unknown model or a missing package.
+    """
+    for name in ("steps", "history", "repeats"):
+        if getattr(arguments, name) < 1:
+            raise BadInput(f"--{name} must be >= 1, got {getattr(arguments, name)}")
+    if arguments.threads is not None and arguments.threads < 1:
+        raise BadInput(f"--threads must be >= 1, got {arguments.threads}")
+    if not 0 < arguments.tol < 1:
+        raise BadInput(f"--tol must be in (0, 1), got {arguments.tol}")
+    for case in (*arguments.cases, arguments.trained):
+        name, side, _ = parse_case(case)
+        known_model(name)
+        if side < 16:
+            raise BadInput(f"the side of a case must be >= 16, got {case}")
+    if parse_case(arguments.trained)[0] not in list_models(pretrained=True):
+        raise BadInput(f"--trained needs a model with weights: {', '.join(list_models(pretrained=True))}")
+    check_folder(arguments.out)
+    optional("torchdeq", "bench")
+    return Bench(
+        device=find_device(arguments.device, "--device"),
+        steps=arguments.steps,
+        tol=arguments.tol,
+        history=arguments.history,
+        repeats=arguments.repeats,
+        compiled=arguments.compile,
+        data=arguments.data,
+    )
+
+
+def title(bench: Bench, arguments: argparse.Namespace) -> str:
+    device = f"{torch.get_num_threads()} CPU threads"
+    if bench.device.type == "cuda":
+        device = torch.cuda.get_device_name(bench.device)
+    settings = f"{arguments.steps} steps, {arguments.repeats} repeats"
+    return f"{device}, torch {torch.__version__}, {'bf16' if arguments.bf16 else 'float32'}, {settings}"
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.measure is not None:
+        comparison.measure(arguments.measure)
+        return
+    bench = checked(arguments)
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    precision: Any = torch.autocast(bench.device.type, torch.bfloat16) if arguments.bf16 else nullcontext()
+    make_folder(arguments.out)
+    with precision:
+        if arguments.scaling:
+            scaling.run(bench, arguments.cases, arguments.trained, arguments.out, title(bench, arguments))
+            return
+        rows = []
+        for part in arguments.parts:
+            rows += PARTS[part](bench, arguments.cases, arguments.trained)
+    print(title(bench, arguments))
+    for part in arguments.parts:
+        print("", *table([row for row in rows if row["part"] == part]), sep="\n")
+    save_table(rows, arguments.out / "benchmark.csv")
+    plot(rows, arguments.out / "benchmark.png", title(bench, arguments))
+    print(f"saved: {arguments.out / 'benchmark.csv'}, {arguments.out / 'benchmark.png'}")
+
+
+if __name__ == "__main__":
+    program(main)

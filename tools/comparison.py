@@ -1,0 +1,280 @@
+"""The parts of tools/benchmark.py: each measures some contenders on the same problem and returns rows of the table."""
+
+import copy
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mdeq import Broyden, ImplicitGradient, PhantomGradient, ReversibleGradient, State
+from tools.contenders import Clocked, StateFn, TorchDEQ, Twin, ours, parse_case, residual, resnet_like, solvers
+from tools.data import read_cifar10
+from tools.peak import Peak, check_measurable, in_a_process
+from tools.timings import Row, reference, take_turns, timing_rows
+
+BACKWARD_STEPS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 18, 22, 26, 30)
+RAGGED_BATCH, RAGGED_SLOW = 64, 8
+MEMORY_LIMIT_GIB = 64.0
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all parts share."""
+
+    device: torch.device
+    steps: int
+    tol: float
+    history: int
+    repeats: int
+    compiled: bool = False
+    data: Path | None = None
+
+    def model(self, name: str, width: int = 1) -> nn.Module:
+        """Return a model without dropout, with its weights where the name has a tag; or a wider one, without."""
+        torch.manual_seed(0)
+        model = timm.create_model(name, pretrained="." in name and width == 1, dropout=0.0)
+        if width > 1:
+            wider = [width * channels for channels in model.equilibrium.cell.channels]
+            model = timm.create_model(name, channels=wider, dropout=0.0)
+        model = model.to(self.device)
+        if self.compiled:
+            model.equilibrium.cell.compile(dynamic=True)
+        return model.eval()
+
+    def inputs(self, model: nn.Module, side: int, batch: int) -> Tensor:
+        """Return test images of CIFAR-10 where there are any of this size, else smooth noise, `(B, C, *S)`."""
+        shape = (batch, model.in_chans, *[side] * model.spatial_dims)
+        if self.data is not None and shape[1:] == (3, 32, 32):
+            images = read_cifar10(self.data, train=False, limit=batch).images.float() / 255
+            mean, std = (torch.tensor(model.pretrained_cfg[k]).view(3, 1, 1) for k in ("mean", "std"))
+            return ((images - mean) / std).to(self.device)
+        torch.manual_seed(0)
+        coarse = torch.randn(batch, model.in_chans, *[max(side // 8, 2)] * model.spatial_dims)
+        return F.interpolate(coarse, size=shape[2:], mode="nearest").to(self.device)
+
+    @torch.no_grad()
+    def problem(self, model: nn.Module, x: Tensor) -> tuple[StateFn, State]:
+        """Return f for a batch of inputs, and the state of zeros."""
+        injection = model.inject(model.stem(x))
+        return model.equilibrium.fn(injection), model.equilibrium.cell.zero_state(injection)
+
+    def solvers(self, steps: int, tol: float) -> dict[str, nn.Module]:
+        return {name: layer.eval() for name, layer in solvers(steps, tol, self.history).items()}
+
+
+@torch.no_grad()
+def _timed_solves(
+    bench: Bench, part: str, case: str, layers: Mapping[str, nn.Module], fn: StateFn, z0: State
+) -> list[Row]:
+    """Return rows of solves: time, evaluations, time inside f, what was reached."""
+    clocked = {name: Clocked(layer) for name, layer in layers.items()}
+
+    def solve(layer: Clocked) -> tuple[State, Any]:
+        return layer(fn, z0).state, layer.clock
+
+    runs = {name: partial(solve, layer) for name, layer in clocked.items()}
+    times, results = take_turns(runs, bench.repeats, bench.device, f"{part} {case}")
+    rows = timing_rows(part, case, times)
+    for name, row in rows.items():
+        state, clock = results[name][-1]
+        inside = [clock.seconds for _, clock in results[name]]
+        reached = residual(fn, state)
+        row["evaluations"] = float(clock.calls)
+        row["per_sample"] = clock.samples / len(reached)
+        row["inside_ms"] = 1e3 * statistics.median(inside)
+        row["overhead"] = statistics.median(total / f for total, f in zip(times[name], inside))
+        row["residual"] = float(reached.mean())
+        row["residual_max"] = float(reached.max())
+    return list(rows.values())
+
+
+def solve_part(bench: Bench, cases: Sequence[str], trained: str) -> list[Row]:
+    rows: list[Row] = []
+    for case in cases:
+        name, side, batch = parse_case(case)
+        model = bench.model(name)
+        layers = {**bench.solvers(bench.steps, 0.0), "explicit twin": Twin(bench.steps + 1)}
+        rows += _timed_solves(bench, "solve", case, layers, *bench.problem(model, bench.inputs(model, side, batch)))
+    return rows
+
+
+@torch.no_grad()
+def inference_part(bench: Bench, cases: Sequence[str], trained: str) -> list[Row]:
+    rows: list[Row] = []
+    for case in cases:
+        name, side, batch = parse_case(case)
+        model = bench.model(name)
+        x = bench.inputs(model, side, batch)
+        layers = bench.solvers(bench.steps, 0.0)
+        layers = {k: layers[k] for k in ("mdeq Broyden", "TorchDEQ Broyden", "mdeq Anderson", "TorchDEQ Anderson")}
+        layers["explicit twin"] = Twin(bench.steps + 1)
+        runs: dict[str, Callable[[], Tensor]] = {k: partial(_with_layer, model, v, x) for k, v in layers.items()}
+        if model.spatial_dims == 2:
+            resnet_name, resnet = resnet_like(model)
+            runs[resnet_name] = partial(resnet.to(bench.device).eval(), x)
+        times, _ = take_turns(runs, bench.repeats, bench.device, f"inference {case}")
+        named = timing_rows("inference", case, times)
+        for row in named.values():
+            row["images_per_s"] = 1e3 * batch / row["ms"]
+        rows += named.values()
+    return rows
+
+
+def _with_layer(model: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
+    """Return what a model gives with another equilibrium layer in its place."""
+    model.equilibrium.deq = layer.train(model.training)
+    return model(x)
+
+
+def tolerance_part(bench: Bench, cases: Sequence[str], trained: str) -> list[Row]:
+    name, side, batch = parse_case(trained)
+    model = bench.model(name)
+    fn, z0 = bench.problem(model, bench.inputs(model, side, batch))
+    return _timed_solves(bench, "tolerance", trained, bench.solvers(10 * bench.steps, bench.tol), fn, z0)
+
+
+def ragged_part(bench: Bench, cases: Sequence[str], trained: str) -> list[Row]:
+    name, side, _ = parse_case(trained)
+    model = bench.model(name)
+    fn, z0 = bench.problem(model, bench.inputs(model, side, RAGGED_BATCH))
+    z0, slow, fast = _ragged_start(bench, fn, z0)
+    case = f"{name}:{side}:{RAGGED_BATCH}, {RAGGED_SLOW} take {slow:.0f} steps and the rest {fast:.0f}"
+    layers = bench.solvers(10 * bench.steps, bench.tol)
+    layers = {k: v for k, v in layers.items() if "Picard" not in k}
+    return _timed_solves(bench, "ragged", case, layers, fn, z0)
+
+
+@torch.no_grad()
+def _ragged_start(bench: Bench, fn: StateFn, z0: State) -> tuple[State, float, float]:
+    """Return a start from which a few samples need four times the steps of the rest, and the mean steps of both.
+
+    The few start from zero, the others from an iterate that is closer to their equilibrium.
+    """
+    layer = ours(Broyden(max_steps=20 * bench.steps, tol=bench.tol)).eval()
+    slow = torch.arange(len(z0[0]), device=z0[0].device) < RAGGED_SLOW
+    aim = float(layer(fn, z0).stats.num_steps[slow].double().mean()) / 4
+    candidates = []
+    for exponent in range(1, 25):
+        rough = ours(Broyden(max_steps=20 * bench.steps, tol=bench.tol * 1.3**exponent)).eval()(fn, z0).state
+        start = tuple(torch.where(slow.view(-1, *[1] * (z.ndim - 1)), zero, z) for z, zero in zip(rough, z0))
+        steps = layer(fn, start).stats.num_steps.double()
+        candidates.append((abs(float(steps[~slow].mean()) - aim), start, steps))
+    _, start, steps = min(candidates, key=lambda candidate: candidate[0])
+    return start, float(steps[slow].mean()), float(steps[~slow].mean())
+
+
+def training_part(bench: Bench, cases: Sequence[str], trained: str) -> list[Row]:
+    name, side, batch = parse_case(trained)
+    model = bench.model(name).train()
+    x = bench.inputs(model, side, batch)
+    labels = torch.randint(model.num_classes, (batch,), generator=torch.Generator().manual_seed(0)).to(bench.device)
+    tight = Broyden(max_steps=400, tol=1e-9)
+    exact = _gradient(copy.deepcopy(model).double(), ours(tight, ImplicitGradient(tight)), x.double(), labels)
+
+    def error(layer: nn.Module) -> float:
+        return float((_gradient(model, layer, x, labels).double() - exact).norm() / exact.norm())
+
+    aim = 1.1 * error(_implicit(bench, "TorchDEQ implicit", bench.steps))
+    layers: dict[str, nn.Module] = {}
+    needed: dict[str, float] = {}
+    for contender in ("mdeq implicit", "TorchDEQ implicit", "mdeq implicit + warm start"):
+        for steps in BACKWARD_STEPS:
+            layers[contender], needed[contender] = _implicit(bench, contender, steps), float(steps)
+            if error(layers[contender]) <= aim:
+                break
+    forward = Broyden(max_steps=bench.steps, tol=0.0)
+    layers["mdeq phantom 5"] = ours(forward, PhantomGradient(5, 0.5))
+    layers["TorchDEQ phantom 5"] = TorchDEQ("broyden", bench.steps + 1, 0.0, grad=5, tau=0.5)
+    layers["mdeq reversible"] = ours(forward, ReversibleGradient(0.5))
+    layers["explicit twin"] = Twin(bench.steps + 1)
+    runs: dict[str, Callable[[], Any]] = {k: partial(_gradient, model, v, x, labels) for k, v in layers.items()}
+    if model.spatial_dims == 2:
+        resnet_name, resnet = resnet_like(model)
+        runs[resnet_name] = partial(_gradient, resnet.to(bench.device).train(), None, x, labels)
+    times, _ = take_turns(runs, bench.repeats, bench.device, f"training {trained}")
+    rows = timing_rows("training", trained, times)
+    for contender, row in rows.items():
+        row["images_per_s"] = 1e3 * batch / row["ms"]
+        if contender in layers:
+            row["gradient_error"] = error(layers[contender])
+        if contender in needed:
+            row["backward_steps"] = needed[contender]
+    return list(rows.values())
+
+
+def _implicit(bench: Bench, contender: str, backward_steps: int) -> nn.Module:
+    """Return the layer of a contender with an implicit gradient of so many backward steps, by Broyden both ways."""
+    if contender.startswith("TorchDEQ"):
+        backward = dict(b_solver="broyden", b_max_iter=backward_steps, b_tol=0.0, b_stop_mode="rel")
+        return TorchDEQ("broyden", bench.steps + 1, 0.0, ift=True, **backward)
+    backward_solver = Broyden(max_steps=backward_steps, tol=0.0)
+    gradient = ImplicitGradient(backward_solver, warm_start=contender.endswith("warm start"))
+    return ours(Broyden(max_steps=bench.steps, tol=0.0), gradient)
+
+
+def _gradient(model: nn.Module, layer: nn.Module | None, x: Tensor, labels: Tensor) -> Tensor:
+    """Return the gradient of the cross-entropy with respect to all parameters, as one vector."""
+    model.zero_grad()
+    logits = model(x) if layer is None else _with_layer(model, layer, x)
+    F.cross_entropy(logits, labels).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def memory_part(bench: Bench, cases: Sequence[str], trained: str) -> list[Row]:
+    check_measurable(str(bench.device))
+    rows: list[Row] = []
+    for case in cases:
+        peaks = {}
+        for name in ("f alone", "mdeq Broyden", "TorchDEQ Broyden", "mdeq Anderson", "TorchDEQ Anderson"):
+            settings = dict(case=case, contender=name, steps=bench.steps, history=bench.history)
+            peaks[name] = measured_peak(**settings, device=str(bench.device))
+        alone = peaks.pop("f alone")
+        for name, peak in peaks.items():
+            row: Row = dict(part="memory", case=case, contender=name, solver_mib=peak - alone, f_mib=alone)
+            peer = reference(name, list(peaks))
+            if peer is not None:
+                row["relative"] = (peak - alone) / (peaks[peer] - alone)
+            rows.append(row)
+    return rows
+
+
+def measured_peak(**settings: Any) -> float:
+    """Return the peak memory of a solve in MiB, measured in a process of its own; settings as `measure` takes them."""
+    result = in_a_process(str(Path(__file__).with_name("benchmark.py")), settings)
+    return float("nan") if result is None else result["mib"]
+
+
+@torch.no_grad()
+def measure(text: str) -> None:
+    """Print the peak memory in MiB of one solve, or of f alone, as JSON."""
+    settings = json.loads(text)
+    torch.set_num_threads(1)
+    name, side, batch = parse_case(settings["case"])
+    device = torch.device(settings["device"])
+    bench = Bench(device, settings["steps"], 0.0, settings["history"], 1)
+    model = bench.model(name, settings.get("width", 1))
+    layers = {**bench.solvers(bench.steps, 0.0), "f alone": Twin(1)}
+    layer = layers[settings["contender"]]
+    layer(*bench.problem(model, bench.inputs(model, 16, 1)))  # libraries set themselves up
+    fn, z0 = bench.problem(model, bench.inputs(model, side, batch))
+    with Peak(settings["device"], MEMORY_LIMIT_GIB) as peak:
+        layer(fn, z0)
+    print(json.dumps({"mib": peak.mib}))
+
+
+PARTS: dict[str, Callable[[Bench, Sequence[str], str], list[Row]]] = {
+    "solve": solve_part,
+    "inference": inference_part,
+    "tolerance": tolerance_part,
+    "training": training_part,
+    "ragged": ragged_part,
+    "memory": memory_part,
+}

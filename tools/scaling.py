@@ -1,0 +1,164 @@
+"""The cost model: how the time and memory of a solve grow, and where the limit of f lies."""
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from tools.checkpoint import write_atomically
+from tools.comparison import Bench, measured_peak
+from tools.contenders import parse_case
+from tools.peak import check_measurable
+from tools.timings import Row, save_table, table, take_turns, timing_rows
+
+FACTORS = {"steps": (1 / 3, 2 / 3, 1, 4 / 3, 2), "side": (1 / 2, 3 / 4, 1, 3 / 2, 2), "batch": (1 / 4, 1 / 2, 1, 2)}
+WIDTHS = (1, 2, 3, 4)
+CONTENDERS = ("mdeq Broyden", "mdeq Anderson")
+MATRIX = 2048
+
+
+def points(bench: Bench, case: str) -> Iterator[tuple[str, float, dict[str, Any]]]:
+    """Yield the axis, the value along it and the settings of every measurement around a case."""
+    name, side, batch = parse_case(case)
+    base = dict(name=name, side=side, batch=batch, steps=bench.steps, width=1)
+    for axis, factors in FACTORS.items():
+        values = sorted({max(round(base[axis] * factor), 16 if axis == "side" else 1) for factor in factors})
+        for value in values:
+            growing = float(value**2) if axis == "side" else float(value)
+            yield ("pixels" if axis == "side" else axis), growing, {**base, axis: value}
+    for width in WIDTHS:
+        yield "channels", float(width), {**base, "width": width}
+
+
+@torch.no_grad()
+def measured(bench: Bench, case: str) -> list[Row]:
+    """Return a row per contender and point: time of a solve and of one f in ms, memory in MiB."""
+    rows: list[Row] = []
+    grid = list(points(bench, case))
+    for axis in dict.fromkeys(axis for axis, _, _ in grid):
+        runs = {}
+        places = [(value, settings) for name, value, settings in grid if name == axis]
+        for value, settings in places:
+            model = bench.model(settings["name"], width=settings["width"])
+            fn, z0 = bench.problem(model, bench.inputs(model, settings["side"], settings["batch"]))
+            layers = bench.solvers(settings["steps"], 0.0)
+            runs[f"{value:g} f"] = partial(fn, z0)
+            runs |= {f"{value:g} {name}": partial(layers[name], fn, z0) for name in CONTENDERS}
+        times, _ = take_turns(runs, bench.repeats, bench.device, f"growth with {axis}")
+        timed = timing_rows("scaling", case, times)
+        for value, settings in tqdm(places, desc=f"memory against {axis}", disable=None, leave=False):
+            for name in CONTENDERS:
+                rows.append(
+                    dict(
+                        axis=axis,
+                        value=value,
+                        contender=name,
+                        ms=timed[f"{value:g} {name}"]["ms"],
+                        f_ms=timed[f"{value:g} f"]["ms"],
+                        peak_mib=_peak(bench, settings, name),
+                    )
+                )
+    return rows
+
+
+def _peak(bench: Bench, settings: dict[str, Any], contender: str) -> float:
+    case = f"{settings['name']}:{settings['side']}:{settings['batch']}"
+    return measured_peak(
+        case=case,
+        contender=contender,
+        steps=settings["steps"],
+        history=bench.history,
+        device=str(bench.device),
+        width=settings["width"],
+    )
+
+
+@torch.no_grad()
+def roofline(bench: Bench, cases: Sequence[str]) -> list[Row]:
+    """Return for every case the operations of one f, their rate, and the share of the rate of a matrix product."""
+    side = MATRIX
+    a, b = (torch.randn(side, side, device=bench.device) for _ in range(2))
+    runs: dict[str, Any] = {"matrix product": lambda: a @ b}
+    operations = {"matrix product": 2.0 * side**3}
+    for case in cases:
+        name, size, batch = parse_case(case)
+        model = bench.model(name)
+        fn, z0 = bench.problem(model, bench.inputs(model, size, batch))
+        with FlopCounterMode(display=False) as counter:
+            fn(z0)
+        runs[case], operations[case] = partial(fn, z0), float(counter.get_total_flops())
+    times, _ = take_turns(runs, 3 * bench.repeats, bench.device, "rates")
+    rows = timing_rows("rate", "", times)
+    result = []
+    for name, row in rows.items():
+        rate = operations[name] / row["ms"] / 1e6
+        result.append(dict(what=name, gflop=operations[name] / 1e9, ms=row["ms"], gflop_per_s=rate))
+    for row in result:
+        row["share"] = row["gflop_per_s"] / result[0]["gflop_per_s"]
+    return result
+
+
+def exponent(values: Sequence[float], costs: Sequence[float]) -> float:
+    """Return the slope of log cost against log value, by least squares: 1 where growth is linear."""
+    x = torch.tensor([[math.log(value), 1.0] for value in values], dtype=torch.float64)
+    y: Tensor = torch.tensor([[math.log(cost)] for cost in costs], dtype=torch.float64)
+    return float(torch.linalg.lstsq(x, y).solution[0])
+
+
+def exponents(rows: Sequence[Row]) -> list[Row]:
+    """Return per axis and contender how time and memory grow."""
+    result = []
+    for axis in dict.fromkeys(row["axis"] for row in rows):
+        for name in CONTENDERS:
+            line = [row for row in rows if row["axis"] == axis and row["contender"] == name]
+            values = [row["value"] for row in line]
+            growth = {key: exponent(values, [row[key] for row in line]) for key in ("ms", "peak_mib")}
+            result.append(
+                dict(axis=axis, contender=name, time_exponent=growth["ms"], memory_exponent=growth["peak_mib"])
+            )
+    return result
+
+
+def plot(rows: Sequence[Row], path: Path, title: str) -> None:
+    axes_names = list(dict.fromkeys(row["axis"] for row in rows))
+    figure, axes = plt.subplots(2, len(axes_names), figsize=(3 * len(axes_names), 5.5), layout="constrained")
+    for column, axis in enumerate(axes_names):
+        for line, (key, label) in enumerate((("ms", "time of a solve (ms)"), ("peak_mib", "peak memory (MiB)"))):
+            ax = axes[line, column]
+            for name in CONTENDERS:
+                members = [row for row in rows if row["axis"] == axis and row["contender"] == name]
+                values, costs = [row["value"] for row in members], [row[key] for row in members]
+                ax.loglog(values, costs, "o-", label=f"{name}: slope {exponent(values, costs):.2f}")
+            ax.set_xlabel(f"{axis} (multiple)" if axis == "channels" else axis)
+            ax.set_ylabel(label if column == 0 else "")
+            ax.set_xticks(values, [f"{value:g}" for value in values], fontsize="x-small")
+            ax.minorticks_off()
+            ax.grid(alpha=0.3)
+            ax.legend(fontsize="x-small")
+    figure.suptitle(title, fontsize="small")
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
+    plt.close(figure)
+
+
+def run(bench: Bench, cases: Sequence[str], base: str, folder: Path, title: str) -> None:
+    """Measure growth around one case and the rates of several; print both and save scaling.csv and scaling.png."""
+    check_measurable(str(bench.device))
+    rates = roofline(bench, cases)
+    rows = measured(bench, base)
+    print(title)
+    for lines in (rows, exponents(rows), rates):
+        print("\n".join(table(lines)), end="\n\n")
+    save_table(rows, folder / "scaling.csv")
+    save_table(rates, folder / "rates.csv")
+    plot(rows, folder / "scaling.png", f"{base}; {title}")
+    print(f"saved: {folder / 'scaling.csv'}, {folder / 'rates.csv'}, {folder / 'scaling.png'}")

@@ -1,0 +1,130 @@
+"""Timings of things that take turns, and tables of them."""
+
+import csv
+import io
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from tqdm import tqdm
+
+from tools.checkpoint import write_atomically
+
+Row = dict[str, Any]
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def take_turns(
+    runs: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device, what: str
+) -> tuple[dict[str, list[float]], dict[str, list[Any]]]:
+    """Return the times of every run in seconds, and what it returned.
+
+    All run once before anything is timed; then they take turns, each round in the order of the mapping.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    results: dict[str, list[Any]] = {name: [] for name in runs}
+    with tqdm(total=len(runs) * (repeats + 1), desc=what, disable=None, leave=False) as bar:
+        for turn in range(repeats + 1):
+            for name, run in runs.items():
+                synchronize(device)
+                start = time.perf_counter()
+                result = run()
+                synchronize(device)
+                if turn > 0:
+                    times[name].append(time.perf_counter() - start)
+                    results[name].append(result)
+                bar.update()
+    return times, results
+
+
+def reference(name: str, names: Sequence[str]) -> str | None:
+    """Return the peer that a contender is compared with: its namesake, else the first one, None for a peer itself."""
+    peers = [other for other in names if other.startswith("TorchDEQ")]
+    namesake = name.replace("mdeq ", "TorchDEQ ").partition(" + ")[0]
+    return namesake if namesake in peers else (peers or [None])[0]
+
+
+def timing_rows(part: str, case: str, times: Mapping[str, list[float]]) -> dict[str, Row]:
+    """Return a row per contender: median and quartiles in ms, and the time relative to its peer, turn by turn."""
+    rows = {}
+    for name, seconds in times.items():
+        low, middle, high = quartiles(seconds)
+        row = dict(part=part, case=case, contender=name, ms=1e3 * middle, ms_low=1e3 * low, ms_high=1e3 * high)
+        peer = reference(name, list(times))
+        if peer is not None:
+            row["relative"] = statistics.median(mine / theirs for mine, theirs in zip(seconds, times[peer]))
+        rows[name] = row
+    return rows
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the lower quartile, the median and the upper quartile."""
+    if len(values) == 1:
+        return (values[0],) * 3
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def columns(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def table(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield the lines of a table, each column as wide as it needs."""
+    names = columns(rows)
+    cells = [names, *([_text(row.get(name, "")) for name in names] for row in rows)]
+    widths = [max(len(line[k]) for line in cells) for k in range(len(names))]
+    numbers = [all(not isinstance(row.get(name), str) for row in rows) for name in names]
+    for line in cells:
+        yield "  ".join(
+            cell.rjust(width) if number else cell.ljust(width) for cell, width, number in zip(line, widths, numbers)
+        ).rstrip()
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else f"{value:.4g}"
+
+
+def save_table(rows: Sequence[Row], path: Path) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns(rows))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, lambda temporary: temporary.write_text(text.getvalue()))
+
+
+def plot(rows: Sequence[Row], path: Path, title: str) -> None:
+    """Draw a panel per part and case: overhead for solves, else time or memory relative to TorchDEQ."""
+    panels: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        panels.setdefault((row["part"], row["case"]), []).append(row)
+    heights = [len(members) + 2 for members in panels.values()]
+    figure, axes = plt.subplots(
+        len(panels), 1, figsize=(8, 0.27 * sum(heights)), height_ratios=heights, layout="constrained", squeeze=False
+    )
+    for ax, ((part, case), members) in zip(axes[:, 0], panels.items()):
+        key = "overhead" if part == "solve" else "relative"
+        shown = [row for row in reversed(members) if key in row]
+        colours = ["tab:orange" if row["contender"].startswith("TorchDEQ") else "tab:blue" for row in shown]
+        bars = ax.barh([row["contender"] for row in shown], [row[key] for row in shown], color=colours)
+        ax.bar_label(bars, fmt="%.2f", padding=3, fontsize="small")
+        ax.axvline(1, color="grey", linewidth=0.8)
+        ax.margins(x=0.12)
+        ax.set_title(f"{part}, {case}", fontsize="small", loc="left")
+        label = "solver memory relative to TorchDEQ" if part == "memory" else "time relative to TorchDEQ"
+        ax.set_xlabel("time of the solve over time inside f" if part == "solve" else label, fontsize="small")
+        ax.tick_params(labelsize="small")
+    figure.suptitle(title, fontsize="small")
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
+    plt.close(figure)
