@@ -31,6 +31,7 @@ import tools.predict
 import tools.publish
 import tools.train
 import tools.validate
+import tools.visualize
 import tools.windows
 from tools.batches import Process
 from tools.config import TrainConfig, load_config
@@ -48,6 +49,7 @@ MAIN = {
     "publish": tools.publish.main,
     "train": tools.train.main,
     "validate": tools.validate.main,
+    "visualize": tools.visualize.main,
     "windows": tools.windows.main,
 }
 

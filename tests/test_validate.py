@@ -20,8 +20,8 @@ from torch import Tensor
 from mdeq import Broyden, Picard
 from mdeq.models import MDEQ
 from tools.engine import evaluate
+from tools.steps import columns, save_table
 from tools.tasks import TOP1
-from tools.validate import columns, save_table
 
 # timm's readers leave it to the garbage collector to close an image file.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")

@@ -143,9 +143,17 @@ class Predictor:
         return volume, x
 
     @property
-    def _least(self) -> tuple[int, ...]:
+    def least(self) -> tuple[int, ...]:
         """The size up to which a volume is padded: that of the training patches, where it is recorded."""
         return tuple(max(MIN_SIZE, n) for n in self.preprocessing.patch_size or (MIN_SIZE,) * 3)
+
+    def window(self, sample: Sample) -> Tensor:
+        """Return an input as `(1, C, *S)`: whole or, where it would be predicted by windows, the one in its middle."""
+        x = sample.x.unsqueeze(0)
+        x = volumes.padded(x, self.least) if self.is_3d else x
+        if isinstance(self.inference, SlidingWindow):
+            x = volumes.unpadded(x, [min(n, s) for n, s in zip(x.shape[2:], self.inference.size)])
+        return x.to(self.settings.device)
 
     @torch.inference_mode()
     def predict(self, samples: Sequence[Sample]) -> list[Result]:
@@ -157,7 +165,7 @@ class Predictor:
         x = torch.stack([sample.x for sample in samples])
         shape = x.shape[2:]
         if self.is_3d:
-            x = volumes.padded(x, self._least)
+            x = volumes.padded(x, self.least)
         try:
             logits, solves = self.inference(self.model, x.to(self.settings.device), solver=self.solver)
         except torch.OutOfMemoryError:
@@ -189,7 +197,7 @@ class Predictor:
         return [(int(k), float(counts[k])) for k in np.argsort(-counts, kind="stable") if counts[k] > 0]
 
     @property
-    def _clear(self) -> int | None:
+    def clear(self) -> int | None:
         """The class that overlays leave out."""
         return 0 if self.names[0].lower() == "background" else None
 
@@ -199,7 +207,7 @@ class Predictor:
             logits = F.interpolate(logits.unsqueeze(0), size=size, mode="bilinear").squeeze(0)
         labels = logits.argmax(dim=0).byte().numpy()
         raw = indexed(labels, self.colours)
-        seen = overlaid(sample.origin, labels, self.colours, self._clear)
+        seen = overlaid(sample.origin, labels, self.colours, self.clear)
         shares = self._shares(labels)
         result = dataclasses.replace(result, classes=shares)
         files = {
@@ -218,7 +226,7 @@ class Predictor:
         turned = volumes.oriented(labels.unsqueeze(0), volume, how.orientation)[0].numpy()
         # The spacing of the file's grid in the order of the prepared axes.
         spacing = volumes.prepared_spacing(volume, dataclasses.replace(how, spacing=None))
-        sheet = contact_sheet(grey, turned, spacing, self.colours, self._clear)
+        sheet = contact_sheet(grey, turned, spacing, self.colours, self.clear)
         axes = "axial slices, right to the right, front up" if how.orientation == "RAS" else "slices of the last axis"
         files = {
             "labels": (f"{sample.name}_labels.nii.gz", lambda path: volumes.save_labels(path, labels, volume)),

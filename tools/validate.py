@@ -9,9 +9,7 @@ and steps.png.
 """
 
 import argparse
-import csv
 import dataclasses
-import io
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -20,30 +18,19 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import matplotlib
 import torch
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from tqdm import tqdm
 
-from mdeq import Picard
 from tools import build, segmentation_data
 from tools.batches import Batches, Process
-from tools.checkpoint import CONFIG_FILE, check_folder, make_folder, write_atomically
+from tools.checkpoint import CONFIG_FILE, check_folder, make_folder
 from tools.config import BadInput, TrainConfig, load_config, split_overrides
 from tools.engine import evaluate
 from tools.inference import MultiScale
 from tools.report import Parser, headline_lines, program, result_lines
 from tools.results import evaluation, write_results
-from tools.tasks import Headline, Task, build_task, check_task
-
-RESIDUAL_COLUMNS = ["residual_mean", "residual_q0.5", "residual_q0.9", "evaluations"]
-
-
-def columns(headline: Headline) -> list[str]:
-    """Return the columns of steps.csv."""
-    return ["steps", headline.key, *RESIDUAL_COLUMNS, f"twin_{headline.key}", "twin_residual_mean"]
+from tools.steps import save_table, step_lines, steps_table
+from tools.tasks import Task, build_task, check_task
 
 
 def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
@@ -91,11 +78,21 @@ def load(config: TrainConfig, process: Process, *, subset: bool = False) -> tupl
     if classes is None and config.data.name in ("digits", "cifar10"):
         classes = 10
     model = build.build_model(config.model, classes, for_training=False)
+    batches = build_test_split(config, model, process, subset=subset)
+    return model.to(process.device, build.DTYPES[config.run.dtype]).eval(), batches
+
+
+def build_test_split(config: TrainConfig, model: torch.nn.Module, process: Process, *, subset: bool = False) -> Batches:
+    """Return the test split of a config for a model, which has its classes or, if it is said to be a subset, fewer.
+
+    Raises:
+        BadInput: for missing data, or data that are not of the model's kind.
+    """
     check_task(config, model)
     spec = build.image_spec(model, config.data.image_size)
     batches, found = build.build_split(config, spec, process, training=False)
     build.check_classes(model, found, "the test split", exactly=not subset)
-    return model.to(process.device, build.DTYPES[config.run.dtype]).eval(), batches
+    return batches
 
 
 def averaged(task: Task, config: TrainConfig, scales: list[float], flip: bool) -> Task:
@@ -109,46 +106,6 @@ def averaged(task: Task, config: TrainConfig, scales: list[float], flip: bool) -
     if not all(0.1 <= scale <= 10 for scale in scales):
         raise BadInput(f"--scales must lie from 0.1 to 10, got {' '.join(map(str, scales))}")
     return dataclasses.replace(task, inference=MultiScale(tuple(scales), flip, task.inference))
-
-
-def steps_table(model: Any, steps: list[int], run: Any, headline: Headline) -> list[dict[str, float]]:
-    """Return score and residual at each number of solver steps, and those of f applied as often."""
-    rows, key = [], headline.key
-    for count in sorted(set(steps)):
-        row = run(f"{count} steps", solver=dataclasses.replace(model.deq.solver, max_steps=count))
-        twin = run(f"{count} times f", unroll=count)
-        picard = Picard(max_steps=count, tol=0.0, divergence_factor=float("inf"))
-        plain = run(f"{count} times f, residual", solver=picard, last_iterate=True)
-        row = {"steps": count, **row, f"twin_{key}": twin[key], "twin_residual_mean": plain["residual_mean"]}
-        rows.append({name: row[name] for name in columns(headline)})
-    return rows
-
-
-def save_table(rows: list[dict[str, float]], folder: Path, title: str, headline: Headline) -> None:
-    """Write steps.csv and steps.png."""
-    make_folder(folder)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns(headline))
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(folder / "steps.csv", lambda path: path.write_text(text.getvalue()))
-    steps = [row["steps"] for row in rows]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
-    left.plot(steps, [row[headline.key] for row in rows], "o-", label="solver")
-    left.plot(steps, [row[f"twin_{headline.key}"] for row in rows], "s--", label="explicit twin (f applied as often)")
-    left.set(xlabel="steps", ylabel=f"{headline.name} (%)" if headline.per_cent else headline.name)
-    right.plot(steps, [row["residual_mean"] for row in rows], "o-", label="solver")
-    right.plot(steps, [row["twin_residual_mean"] for row in rows], "s--", label="explicit twin")
-    right.set(xlabel="steps", ylabel="mean residual", yscale="log")
-    for axes in (left, right):
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(steps, [str(s) for s in steps])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.suptitle(title)
-    write_atomically(folder / "steps.png", lambda path: figure.savefig(path, dpi=120, format="png"))
-    plt.close(figure)
 
 
 def main() -> None:
@@ -189,16 +146,7 @@ def main() -> None:
         where = (process.device, process.world_size)
         write_results(folder, evaluation=evaluation(model, result, twice, *where, metric=headline.key))
     if rows:
-        print(
-            f"{'steps':>6} {headline.short:>8} {'residual':>10} {'evaluations':>12} {f'twin {headline.short}':>11} "
-            f"{'twin residual':>14}"
-        )
-        for row in rows:
-            scores = [headline.number(row[key]) for key in (headline.key, f"twin_{headline.key}")]
-            print(
-                f"{row['steps']:6d} {scores[0]:>8} {row['residual_mean']:10.2e} {row['evaluations']:12.1f} "
-                f"{scores[1]:>11} {row['twin_residual_mean']:14.2e}"
-            )
+        print("\n".join(step_lines(rows, headline)))
         save_table(rows, folder, f"{config.model.name} on {config.data.name}", headline)
         print(f"saved: {folder / 'steps.csv'}, {folder / 'steps.png'}")
 

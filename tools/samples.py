@@ -1,0 +1,92 @@
+"""A small part of a test split for tools/visualize.py: the settings of the data, and samples spread over the split."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import mdeq
+from tools.batches import Batch, Batches, Process
+from tools.checkpoint import CONFIG_FILE
+from tools.config import BadInput, TrainConfig, load_config, parse_config
+from tools.studies import Watch
+from tools.validate import build_test_split
+
+TOGETHER = 8
+"""Samples that are solved for at once."""
+
+
+def data_config(name: str, model: nn.Module, overrides: Sequence[str]) -> TrainConfig:
+    """Return the settings of the data of a model: those of its run or release, else the defaults, then the overrides.
+
+    Args:
+        name: what the model was loaded by, see `pretrained.load_trained`.
+        model: the model.
+        overrides: `key=value`.
+
+    Raises:
+        BadInput: for a setting that is none of the data's, or settings that cannot be read.
+    """
+    other = [word for word in overrides if not word.startswith(("data.", "task="))]
+    if other:
+        raise BadInput(f"{other[0]} is no setting of the data; with --data these are data.* and task")
+    place = Path(name.removeprefix("local-dir:"))
+    path = (place if place.is_dir() else place.parent) / CONFIG_FILE
+    release = mdeq.RELEASES.get(f"{name.partition('.')[0]}.{model.pretrained_cfg.get('tag')}")
+    base = TrainConfig(task="segmentation" if isinstance(model, mdeq.MDEQSegmenter) else "classification")
+    if place.exists() and path.is_file():
+        base = load_config(path)
+    elif release is not None:
+        base = parse_config(release.card["config"], f"the record of {release.name}")
+    config = load_config(None, overrides, base=base)
+    config.model = dataclasses.replace(config.model, name=name)
+    config.data = dataclasses.replace(config.data, batch_size=1)  # so that any sample can be taken by itself
+    return config
+
+
+def read_part(
+    config: TrainConfig, model: nn.Module, overrides: Sequence[str], count: int, process: Process, watch: Watch
+) -> "Part":
+    """Return samples of the test split of a config; raises as `validate.build_test_split` does."""
+    told = any(word.startswith("data.num_classes=") for word in overrides)  # else the number is that of a training
+    return Part(build_test_split(config, model, process, subset=told), count, watch)
+
+
+class Part:
+    """A small part of a split, spread over it evenly and held in memory; it can be gone through as the whole can.
+
+    Args:
+        whole: the split, in batches of one sample.
+        count: samples to take; all, if there are no more.
+        watch: shows how far the reading is.
+    """
+
+    def __init__(self, whole: Batches, count: int, watch: Watch) -> None:
+        self.class_names, self.spacing = whole.class_names, whole.spacing
+        count = min(count, len(whole))
+        places = {k * len(whole) // count for k in range(count)}
+        self.samples: list[Batch] = []
+        for number, sample in enumerate(watch(whole.epoch(), "reading")):
+            self.samples += [sample] if number in places else []
+            if len(self.samples) == count:
+                break
+        self.batches = list(_joined(self.samples))
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+        yield from self.batches[start:]
+
+
+def _joined(samples: Sequence[Batch]) -> Iterator[Batch]:
+    """Yield samples that follow each other and have one shape together, up to `TOGETHER` of them."""
+    waiting: list[Batch] = []
+    for sample in [*samples, None]:
+        changed = sample is None or (waiting and waiting[0][0].shape != sample[0].shape)
+        if waiting and (changed or len(waiting) == TOGETHER):
+            yield torch.cat([x for x, _ in waiting]), torch.cat([y for _, y in waiting])
+            waiting = []
+        waiting += [] if sample is None else [sample]

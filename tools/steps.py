@@ -1,0 +1,88 @@
+"""Accuracy against the number of solver steps, beside that of the explicit twin: the same f applied as often."""
+
+import csv
+import dataclasses
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from mdeq import Picard
+from tools.checkpoint import make_folder, write_atomically
+from tools.tasks import Headline
+
+RESIDUAL_COLUMNS = ["residual_mean", "residual_q0.5", "residual_q0.9", "evaluations"]
+
+
+def columns(headline: Headline) -> list[str]:
+    """Return the columns of steps.csv."""
+    return ["steps", headline.key, *RESIDUAL_COLUMNS, f"twin_{headline.key}", "twin_residual_mean"]
+
+
+def steps_table(model: Any, steps: Sequence[int], run: Any, headline: Headline) -> list[dict[str, float]]:
+    """Return score and residual at each number of solver steps, and those of f applied as often.
+
+    Args:
+        model: the model.
+        steps: numbers of steps.
+        run: `run(label, **options)` returns the results of an evaluation, see `engine.evaluate`.
+        headline: the score.
+    """
+    rows, key = [], headline.key
+    for count in sorted(set(steps)):
+        row = run(f"{count} steps", solver=dataclasses.replace(model.deq.solver, max_steps=count))
+        twin = run(f"{count} times f", unroll=count)
+        picard = Picard(max_steps=count, tol=0.0, divergence_factor=float("inf"))
+        plain = run(f"{count} times f, residual", solver=picard, last_iterate=True)
+        row = {"steps": count, **row, f"twin_{key}": twin[key], "twin_residual_mean": plain["residual_mean"]}
+        rows.append({name: row[name] for name in columns(headline)})
+    return rows
+
+
+def step_lines(rows: Sequence[dict[str, float]], headline: Headline) -> Iterator[str]:
+    """Yield the table that people read."""
+    yield (
+        f"{'steps':>6} {headline.short:>8} {'residual':>10} {'evaluations':>12} {f'twin {headline.short}':>11} "
+        f"{'twin residual':>14}"
+    )
+    for row in rows:
+        scores = [headline.number(row[key]) for key in (headline.key, f"twin_{headline.key}")]
+        yield (
+            f"{row['steps']:6d} {scores[0]:>8} {row['residual_mean']:10.2e} {row['evaluations']:12.1f} "
+            f"{scores[1]:>11} {row['twin_residual_mean']:14.2e}"
+        )
+
+
+def steps_figure(rows: Sequence[dict[str, float]], title: str, headline: Headline) -> Figure:
+    """Return the curves of score and mean residual."""
+    steps = [row["steps"] for row in rows]
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(steps, [row[headline.key] for row in rows], "o-", label="solver")
+    left.plot(steps, [row[f"twin_{headline.key}"] for row in rows], "s--", label="explicit twin (f applied as often)")
+    left.set(xlabel="steps", ylabel=f"{headline.name} (%)" if headline.per_cent else headline.name)
+    right.plot(steps, [row["residual_mean"] for row in rows], "o-", label="solver")
+    right.plot(steps, [row["twin_residual_mean"] for row in rows], "s--", label="explicit twin")
+    right.set(xlabel="steps", ylabel="mean residual", yscale="log")
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(steps, [str(s) for s in steps])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.suptitle(title)
+    return figure
+
+
+def save_table(rows: Sequence[dict[str, float]], folder: Path, title: str, headline: Headline) -> None:
+    """Write steps.csv and steps.png."""
+    make_folder(folder)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns(headline))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(folder / "steps.csv", lambda path: path.write_text(text.getvalue()))
+    figure = steps_figure(rows, title, headline)
+    write_atomically(folder / "steps.png", lambda path: figure.savefig(path, dpi=120, format="png"))

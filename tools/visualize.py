@@ -1,0 +1,170 @@
+"""Draw what a model's equilibrium does: a page of pictures for an image, a volume or a small part of a data set.
+
+    python tools/visualize.py mdeq_tiny_cifar.cifar10 photo.jpg --out pictures
+    python tools/visualize.py mdeq3d_tiny_seg.hippocampus scan.nii.gz --out pictures
+    python tools/visualize.py mdeq_tiny_cifar.cifar10 --data 64 --out pictures data.root=DIR
+
+MODEL and INPUT are as in tools/predict.py. Residuals of Broyden, Anderson and Picard, feature maps on the way, label
+maps of segmenters; with --data also accuracy against steps with the explicit twin, evaluations and spectral radii over
+samples of the test split, which is that of the model's own data unless key=value settings say otherwise. Writes PNG
+files and index.html, which holds them all. docs/visualize.md says how to read them.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence, Sized
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from torch import Tensor
+from tqdm import tqdm
+
+from tools.batches import Process
+from tools.build import find_device
+from tools.checkpoint import check_folder, make_folder, write_atomically
+from tools.config import BadInput, split_overrides
+from tools.gallery import CAPTIONS, NEEDS_DATA, DataStudy, Subject
+from tools.page import Picture, page
+from tools.predict import gather
+from tools.predictors import Predictor, Settings
+from tools.pretrained import load_trained
+from tools.report import Parser, program
+from tools.results import circumstances
+from tools.samples import data_config, read_part
+
+SAMPLES = 64
+"""Samples of a data set, where --data has no number."""
+MOST_LINES = 16
+"""Samples of a data set that stand for its inputs, where none is given."""
+PAGE = "index.html"
+LEAST_STEPS = 40
+"""Solver steps to an equilibrium, unless the model's own solver may take more than half as many."""
+
+
+def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
+    parser = Parser(description=__doc__)
+    parser.add_argument("model", metavar="MODEL", help="name with weights, hf-hub:, local-dir:, run's folder, or file")
+    parser.add_argument("input", metavar="INPUT", nargs="*", help="image, NIfTI volume, folder or pattern")
+    parser.add_argument("--out", type=Path, required=True, help="folder for what is written")
+    parser.add_argument(
+        "--data",
+        type=int,
+        nargs="?",
+        const=SAMPLES,
+        metavar="N",
+        help=f"also draw what needs a data set, of N samples of the test split (without a number {SAMPLES})",
+    )
+    parser.add_argument(
+        "--steps", type=int, nargs="+", default=[1, 2, 4, 8], help="steps to stop at (default: 1 2 4 8)"
+    )
+    parser.add_argument(
+        "--most-steps", type=int, help="solver steps to an equilibrium; default: twice the model's own, at least 40"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
+    parser.add_argument("--size", type=int, nargs="+", help="as in tools/predict.py")
+    windows = parser.add_mutually_exclusive_group()
+    windows.add_argument("--patch", type=int, nargs="+", help="segmentation: the middle so many pixels or voxels alone")
+    windows.add_argument("--whole", action="store_true", help="volumes: no window, whatever the training patch was")
+    parser.add_argument("--orientation", choices=["RAS", "none"], help="as in tools/predict.py")
+    overrides, rest = split_overrides(sys.argv[1:])
+    arguments = parser.parse_args(rest)
+    for name in ("data", "most_steps"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise BadInput(f"--{name.replace('_', '-')} must be >= 1, got {value}")
+    if min(arguments.steps) < 1:
+        raise BadInput(f"--steps must be >= 1, got {min(arguments.steps)}")
+    if arguments.size is not None and (len(arguments.size) > 2 or min(arguments.size) < 16):
+        raise BadInput(f"--size must be one or two numbers of at least 16, got {' '.join(map(str, arguments.size))}")
+    if not arguments.input and arguments.data is None:
+        raise BadInput("nothing to look at: give an image or a volume, or --data")
+    if overrides and arguments.data is None:
+        raise BadInput(f"{overrides[0]} is a setting of the data, which --data asks for")
+    check_folder(arguments.out)
+    return arguments, overrides
+
+
+def settings_of(arguments: argparse.Namespace) -> Settings:
+    size = arguments.size
+    return Settings(
+        out=arguments.out,
+        size=None if size is None else (size[0], size[-1]),
+        patch=None if arguments.patch is None else tuple(arguments.patch),
+        whole=arguments.whole,
+        orientation=arguments.orientation,
+        device=find_device(arguments.device, "--device"),
+    )
+
+
+def watch(things: Iterable[Any], text: str) -> Iterable[Any]:
+    """Return the things with a progress bar, silent where nobody watches."""
+    total = len(things) if isinstance(things, Sized) else None
+    return tqdm(things, desc=text, total=total, leave=False, disable=None)
+
+
+def given_inputs(arguments: argparse.Namespace, predictor: Predictor) -> list[Tensor]:
+    """Return the inputs of the command line, each `(1, C, *S)` on the device; raises as `Predictor.read` does."""
+    files = gather(arguments.input, predictor.suffixes, arguments.out)
+    return [predictor.window(predictor.read(k, path, path.name)) for k, path in enumerate(files)]
+
+
+def facts(arguments: argparse.Namespace, predictor: Predictor, about: str, study: DataStudy | None) -> dict[str, str]:
+    """Return what the page says of how it was made."""
+    made = circumstances(predictor.settings.device)
+    parameters = sum(p.numel() for p in predictor.model.parameters())
+    return {
+        "model": f"{model_name(arguments.model)}, {parameters:,} parameters",
+        "solver": repr(predictor.solver),
+        "inputs": about if study is None or about.endswith(study.about) else f"{about}, and {study.about}",
+        "command": made["command"],
+        "made on": f"{made['hardware']}, " + ", ".join(f"{name} {v}" for name, v in made["versions"].items()),
+    }
+
+
+def model_name(word: str) -> str:
+    """Return the name of a model without the place where it lies."""
+    path = Path(word.removeprefix("local-dir:"))
+    return path.name or word if path.exists() else word.removeprefix("hf-hub:")
+
+
+def main() -> None:
+    arguments, overrides = parse_arguments()
+    predictor = Predictor(load_trained(arguments.model), settings_of(arguments))
+    name, steps = model_name(arguments.model), sorted(set(arguments.steps))
+    most = arguments.most_steps or max(LEAST_STEPS, 2 * predictor.solver.max_steps)
+    inputs, truth, study = given_inputs(arguments, predictor) if arguments.input else [], None, None
+    about = f"{len(inputs)} inputs" if len(inputs) > 1 else Path(arguments.input[0]).name if inputs else ""
+    if arguments.data is not None:
+        config = data_config(arguments.model, predictor.model, overrides)
+        process = Process(device=predictor.settings.device)
+        part = read_part(config, predictor.model, overrides, arguments.data, process, watch)
+        study = DataStudy(predictor, name, steps, most, watch, config, part)
+        if not inputs:
+            samples = part.samples[:MOST_LINES]
+            inputs, truth = [x for x, _ in samples], samples[0][1][0] if predictor.dense else None
+            about = study.about if len(inputs) == len(part.samples) else f"{len(inputs)} of {study.about}"
+    subject = Subject(predictor, name, inputs, about, truth, steps, most, watch)
+    pictures = [*subject.pictures(), *(study.pictures() if study is not None else ())]
+    left_out = {} if study is not None else {CAPTIONS[key][0]: "needs a data set, see --data" for key in NEEDS_DATA}
+    if not predictor.dense:
+        left_out[CAPTIONS["labels"][0]] = f"{name} is a classifier"
+    known = facts(arguments, predictor, about, study)
+    save(arguments.out, pictures, page(f"Equilibria of {name}", known, pictures, left_out))
+    print(f"{name}, {predictor.solver}, on {known['inputs']}")
+    for heading, reason in left_out.items():
+        print(f"left out: {heading} ({reason})")
+    print(f"saved: {arguments.out / PAGE} and {', '.join(f'{p.name}.png' for p in pictures)}")
+
+
+def save(folder: Path, pictures: Sequence[Picture], text: str) -> None:
+    """Write the pictures, then the page; nothing is written before all of it is there."""
+    make_folder(folder)
+    for picture in pictures:
+        write_atomically(folder / f"{picture.name}.png", lambda path, content=picture.png: path.write_bytes(content))
+    write_atomically(folder / PAGE, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    program(main)
