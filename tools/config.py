@@ -20,8 +20,13 @@ class BadInput(Exception):
     """Something that the user has to change, said in one line. Programs print it and exit with code 2."""
 
 
-def optional(module: str, extra: str) -> Any:
+def optional(module: str, extra: str, package: str | None = None) -> Any:
     """Return a module of an optional dependency.
+
+    Args:
+        module: to import.
+        extra: of this package, which brings it.
+        package: that the module is of; None where its name says so.
 
     Raises:
         BadInput: naming the extra that brings it.
@@ -29,7 +34,7 @@ def optional(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise BadInput(f"this needs {module.partition('.')[0]}: pip install mdeq-vision[{extra}]") from None
+        raise BadInput(f"this needs {package or module.partition('.')[0]}: pip install mdeq-vision[{extra}]") from None
 
 
 @dataclass

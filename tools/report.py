@@ -84,7 +84,7 @@ class RunLog:
                 self.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < first_epoch]
         self.folder, self.settings, self.id = folder, settings, run_id
         # Looked for at once, opened with the first row: a run that fails to start leaves nothing behind.
-        self._tensorboard = optional("torch.utils.tensorboard", "log") if run.tensorboard else None
+        self._tensorboard = optional("torch.utils.tensorboard", "log", "tensorboard") if run.tensorboard else None
         self._wandb = optional("wandb", "log") if run.wandb else None
         self.board: Any = None
         self.wandb: Any = None

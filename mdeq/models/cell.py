@@ -43,13 +43,16 @@ class ResidualBlock(nn.Module):
         self.norm3 = nn.GroupNorm(num_groups, channels, **dd)
 
     def forward(self, z: Tensor, injection: Tensor | None, mask: Tensor | None, kernels: Kernels) -> Tensor:
-        hidden = F.relu(self.norm1(convolve(self.conv1, z, kernels[self.conv1])))
+        # In place wherever autograd has no need of what is overwritten: fresh memory costs more than the arithmetic.
+        hidden = F.relu_(self.norm1(convolve(self.conv1, z, kernels[self.conv1])))
         out = convolve(self.conv2, hidden, kernels[self.conv2])
         if mask is not None:
-            out = out * mask
+            out *= mask
         if injection is not None:
-            out = out + injection
-        return self.norm3(F.relu(self.norm2(out) + z))
+            out += injection
+        out = self.norm2(out)
+        out += z
+        return self.norm3(F.relu_(out))
 
 
 class Downsample(nn.Module):
@@ -67,7 +70,7 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor, size: Sequence[int], kernels: Kernels) -> Tensor:
         for step, (layer, norm) in enumerate(zip(self.convs, self.norms)):
-            x = norm(convolve(layer, F.relu(x) if step else x, kernels[layer]))  # (B, C, *S) -> (B, C, *ceil(S / 2))
+            x = norm(convolve(layer, F.relu_(x) if step else x, kernels[layer]))  # (B, C, *S) -> (B, C, *ceil(S / 2))
         return x
 
 
@@ -103,7 +106,8 @@ class PostFuse(nn.Module):
         self.norm = nn.GroupNorm(num_groups // 2, channels, affine=affine, **dd)
 
     def forward(self, x: Tensor, kernels: Kernels) -> Tensor:
-        return self.norm(convolve(self.conv, F.relu(x), kernels[self.conv]))
+        """Return the output `(B, C, *S)`; x is overwritten."""
+        return self.norm(convolve(self.conv, F.relu_(x), kernels[self.conv]))
 
 
 class MultiscaleCell(nn.Module):
@@ -222,7 +226,11 @@ class MultiscaleCell(nn.Module):
         )
         if not self.post_fuse:
             return blocks
-        return tuple(
-            post(sum(link(x, z_i.shape[2:], kernels) for link, x in zip(links, blocks)), kernels)
-            for links, post, z_i in zip(self.fuse, self.post_fuse, z)
-        )
+        fused = []
+        for links, post, z_i in zip(self.fuse, self.post_fuse, z):
+            first, second, *others = (link(x, z_i.shape[2:], kernels) for link, x in zip(links, blocks))
+            total = first + second  # one of them may be the block's own output, which others need as it is
+            for x in others:
+                total += x
+            fused.append(post(total, kernels))
+        return tuple(fused)
