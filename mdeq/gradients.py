@@ -45,7 +45,7 @@ class _Implicit(torch.autograd.Function):
         z: Tensor,
         value: Tensor,
         solver: FixedPointSolver,
-        start: Callable[[Tensor], Tensor],
+        start: Callable[[Tensor], Tensor] | None,
         record: list[SolveStats],
     ) -> Tensor:
         ctx.save_for_backward(f_z, z)
@@ -66,10 +66,13 @@ class _Implicit(torch.autograd.Function):
         def adjoint(u: Tensor) -> Tensor:
             return vjp(f_z, z, u, retain_graph=True) + rhs
 
-        u, stats = ctx.solver(adjoint, ctx.start(rhs))
+        if ctx.start is None:  # from zero, where the first evaluation is known
+            u, stats, _ = ctx.solver.solve(adjoint, torch.zeros_like(rhs), f0=rhs)
+        else:
+            u, stats = ctx.solver(adjoint, ctx.start(rhs))
         ctx.record.append(stats)
-        # Where no step was possible, zero would pass for a gradient.
-        lost = (stats.status == SolveStatus.NONFINITE) & (stats.num_steps == 0)
+        # Where no step was possible, zero would pass for a gradient. From zero, the first step only goes to what is known.
+        lost = (stats.status == SolveStatus.NONFINITE) & (stats.num_steps <= (ctx.start is None))
         u = u.masked_fill(lost.unsqueeze(1), float("nan"))
         return u * size, None, None, None, None, None
 
@@ -105,7 +108,7 @@ class ImplicitGradient:
         record: list[SolveStats] = []
         if not differentiable:
             return (fn(z_star) if training else z_star), stats, record
-        start = partial(solver.inverse_transposed, memory, stats) if self.warm_start else torch.zeros_like
+        start = partial(solver.inverse_transposed, memory, stats) if self.warm_start else None
         z, f_z = evaluate(fn, z_star)
         value = f_z.detach() if training else z_star
         return _Implicit.apply(f_z, z, value, self.solver, start, record), stats, record

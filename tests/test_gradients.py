@@ -10,8 +10,10 @@ from torch import Tensor
 
 from mdeq import (
     DEQ,
+    Anderson,
     Broyden,
     Equilibrium,
+    FixedPointSolver,
     ImplicitGradient,
     PhantomGradient,
     SolveStatus,
@@ -475,6 +477,46 @@ def test_spectral_radius_of_a_state() -> None:
     assert radius.tolist() == pytest.approx([0.8, 0.8], rel=1e-5)
     assert half.dtype == torch.float32
     assert half.tolist() == pytest.approx([0.5, 0.5], rel=1e-2)
+
+
+class Counted(torch.autograd.Function):
+    """The identity, which notes every backward pass through it in a list."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, passes: list[int]) -> Tensor:
+        ctx.passes = passes
+        return z.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.passes.append(1)
+        return grad, None
+
+
+@pytest.mark.parametrize("steps", [3, 7])
+def test_the_first_backward_evaluation_is_known(steps: int) -> None:
+    """From zero it is J^T 0 + dL/dz: k steps cost k products with the Jacobian, and one more for what f closes over."""
+    x, passes = torch.randn(2, 5, dtype=torch.float64, requires_grad=True), []
+    deq = DEQ(Broyden(tol=1e-10), ImplicitGradient(Broyden(max_steps=steps, tol=0.0)))
+    eq = deq(lambda z: (torch.tanh(0.5 * Counted.apply(z[0], passes) + x),), (torch.zeros_like(x),))
+    eq.state[0].sum().backward()
+    assert len(passes) == steps + 1
+    assert eq.backward_stats[0].nfe == steps
+
+
+@pytest.mark.parametrize("solver", [Broyden(max_steps=9, tol=0.0), Anderson(max_steps=9, tol=0.0)])
+def test_a_known_first_evaluation_changes_nothing_else(solver: FixedPointSolver) -> None:
+    matrix = torch.randn(6, 6, dtype=torch.float64) / 5
+    z0, b = torch.randn(3, 6, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)
+
+    def fn(z: Tensor) -> Tensor:
+        return z @ matrix + b
+
+    z, stats, _ = solver.solve(fn, z0)
+    known, known_stats, _ = solver.solve(fn, z0, f0=fn(z0))
+    assert torch.equal(z, known)
+    assert torch.equal(stats.trace, known_stats.trace)
+    assert known_stats.nfe == stats.nfe - 1
 
 
 def test_diagnostics_under_inference_mode() -> None:

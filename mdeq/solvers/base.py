@@ -35,8 +35,8 @@ class SolveStats:
     Attributes:
         status: `(B,)` int64, values of `SolveStatus`.
         residual: `(B,)` residual of the returned iterate, relative (unitless) or absolute (units of z) by `stop_mode`.
-        num_steps: `(B,)` int64, updates until that sample stopped. It took `num_steps + 1` evaluations, plus
-            those of a line search.
+        num_steps: `(B,)` int64, updates until that sample stopped. It took `num_steps + 1` evaluations, plus those
+            of a line search; one fewer where the first was known.
         nfe: evaluations of f, for the whole batch.
         trace: `(steps + 1, B)` residual at every iterate, the starting point first; a finished sample's last repeats.
     """
@@ -164,7 +164,9 @@ class FixedPointSolver(ABC):
         return self.solve(fn, z0)[:2]
 
     @torch.no_grad()
-    def solve(self, fn: FlatFn, z0: Tensor, *, compact: bool = True) -> tuple[Tensor, SolveStats, Any]:
+    def solve(
+        self, fn: FlatFn, z0: Tensor, *, compact: bool = True, f0: Tensor | None = None
+    ) -> tuple[Tensor, SolveStats, Any]:
         """Return the best iterate of each sample `(B, D)`, what happened, and the solver's memory at the end.
 
         Never raises on failure of a solve.
@@ -176,6 +178,7 @@ class FixedPointSolver(ABC):
             fn: the map, see `FlatFn`.
             z0: `(B, D)` starting points; their dtype is the dtype of the solve.
             compact: whether finished samples may leave the batch; the memory is then that of those that stayed.
+            f0: fn(z0) `(B, D)` where it is known, which saves an evaluation.
 
         Raises:
             ValueError: for a z0 that is no floating-point `(B, D)`, or an fn that changes its shape.
@@ -186,7 +189,7 @@ class FixedPointSolver(ABC):
         progress = _Progress.start(z0)
         outer: list[tuple[_Progress, Tensor]] = []  # batches that were compacted, and the rows that went on
         memory = self.init(z0)
-        z, fz, nfe = z0, fn(z0), 1
+        z, fz, nfe = (z0, fn(z0), 1) if f0 is None else (z0, f0, 0)
         if fz.shape != z0.shape:
             raise ValueError(f"fn must keep the shape of its argument, {tuple(z0.shape)}, got {tuple(fz.shape)}")
         for step in range(self.max_steps + 1):
