@@ -71,7 +71,7 @@ class _Implicit(torch.autograd.Function):
         else:
             u, stats = ctx.solver(adjoint, ctx.start(rhs))
         ctx.record.append(stats)
-        # Where no step was possible, zero would pass for a gradient. From zero, the first step only goes to what is known.
+        # Where no step was possible, zero would pass for a gradient. From zero, the first step goes to what is known.
         lost = (stats.status == SolveStatus.NONFINITE) & (stats.num_steps <= (ctx.start is None))
         u = u.masked_fill(lost.unsqueeze(1), float("nan"))
         return u * size, None, None, None, None, None
