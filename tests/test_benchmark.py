@@ -85,6 +85,12 @@ def test_samples_that_left_the_batch_are_not_counted() -> None:
     assert layer.clock.samples < 4 * layer.clock.calls
 
 
+def test_memory_format() -> None:
+    model = bench(channels_last=True).model("test_mdeq")
+    assert model.stem.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert bench(channels_last=True).model("test_mdeq3d").spatial_dims == 3
+
+
 def test_the_nearest_resnet() -> None:
     name, net = resnet_like(timm.create_model("mdeq_large_cifar", num_classes=10))
     assert name == "timm resnet18, 11M"

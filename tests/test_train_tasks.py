@@ -7,9 +7,13 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from helpers import assert_same_weights, rows, run, spawn_distributed
 from small_sets import blob, decathlon, hippocampus, masks, medmnist, save_nifti
 
+from tools.batches import Process
+from tools.config import load_config
+from tools.tasks import build_task
 from tools.volumes import Preprocessing, read_record
 
 SEGMENTER = (
@@ -135,6 +139,19 @@ def test_classifier_of_volumes(volumes: Path, tmp_path: Path) -> None:
     assert "test AUC" in run("validate", "--checkpoint", tmp_path / "run").ok()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rare_classes_can_count_more(dtype: torch.dtype) -> None:
+    """In training; a test loss is that of the data as they are."""
+    config = load_config(None, ["loss.class_weights=[1.0,5.0,2.0]", "optim.label_smoothing=0.1"])
+    model = timm.create_model("test_mdeq", num_classes=3).to(dtype)
+    task = build_task(config, model, None, Process())
+    logits, labels = torch.randn(7, 3, dtype=dtype), torch.arange(7) % 3
+    weight = torch.tensor([1.0, 5.0, 2.0], dtype=dtype)
+    expected = F.cross_entropy(logits, labels, weight, label_smoothing=0.1)
+    torch.testing.assert_close(task.criterion(logits, labels), expected)
+    torch.testing.assert_close(task.loss(logits, labels), F.cross_entropy(logits, labels))
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -144,7 +161,8 @@ def test_classifier_of_volumes(volumes: Path, tmp_path: Path) -> None:
         ((*CLASSIFIER, "model.name=test_mdeq"), "is a model of 2D data"),
         ((*SEGMENTER, "data.mixup=0.5"), "data.mixup and data.cutmix"),
         ((*CLASSIFIER, "loss.name=dice_ce"), "loss.name=dice_ce"),
-        ((*CLASSIFIER, "loss.class_weights=[1.0,2.0]"), "loss.class_weights"),
+        ((*CLASSIFIER, "loss.class_weights=[1.0,2.0]"), "2 entries for"),
+        ((*CLASSIFIER, "loss.ohem_threshold=0.5"), "loss.ohem_threshold is for task=segmentation"),
         ((*SEGMENTER, "loss.class_weights=[1.0,2.0]"), "2 entries for 3 classes"),
         ((*SEGMENTER, "data.inference=sliding", "data.overlap=1.0"), "data.overlap < 1"),
         ((*SEGMENTER, "data.flip_axes=[3]"), "data.flip_axes"),

@@ -56,6 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     parser.add_argument("--bf16", action="store_true", help="f under autocast to bfloat16")
     parser.add_argument("--compile", action="store_true", help="torch.compile of the cell, for all contenders alike")
+    parser.add_argument("--channels-last", action="store_true", help="convolutions of 2D models in that memory format")
     parser.add_argument("--scaling", action="store_true", help="measure growth instead")
     parser.add_argument("--out", type=Path, default=Path("runs") / "benchmark", help="folder for CSV and PNG")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
@@ -91,6 +92,7 @@ def checked(arguments: argparse.Namespace) -> Bench:
         history=arguments.history,
         repeats=arguments.repeats,
         compiled=arguments.compile,
+        channels_last=arguments.channels_last,
         data=arguments.data,
     )
 

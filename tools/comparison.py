@@ -35,6 +35,7 @@ class Bench:
     history: int
     repeats: int
     compiled: bool = False
+    channels_last: bool = False
     data: Path | None = None
 
     def model(self, name: str, width: int = 1) -> nn.Module:
@@ -45,6 +46,8 @@ class Bench:
             wider = [width * channels for channels in model.equilibrium.cell.channels]
             model = timm.create_model(name, channels=wider, dropout=0.0)
         model = model.to(self.device)
+        if self.channels_last and model.spatial_dims == 2:
+            model = model.to(memory_format=torch.channels_last)
         if self.compiled:
             model.equilibrium.cell.compile(dynamic=True)
         return model.eval()

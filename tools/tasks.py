@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 import mdeq
@@ -72,7 +73,8 @@ def build_task(
     if loss.class_weights is not None and len(loss.class_weights) != model.num_classes:
         raise BadInput(f"loss.class_weights has {len(loss.class_weights)} entries for {model.num_classes} classes")
     if config.task == "classification":
-        criterion = nn.CrossEntropyLoss(label_smoothing=smoothing)
+        weight = None if loss.class_weights is None else torch.tensor(loss.class_weights)
+        criterion = nn.CrossEntropyLoss(weight, label_smoothing=smoothing).to(next(model.parameters()))
         if config.data.name not in volume_data.NAMES:
             return Task(criterion=criterion)
         headline = AUC if config.data.name == "medmnist3d" else TOP1
@@ -109,7 +111,7 @@ def check_task(config: TrainConfig, model: nn.Module) -> None:
         raise BadInput("data.mixup and data.cutmix are for task=classification")
     if config.loss.name == "dice_ce" and not (dense and volumes):
         raise BadInput("loss.name=dice_ce is for the segmentation of volumes")
-    if not dense and (config.loss.class_weights is not None or config.loss.ohem_threshold is not None):
-        raise BadInput("loss.class_weights and loss.ohem_threshold are for task=segmentation")
+    if not dense and config.loss.ohem_threshold is not None:
+        raise BadInput("loss.ohem_threshold is for task=segmentation")
     if data.inference == "sliding" and (not dense or data.patch_size is None or data.overlap >= 1):
         raise BadInput("data.inference=sliding needs task=segmentation, data.patch_size and data.overlap < 1")
