@@ -161,7 +161,7 @@ def test_rare_classes_can_count_more(dtype: torch.dtype) -> None:
         ((*CLASSIFIER, "model.name=test_mdeq"), "is a model of 2D data"),
         ((*SEGMENTER, "data.mixup=0.5"), "data.mixup and data.cutmix"),
         ((*CLASSIFIER, "loss.name=dice_ce"), "loss.name=dice_ce"),
-        ((*CLASSIFIER, "loss.class_weights=[1.0,2.0]"), "2 entries for"),
+        ((*CLASSIFIER, "loss.class_weights=[1.0,2.0,3.0]"), "3 entries for 2 classes"),
         ((*CLASSIFIER, "loss.ohem_threshold=0.5"), "loss.ohem_threshold is for task=segmentation"),
         ((*SEGMENTER, "loss.class_weights=[1.0,2.0]"), "2 entries for 3 classes"),
         ((*SEGMENTER, "data.inference=sliding", "data.overlap=1.0"), "data.overlap < 1"),
