@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from helpers import FOUR_BRANCHES, TINY, image_folder, make_run, rows, train, validate
+from helpers import FOUR_BRANCHES, TINY, image_folder, make_run, publish, rows, train, validate
 from PIL import Image
 from torch import Tensor
 
@@ -70,6 +70,53 @@ def test_record(trained: Path, tmp_path: Path) -> None:
     assert after["evaluation"]["command"] == command
     (folder / "results.json").write_text("{")
     assert "results.json is damaged" in validate("--checkpoint", folder, "--record").refusal()
+
+
+@pytest.fixture
+def release(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The record of a release made of the run."""
+    monkeypatch.setattr("tools.publish.RELEASES_FOLDER", tmp_path / "weights")
+    publish(trained, "--release", "test_mdeq.digits", "--ship").ok()
+    return tmp_path / "weights" / "test_mdeq.digits.json"
+
+
+def change(record: Path, difference: float) -> None:
+    """Have a record say another accuracy."""
+    content = json.loads(record.read_text())
+    content["card"]["evaluation"]["metrics"]["top1"] += difference
+    record.write_text(json.dumps(content))
+
+
+def test_a_record_is_derived_again(trained: Path, release: Path) -> None:
+    """Both figures are printed; what the record rounds away is no difference, anything more ends with exit code 1."""
+    figure = float(rows(trained)[-1]["test_top1"])
+    out = validate("--record", release).ok()
+    assert out.startswith(f"accuracy of test_mdeq.digits: found {figure:.4f} %, recorded {figure:.4f} %\n")
+    assert "evaluations of f: mean 3.0" in out
+    change(release, 0.04)
+    assert (
+        f"found {figure:.4f} %, recorded {figure + 0.04:.4f} %" in validate("--record", release, "run.threads=1").ok()
+    )
+    change(release, 0.02)
+    outcome = validate("--record", release)
+    assert outcome.code == 1
+    line = f"accuracy of test_mdeq.digits: found {figure:.4f} %, recorded {figure + 0.06:.4f} %"
+    assert outcome.err == f"differs: {line}\n"
+    assert outcome.out.startswith(line)
+    assert not list(release.parent.glob("results.json"))
+
+
+def test_records_that_cannot_be_checked(release: Path, tmp_path: Path) -> None:
+    assert "--model" in validate("--record", release, "--model", "test_mdeq").refusal()
+    assert "--steps" in validate("--record", release, "--steps", "2").refusal()
+    assert "model.solver.max_steps=9" in validate("--record", release, "model.solver.max_steps=9").refusal()
+    assert "nowhere.json" in validate("--record", tmp_path / "nowhere.json").refusal()
+    for text in ("{", "[]", "{}", '{"sha256": "", "size": 1, "card": {"evaluation": 1}}'):
+        (tmp_path / "other.json").write_text(text)
+        assert "other.json" in validate("--record", tmp_path / "other.json").refusal()
+    weights = release.with_suffix(".safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert "damaged" in validate("--record", release).refusal()
 
 
 def test_accuracy_and_solves(trained: Path, model: MDEQ, split: tuple[Tensor, Tensor]) -> None:

@@ -23,6 +23,8 @@ from tools.batches import Batch
 from tools.figures import Painter, View
 from tools.metrics import SolveLog
 from tools.page import Picture, page
+from tools.predictors import Predictor, Settings
+from tools.pretrained import load_trained
 from tools.samples import Part
 from tools.studies import Snapshot
 
@@ -189,7 +191,7 @@ def test_convergence_figure() -> None:
     table = np.array([[1.0, 1.0, 1.0], [0.1, 0.2, 0.4], [0.01, np.nan, 0.3]])
     figure = figures.convergence_figure({"Broyden": table, "Picard": table[:, :1]}, "Broyden", 0.15, "title")
     left, right = figure.axes
-    assert left.get_title() == "Broyden, the model's own\n1 of 3 reach it"
+    assert left.get_title() == "Broyden, the model's own\n1 of 3 reach 0.15"
     assert right.get_title() == "Picard\ntolerance reached at evaluation 2"
     thick = max(left.lines, key=lambda line: line.get_linewidth())
     assert thick.get_xdata().tolist() == [1, 2, 3]
@@ -198,9 +200,16 @@ def test_convergence_figure() -> None:
     assert left.get_ylim() == right.get_ylim()
 
 
+def test_convergence_of_nothing_finite() -> None:
+    table = np.full((3, 2), np.nan)
+    figure = figures.convergence_figure({"Picard": table}, "Broyden", None, "title")
+    assert figure.axes[0].get_title() == "Picard"
+    assert figures.png(figure).startswith(b"\x89PNG")
+
+
 def test_reached() -> None:
     table = np.array([[1.0, 1.0, 1.0, 1.0], [0.1, 0.5, 0.5, 0.5], [0.5, 0.1, 0.1, 0.5]])
-    assert figures.reached(table, 0.2) == "3 of 4 reach it, half by evaluation 3"
+    assert figures.reached(table, 0.2) == "3 of 4 reach 0.2, half by evaluation 3"
     assert figures.reached(table[:, 3:], 0.2) == "tolerance not reached"
 
 
@@ -327,11 +336,25 @@ def test_an_image(classifier: tuple[Path, nn.Module], photo: Path, tmp_path: Pat
     assert str(photo.parent) not in html
 
 
-def test_a_volume(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a segmenter of volumes."""
     names = {"label_names": ["background", "front", "back"], "preprocessing": RECORD}
-    folder, _ = saved(tmp_path / "run", "mdeq3d_tiny_seg", names, num_classes=3)
+    return saved(tmp_path_factory.mktemp("segmenter") / "run", "mdeq3d_tiny_seg", names, num_classes=3)[0]
+
+
+def test_window_in_the_middle(segmenter: Path, tmp_path: Path) -> None:
+    """Padded to the training patch, cut to it where it is larger; whole if that is said."""
+    x, trained = torch.randn(2, 1, 18, 20, 17), load_trained(str(segmenter))
+    seen = Predictor(trained, Settings(tmp_path)).window(x)
+    assert seen.shape == (2, 1, 20, 16, 16)
+    assert torch.equal(seen[:, :, 1:19], x[..., 2:18, 0:16])
+    assert Predictor(trained, Settings(tmp_path, whole=True)).window(x).shape == (2, 1, 20, 20, 17)
+
+
+def test_a_volume(segmenter: Path, tmp_path: Path) -> None:
     scan, out = save_nifti(tmp_path / "scan.nii.gz", blob((18, 20, 17))[0]), tmp_path / "out"
-    visualize(folder, scan, "--out", out, *QUICK).ok()
+    visualize(segmenter, scan, "--out", out, *QUICK).ok()
     assert {path.name for path in out.iterdir()} == ALWAYS | {"labels.png"}
     assert "slice" not in check_page(out).partition("<h2>Left out")[2]
 
@@ -347,12 +370,12 @@ def test_the_data_of_a_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_data_of_a_segmenter(tmp_path: Path) -> None:
-    names = {"label_names": ["background", "front", "back"], "preprocessing": RECORD}
-    folder, _ = saved(tmp_path / "run", "mdeq3d_tiny_seg", names, num_classes=3)
+@pytest.mark.parametrize("inference", ["whole", "sliding"])
+def test_the_data_of_a_segmenter(inference: str, segmenter: Path, tmp_path: Path) -> None:
     words = ["data.name=hippocampus", f"data.root={hippocampus(tmp_path / 'hippocampus.npz')}", "data.test_split=val"]
     out = tmp_path / "out"
-    visualize(folder, "--data", 2, "--out", out, *words, "data.patch_size=[16,16,16]", *QUICK).ok()
+    words += ["data.patch_size=[16,16,16]", f"data.inference={inference}"]
+    visualize(segmenter, "--data", 2, "--out", out, *words, *QUICK).ok()
     assert {path.name for path in out.iterdir()} == ALWAYS | {
         "labels.png", "steps.png", "evaluations.png", "radius.png",
     }  # fmt: skip

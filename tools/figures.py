@@ -24,6 +24,8 @@ GREY = "#555555"
 CELL = 1.45
 """Inches of a small picture in a row of several."""
 DPI = 110
+MOST_ENTRIES = 14
+"""Lines of a legend of classes."""
 
 
 def convergence_figure(traces: Mapping[str, np.ndarray], own: str, tol: float | None, title: str) -> Figure:
@@ -67,7 +69,7 @@ def reached(table: np.ndarray, tol: float) -> str:
     if count == 1:
         return f"tolerance reached at evaluation {half:.0f}" if np.isfinite(half) else "tolerance not reached"
     when = f", half by evaluation {half:.0f}" if np.isfinite(half) else ""
-    return f"{int(np.isfinite(first).sum())} of {count} reach it{when}"
+    return f"{int(np.isfinite(first).sum())} of {count} reach {tol:g}{when}"
 
 
 def median(table: np.ndarray) -> np.ndarray:
@@ -215,8 +217,9 @@ class Painter:
     def paint(self, labels: Tensor) -> Image.Image:
         """Return labels `(*S)` laid over the input; those that are no class are left out."""
         flat = self.view.flat(labels)
-        known = np.where(flat < len(self.names), flat, 0 if self.clear is None else self.clear)
-        return overlaid(self.picture, known, self.colours, self.clear, opacity=0.6)
+        known = flat < len(self.names)
+        painted = overlaid(self.picture, np.where(known, flat, 0), self.colours, self.clear, opacity=0.6)
+        return Image.composite(painted, self.picture.convert("RGB"), Image.fromarray(known))
 
 
 def labels_figure(
@@ -244,13 +247,13 @@ def labels_figure(
     if truth is not None:
         axes[1, 0].axis("on")
         show(axes[1, 0], painter.paint(truth), "labels of the data")
-    present = final.unique().tolist()
+    present = [k for k in final.unique().tolist() if k != painter.clear]
     patches = [
-        Patch(color=tuple(c / 255 for c in painter.colours[k]), label=painter.names[k])
-        for k in present
-        if k != painter.clear
+        Patch(color=tuple(c / 255 for c in painter.colours[k]), label=painter.names[k]) for k in present[:MOST_ENTRIES]
     ]
-    axes[1, -1].legend(handles=patches[:12], loc="center", fontsize=8, frameon=False)
+    if len(present) > MOST_ENTRIES:
+        patches.append(Patch(color="none", label=f"and {len(present) - MOST_ENTRIES} more"))
+    axes[1, -1].legend(handles=patches, loc="center", fontsize=8 if len(patches) < 9 else 6, frameon=False)
     entitle(figure, title)
     return figure
 

@@ -39,8 +39,9 @@ CAPTIONS = {
     "steps": (
         "Accuracy against steps",
         "Score and mean residual after at most so many steps of the model's own solver, and with the same f applied as "
-        "often (the explicit twin), on the samples of the test split. A flat curve says that the score belongs to the "
-        "equilibrium and not to a number of steps.",
+        "often (the explicit twin), on the samples of the test split. A flat end says that the score belongs to the "
+        "equilibrium and not to a number of steps. The solver stops at its tolerance, where its residual levels off; "
+        "the twin does not.",
     ),
     "evaluations": (
         "Evaluations of f",
@@ -136,6 +137,10 @@ class DataStudy:
         """What the samples are."""
         return f"{len(self.part.samples)} samples of {self.config.data.name}, {self.config.data.test_split}"
 
+    def window(self, x: Tensor) -> Tensor:
+        """Return samples `(B, C, *S)`: whole or, where the data are predicted by windows, the one in the middle."""
+        return self.predictor.window(x) if self.config.data.inference == "sliding" else x
+
     def pictures(self) -> Iterator[Picture]:
         """Yield the pictures that need a data set."""
         model, title = self.predictor.model, f"{self.name} on {self.about}"
@@ -152,5 +157,6 @@ class DataStudy:
         yield picture("steps", steps_figure(rows, title, task.headline))
         log = studies.solve_log(model, self.part.batches, task.inference, self.watch)
         yield picture("evaluations", figures.evaluations_figure(log, self.predictor.solver, title))
-        radii = studies.spectral_radii(model, self.part.batches, self.most_steps, self.watch)
+        middle = [(self.window(x), y) for x, y in self.part.batches]
+        radii = studies.spectral_radii(model, middle, self.most_steps, self.watch)
         yield picture("radius", figures.radius_figure(radii, title))

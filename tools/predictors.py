@@ -147,9 +147,8 @@ class Predictor:
         """The size up to which a volume is padded: that of the training patches, where it is recorded."""
         return tuple(max(MIN_SIZE, n) for n in self.preprocessing.patch_size or (MIN_SIZE,) * 3)
 
-    def window(self, sample: Sample) -> Tensor:
-        """Return an input as `(1, C, *S)`: whole or, where it would be predicted by windows, the one in its middle."""
-        x = sample.x.unsqueeze(0)
+    def window(self, x: Tensor) -> Tensor:
+        """Return inputs `(B, C, *S)` whole or, where they would be predicted by windows, the one in the middle."""
         x = volumes.padded(x, self.least) if self.is_3d else x
         if isinstance(self.inference, SlidingWindow):
             x = volumes.unpadded(x, [min(n, s) for n, s in zip(x.shape[2:], self.inference.size)])

@@ -2,10 +2,12 @@
 
     python tools/validate.py --checkpoint runs/digits_mdeq_tiny_cifar/model.safetensors
     python tools/validate.py --config CONFIG --model mdeq_small.in1k data.root=DIR --steps 1 2 4 8 16
+    python tools/validate.py --record mdeq/weights/NAME.json data.root=DIR
 
 Without --config, the config beside the checkpoint is read. With --steps, the accuracy and residual at each number of
 solver steps are printed beside those of the explicit twin (the same f applied that many times), and saved as steps.csv
-and steps.png.
+and steps.png. With --record FILE the figure of a release is derived again from the weights beside its record; if it
+differs the exit code is 1.
 """
 
 import argparse
@@ -27,10 +29,15 @@ from tools.checkpoint import CONFIG_FILE, check_folder, make_folder
 from tools.config import BadInput, TrainConfig, load_config, split_overrides
 from tools.engine import evaluate
 from tools.inference import MultiScale
+from tools.recheck import compared, read_release, release_config
 from tools.report import Parser, headline_lines, program, result_lines
 from tools.results import evaluation, write_results
 from tools.steps import save_table, step_lines, steps_table
-from tools.tasks import Task, build_task, check_task
+from tools.tasks import Headline, Task, build_task, check_task
+
+HERE = Path()
+"""What --record stands for without a file: the results.json of the folder."""
+NOT_OF_A_RECORD = ("config", "model", "checkpoint", "steps", "out", "scales", "flip")
 
 
 def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
@@ -43,7 +50,13 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
     parser.add_argument("--scales", type=float, nargs="+", help="2D segmentation: average over resized images")
     parser.add_argument("--flip", action="store_true", help="2D segmentation: average with mirrored images")
     parser.add_argument(
-        "--record", action="store_true", help="put this evaluation into results.json, for the model card"
+        "--record",
+        type=Path,
+        nargs="?",
+        const=HERE,
+        metavar="FILE",
+        help="put this evaluation into results.json, for the model card; with FILE, a record in mdeq/weights/: "
+        "evaluate the weights beside it on its data and compare",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the config")
     overrides, rest = split_overrides(sys.argv[1:])
@@ -55,6 +68,11 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
     if arguments.out is not None:
         check_folder(arguments.out)
     path, checkpoint = arguments.config, arguments.checkpoint
+    if arguments.record not in (None, HERE):
+        given = [name for name in NOT_OF_A_RECORD if getattr(arguments, name)]
+        if given:
+            raise BadInput(f"--record {arguments.record} says what to evaluate, and how; leave out --{given[0]}")
+        return arguments, release_config(read_release(arguments.record), overrides)
     if checkpoint is not None:
         if not checkpoint.exists():
             raise BadInput(f"no checkpoint {checkpoint}")
@@ -108,6 +126,17 @@ def averaged(task: Task, config: TrainConfig, scales: list[float], flip: bool) -
     return dataclasses.replace(task, inference=MultiScale(tuple(scales), flip, task.inference))
 
 
+def compare(record: Path, headline: Headline, result: dict[str, float], process: Process) -> None:
+    """Print what a record says and what was found; end with exit code 1 where these differ."""
+    if not process.is_main:
+        return
+    line, same = compared(read_release(record), headline, result[headline.key])
+    print("\n".join([line, *result_lines(result)]))
+    if not same:
+        print(f"differs: {line}", file=sys.stderr)
+        sys.exit(1)
+
+
 def main() -> None:
     arguments, config = parse_arguments()
     process = build.start_process(config.run)
@@ -128,6 +157,8 @@ def main() -> None:
     full = build_task(config, model, batches, process, distances=True)
     if arguments.scales or arguments.flip:
         full = task = averaged(full, config, arguments.scales or [1.0], arguments.flip)
+    if arguments.record not in (None, HERE):
+        return compare(arguments.record, headline, run("test", task), process)
     result = run("test", task=full)
     twice = run("twice the steps", task, solver=dataclasses.replace(solver, max_steps=2 * solver.max_steps, tol=0.0))
     rows = steps_table(model, arguments.steps, partial(run, task=task), headline) if arguments.steps else []

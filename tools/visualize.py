@@ -18,6 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,6 +34,7 @@ from tools.pretrained import load_trained
 from tools.report import Parser, program
 from tools.results import circumstances
 from tools.samples import data_config, read_part
+from tools.volumes import unpadded
 
 SAMPLES = 64
 """Samples of a data set, where --data has no number."""
@@ -107,7 +109,8 @@ def watch(things: Iterable[Any], text: str) -> Iterable[Any]:
 def given_inputs(arguments: argparse.Namespace, predictor: Predictor) -> list[Tensor]:
     """Return the inputs of the command line, each `(1, C, *S)` on the device; raises as `Predictor.read` does."""
     files = gather(arguments.input, predictor.suffixes, arguments.out)
-    return [predictor.window(predictor.read(k, path, path.name)) for k, path in enumerate(files)]
+    samples = [predictor.read(k, path, path.name) for k, path in enumerate(files)]
+    return [predictor.window(sample.x.unsqueeze(0)) for sample in samples]
 
 
 def facts(arguments: argparse.Namespace, predictor: Predictor, about: str, study: DataStudy | None) -> dict[str, str]:
@@ -143,10 +146,14 @@ def main() -> None:
         study = DataStudy(predictor, name, steps, most, watch, config, part)
         if not inputs:
             samples = part.samples[:MOST_LINES]
-            inputs, truth = [x for x, _ in samples], samples[0][1][0] if predictor.dense else None
+            inputs = [study.window(x) for x, _ in samples]
+            truth = unpadded(samples[0][1][0], inputs[0].shape[2:]) if predictor.dense else None
             about = study.about if len(inputs) == len(part.samples) else f"{len(inputs)} of {study.about}"
     subject = Subject(predictor, name, inputs, about, truth, steps, most, watch)
-    pictures = [*subject.pictures(), *(study.pictures() if study is not None else ())]
+    try:
+        pictures = [*subject.pictures(), *(study.pictures() if study is not None else ())]
+    except torch.OutOfMemoryError:
+        raise BadInput("an input does not fit into memory; make --size, --patch or --most-steps smaller") from None
     left_out = {} if study is not None else {CAPTIONS[key][0]: "needs a data set, see --data" for key in NEEDS_DATA}
     if not predictor.dense:
         left_out[CAPTIONS["labels"][0]] = f"{name} is a classifier"
