@@ -141,7 +141,7 @@ def tolerance_part(bench: Bench, cases: Sequence[str], trained: str) -> list[Row
     name, side, batch = parse_case(trained)
     model = bench.model(name)
     fn, z0 = bench.problem(model, bench.inputs(model, side, batch))
-    return _timed_solves(bench, "tolerance", trained, bench.solvers(10 * bench.steps, bench.tol), fn, z0)
+    return _timed_solves(bench, "tolerance", trained, bench.solvers(2 * bench.steps, bench.tol), fn, z0)
 
 
 def ragged_part(bench: Bench, cases: Sequence[str], trained: str) -> list[Row]:
@@ -150,7 +150,7 @@ def ragged_part(bench: Bench, cases: Sequence[str], trained: str) -> list[Row]:
     fn, z0 = bench.problem(model, bench.inputs(model, side, RAGGED_BATCH))
     z0, slow, fast = _ragged_start(bench, fn, z0)
     case = f"{name}:{side}:{RAGGED_BATCH}, {RAGGED_SLOW} take {slow:.0f} steps and the rest {fast:.0f}"
-    layers = bench.solvers(10 * bench.steps, bench.tol)
+    layers = bench.solvers(2 * bench.steps, bench.tol)
     layers = {k: v for k, v in layers.items() if "Picard" not in k}
     return _timed_solves(bench, "ragged", case, layers, fn, z0)
 
@@ -161,12 +161,12 @@ def _ragged_start(bench: Bench, fn: StateFn, z0: State) -> tuple[State, float, f
 
     The few start from zero, the others from an iterate that is closer to their equilibrium.
     """
-    layer = ours(Broyden(max_steps=20 * bench.steps, tol=bench.tol)).eval()
+    layer = ours(Broyden(max_steps=2 * bench.steps, tol=bench.tol)).eval()
     slow = torch.arange(len(z0[0]), device=z0[0].device) < RAGGED_SLOW
     aim = float(layer(fn, z0).stats.num_steps[slow].double().mean()) / 4
     candidates = []
     for exponent in range(1, 25):
-        rough = ours(Broyden(max_steps=20 * bench.steps, tol=bench.tol * 1.3**exponent)).eval()(fn, z0).state
+        rough = ours(Broyden(max_steps=2 * bench.steps, tol=bench.tol * 1.3**exponent)).eval()(fn, z0).state
         start = tuple(torch.where(slow.view(-1, *[1] * (z.ndim - 1)), zero, z) for z, zero in zip(rough, z0))
         steps = layer(fn, start).stats.num_steps.double()
         candidates.append((abs(float(steps[~slow].mean()) - aim), start, steps))

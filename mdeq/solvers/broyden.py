@@ -19,7 +19,9 @@ class _Directions:
     count: int = 0  # k, the same for all samples
 
     def take(self, index: Tensor) -> "_Directions":
-        return _Directions(self.d[index], self.solve[index], self.scale[index], self.length[index], self.count)
+        d = self.d.new_empty(len(index), *self.d.shape[1:])
+        d[:, : self.count] = self.d[:, : self.count][index]  # the rest is not yet written
+        return _Directions(d, self.solve[index], self.scale[index], self.length[index], self.count)
 
 
 @dataclass(frozen=True, kw_only=True)
