@@ -109,22 +109,34 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
     panels: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         panels.setdefault((row["part"], row["case"]), []).append(row)
-    heights = [len(members) + 2 for members in panels.values()]
+    width = min(3, len(panels))
+    lines = -(-len(panels) // width)
     figure, axes = plt.subplots(
-        len(panels), 1, figsize=(8, 0.27 * sum(heights)), height_ratios=heights, layout="constrained", squeeze=False
+        lines, width, figsize=(4.6 * width, 2.4 * lines + 0.4), layout="constrained", squeeze=False
     )
-    for ax, ((part, case), members) in zip(axes[:, 0], panels.items()):
+    for ax, ((part, case), members) in zip(axes.flat, panels.items()):
         key = "overhead" if part == "solve" else "relative"
         shown = [row for row in reversed(members) if key in row]
-        colours = ["tab:orange" if row["contender"].startswith("TorchDEQ") else "tab:blue" for row in shown]
-        bars = ax.barh([row["contender"] for row in shown], [row[key] for row in shown], color=colours)
+        bars = ax.barh(
+            [row["contender"] for row in shown],
+            [row[key] for row in shown],
+            color=[_colour(row["contender"]) for row in shown],
+        )
         ax.bar_label(bars, fmt="%.2f", padding=3, fontsize="small")
-        ax.axvline(1, color="grey", linewidth=0.8)
-        ax.margins(x=0.12)
-        ax.set_title(f"{part}, {case}", fontsize="small", loc="left")
+        ax.axvline(1, color="black", linewidth=0.6)
+        ax.margins(x=0.14)
+        name, _, note = case.partition(", ")
+        ax.set_title("\n".join(filter(None, (f"{part}, {name}", note))), fontsize="small", loc="left")
         label = "solver memory relative to TorchDEQ" if part == "memory" else "time relative to TorchDEQ"
         ax.set_xlabel("time of the solve over time inside f" if part == "solve" else label, fontsize="small")
         ax.tick_params(labelsize="small")
+    for ax in axes.flat[len(panels) :]:
+        ax.remove()
     figure.suptitle(title, fontsize="small")
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=90, format="png"))
     plt.close(figure)
+
+
+def _colour(contender: str) -> str:
+    owner = contender.partition(" ")[0]
+    return {"mdeq": "tab:blue", "TorchDEQ": "tab:orange"}.get(owner, "tab:gray")
