@@ -95,7 +95,7 @@ def test_log_has_the_backward_solves(tmp_path: Path) -> None:
     run.model.deq.gradient = mdeq.ImplicitGradient(mdeq.Picard(max_steps=3, tol=0.0))
     assert run.train()
     (row,) = rows(tmp_path / "run")
-    assert 3 < float(row["train_backward_evaluations"]) <= 4
+    assert 2 < float(row["train_backward_evaluations"]) <= 3  # that at zero is known
     assert float(row["train_backward_residual_q0.9"]) > 0
     assert float(row["train_backward_max_steps"]) > 0.5
 
