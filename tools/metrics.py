@@ -40,7 +40,7 @@ class SolveLog:
         if stats is not None:
             self.residual.append((stats.trace[-1] if last_iterate else stats.residual).detach().double())
             self.status.append(stats.status)
-            # The first evaluation may have been known; a halving of a line search evaluates f for all still on their way.
+            # The first may have been known; a halving of a line search evaluates f for all that are still on their way.
             steps = len(stats.trace) - 1
             first = 1 if stats.nfe > steps else 0
             halvings = stats.nfe - steps - first
