@@ -98,6 +98,7 @@ def record_of(run: Path, seeds: Sequence[Path] = (), notes: Sequence[str] = ()) 
     config = load_config(run / CONFIG_FILE)
     config = dataclasses.replace(
         config,
+        model=dataclasses.replace(config.model, checkpoint="FILE" if config.model.checkpoint else None),
         data=dataclasses.replace(config.data, root="DIR"),
         run=dataclasses.replace(config.run, out_dir=None, resume=False),
     )

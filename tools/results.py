@@ -18,7 +18,8 @@ from tools.checkpoint import RESULTS_FILE, read_json, write_atomically
 from tools.config import BadInput
 
 ROOT = Path(__file__).resolve().parent.parent
-PLACES = ("data.root", "run.out_dir")  # settings that say where, not what
+PLACES = {"data.root": "DIR", "run.out_dir": "DIR", "model.checkpoint": "FILE"}
+"""Settings that say where, not what, and what stands for them in a command."""
 
 
 def hardware(device: torch.device, processes: int = 1) -> str:
@@ -31,14 +32,14 @@ def hardware(device: torch.device, processes: int = 1) -> str:
 
 
 def command() -> str:
-    """Return the command line of this program for people elsewhere: relative to the repository, `DIR` for places."""
+    """Return the command line of this program for people elsewhere: relative to the repository, without places."""
     return shlex.join(["python", *map(_elsewhere, sys.argv)])
 
 
 def _elsewhere(word: str) -> str:
     if "=" in word:
         key = word.partition("=")[0]
-        return f"{key}=DIR" if key in PLACES else word
+        return f"{key}={PLACES[key]}" if key in PLACES else word
     path = Path(word)
     if not (path.is_absolute() or path.exists()):
         return word
