@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from tools.config import load_config
 from tools.data import Arrays
 from tools.engine import evaluate
 from tools.metrics import QUANTILES, SolveLog, Tally
+from tools.results import command
 
 # One whole run.
 
@@ -88,6 +90,12 @@ def test_log_has_a_row_an_epoch_and_all_its_columns(finished: tuple[Path, str]) 
             assert float(row[f"{split}_evaluations"]) == 3  # two updates
         assert float(row["peak_memory_mib"]) > 50
         assert float(row["train_images_per_s"]) > 0
+
+
+def test_a_command_is_told_without_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["tools/train.py", "data.root=/home/me/data", "model.checkpoint=/home/me/a.safetensors", "optim.lr=1e-3"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert command() == "python tools/train.py data.root=DIR model.checkpoint=FILE optim.lr=1e-3"
 
 
 def test_log_has_the_backward_solves(tmp_path: Path) -> None:
