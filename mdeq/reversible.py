@@ -138,6 +138,7 @@ class ReversibleGradient:
             max_steps=solver.max_steps,
             stop_mode=solver.stop_mode,
             divergence_factor=solver.divergence_factor,
+            check_every=solver.check_every,
         )
         pair, stats = picard(coupled, torch.cat((z0, z0), dim=1).to(_STATE))
         count, failed = _steps_of_best(stats)

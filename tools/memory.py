@@ -10,9 +10,7 @@ and memory.png.
 """
 
 import argparse
-import csv
 import dataclasses
-import io
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -37,8 +35,7 @@ from tools.build import known_model
 from tools.checkpoint import check_folder, write_atomically
 from tools.config import BadInput
 from tools.report import Parser, program
-
-COLUMNS = ("gradient", "side", "steps", "peak_mib", "note")
+from tools.timings import save_table
 
 
 class Twin(nn.Module):
@@ -139,11 +136,7 @@ def middle(values: list[int]) -> int:
 def save(rows: list[dict[str, Any]], folder: Path, title: str, sides: list[int], steps: list[int]) -> None:
     """Write memory.csv and memory.png."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS)
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(folder / "memory.csv", lambda path: path.write_text(text.getvalue()))
+    save_table(rows, folder / "memory.csv")
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     side, count = middle(sides), middle(steps)
     for ax, x, fixed, value in ((axes[0], "side", "steps", count), (axes[1], "steps", "side", side)):
