@@ -5,6 +5,7 @@ sample's flat state, `M` history of a solver. Branch 0 has the highest resolutio
 """
 
 from ._version import __version__
+from .capture import CapturedModel
 from .deq import DEQ, Equilibrium
 from .gradients import GradientEstimator, ImplicitGradient, PhantomGradient, build_gradient
 from .jacobian import jacobian_frobenius, spectral_radius
@@ -38,6 +39,7 @@ __all__ = [
     "RELEASES",
     "Anderson",
     "Broyden",
+    "CapturedModel",
     "Equilibrium",
     "FixedPointSolver",
     "GradientEstimator",

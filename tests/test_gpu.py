@@ -1,5 +1,7 @@
 """On a CUDA device: the same answers as on the CPU, and training in mixed precision."""
 
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,52 @@ def test_solve_in_mixed_precision(solver: mdeq.FixedPointSolver) -> None:
         _, equilibrium = model(x, return_equilibrium=True, solver=solver)
     assert equilibrium.stats.residual.dtype == torch.float32
     assert torch.isfinite(equilibrium.stats.residual).all()
+
+
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("solver", [mdeq.Broyden(max_steps=8), mdeq.Anderson(max_steps=8), mdeq.Picard(max_steps=8)])
+def test_captured_model_gives_what_the_model_gives(solver: mdeq.FixedPointSolver, amp: bool) -> None:
+    model = official_model(torch.float32 if amp else torch.float64).cuda().eval()
+    first, second = torch.randn(2, 4, 3, 32, 32, device="cuda", dtype=model.stem.conv1.weight.dtype)
+    tolerance = dict(rtol=0.1, atol=0.1) if amp else dict(rtol=1e-6, atol=1e-8)
+    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=amp), torch.no_grad():
+        captured = mdeq.CapturedModel(model, first, solver=solver)
+        results = [captured(x, return_equilibrium=True) for x in (second, first)]
+        expected = [model(x, return_equilibrium=True, solver=solver) for x in (second, first)]
+    for (logits, equilibrium), (wanted, wanted_equilibrium) in zip(results, expected):
+        torch.testing.assert_close(logits, wanted, **tolerance)
+        torch.testing.assert_close(equilibrium.stats.trace[0], wanted_equilibrium.stats.trace[0], **tolerance)
+        if not amp:
+            torch.testing.assert_close(equilibrium.stats.num_steps, wanted_equilibrium.stats.num_steps)
+            torch.testing.assert_close(equilibrium.state, wanted_equilibrium.state, **tolerance)
+    with pytest.raises(ValueError, match="captured for inputs of shape"):
+        captured(first[:2])
+
+
+def test_captured_model_follows_weights_that_change_in_place() -> None:
+    model = official_model().cuda().eval()
+    x = torch.randn(2, 3, 32, 32, device="cuda", dtype=torch.float64)
+    captured = mdeq.CapturedModel(model, x)
+    with torch.no_grad():
+        model.classifier.bias += 1
+        torch.testing.assert_close(captured(x), model(x), rtol=1e-6, atol=1e-8)
+
+
+def test_a_step_waits_once_for_the_device() -> None:
+    model = official_model(torch.float32).cuda().eval()
+    x = torch.randn(2, 3, 32, 32, device="cuda")
+    solver = mdeq.Broyden(max_steps=6, tol=0.0)
+    with torch.no_grad():
+        model(x, solver=solver)  # libraries set themselves up
+        for every, waits in ((1, 7), (6, 2)):
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    model(x, solver=replace(solver, check_every=every))
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            assert len([w for w in caught if "synchroniz" in str(w.message)]) == waits
 
 
 @pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])

@@ -28,6 +28,7 @@ TABLE = {
     "layers.py": "torch",
     # 2 the equilibrium layer
     "deq.py": "torch .solvers .gradients .jacobian .state",
+    "capture.py": "torch .deq .solvers",
     # 3 models
     "models/__init__.py": ".models .models.*",
     "models/cell.py": "torch .layers .state",
@@ -38,7 +39,7 @@ TABLE = {
     "models/*.py": "torch timm .deq .gradients .layers .solvers .state .models.*",
     # the public names
     "_version.py": "",
-    "__init__.py": "._version .deq .gradients .jacobian .models .reversible .solvers .state",
+    "__init__.py": "._version .capture .deq .gradients .jacobian .models .reversible .solvers .state",
 }
 
 

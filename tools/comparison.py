@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdeq import Broyden, ImplicitGradient, PhantomGradient, ReversibleGradient, State
+from mdeq import Broyden, CapturedModel, ImplicitGradient, PhantomGradient, ReversibleGradient, State
 from tools.contenders import Clocked, StateFn, TorchDEQ, Twin, ours, parse_case, residual, resnet_like, solvers
 from tools.data import read_cifar10
 from tools.peak import Peak, check_measurable, in_a_process
@@ -120,6 +120,10 @@ def inference_part(bench: Bench, cases: Sequence[str], trained: str) -> list[Row
         layers = {k: layers[k] for k in ("mdeq Broyden", "TorchDEQ Broyden", "mdeq Anderson", "TorchDEQ Anderson")}
         layers["explicit twin"] = Twin(bench.steps + 1)
         runs: dict[str, Callable[[], Tensor]] = {k: partial(_with_layer, model, v, x) for k, v in layers.items()}
+        if bench.device.type == "cuda":
+            for contender in ("mdeq Broyden", "mdeq Anderson"):
+                model.equilibrium.deq = layers[contender].eval()
+                runs[f"{contender} + CUDA graph"] = partial(CapturedModel(model, x), x)
         if model.spatial_dims == 2:
             resnet_name, resnet = resnet_like(model)
             runs[resnet_name] = partial(resnet.to(bench.device).eval(), x)

@@ -87,8 +87,8 @@ def forget_casts(z: Tensor) -> None:
 
 
 def is_static(z: Tensor) -> bool:
-    """Whether values must not steer control flow: meta tensors and compiled or exported graphs run every step."""
-    return z.is_meta or torch.compiler.is_compiling()
+    """Whether values must not steer control flow: meta tensors and compiled, exported or CUDA graphs run every step."""
+    return z.is_meta or torch.compiler.is_compiling() or (z.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 @dataclass(frozen=True, kw_only=True)

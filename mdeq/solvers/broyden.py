@@ -113,7 +113,7 @@ class Broyden(FixedPointSolver):
         last = gram.shape[1] - 1
         square = gram[:, last]
         memory.scale[:, last] = torch.where(square > 0, 1 / square, torch.zeros_like(square))
-        memory.solve[:, last, last] = 1
+        memory.solve[:, last, last].fill_(1)  # an assignment would make a tensor on the host first
         if last > 0:
             row = (gram[:, 1:] - short[:, :-1] * gram[:, :-1]) * memory.scale[:, last : last + 1]
             memory.solve[:, last, :last] = (row.unsqueeze(1) @ memory.solve[:, :last, :last]).squeeze(1)

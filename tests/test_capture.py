@@ -1,0 +1,62 @@
+"""What inference as one CUDA graph needs, as far as a CPU can tell; tests/test_gpu.py captures."""
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import mdeq
+
+
+class Foreign(TorchDispatchMode):
+    """Collects operators that take or give a tensor of another device than the one that all should be on."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+        if any(x.device.type != self.device for x in tensors):
+            self.found.add(str(func))
+        return result
+
+
+SOLVERS = [
+    mdeq.Broyden(max_steps=6, history=3, line_search=1),
+    mdeq.Anderson(max_steps=6, history=3),
+    mdeq.Picard(max_steps=3, damping=0.5),
+]
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: type(solver).__name__)
+@pytest.mark.parametrize("name", ["test_mdeq", "test_mdeq3d"])
+def test_a_solve_of_fixed_length_stays_on_the_device(name: str, solver: mdeq.FixedPointSolver) -> None:
+    """Meta tensors take the steps that a capture takes. A tensor made on the host would have to be copied over."""
+    with torch.device("meta"):
+        model = timm.create_model(name).eval()
+        x = torch.zeros(2, model.in_chans, *[32] * model.spatial_dims)
+    with torch.no_grad(), Foreign("meta") as foreign:
+        _, equilibrium = model(x, return_equilibrium=True, solver=solver)
+    assert foreign.found == set()
+    assert len(equilibrium.stats.trace) == solver.max_steps + 1
+
+
+def test_the_watch_sees_a_tensor_of_the_host() -> None:
+    with Foreign("meta") as foreign:
+        torch.zeros(2, device="meta") + torch.tensor(1.0)
+    assert foreign.found
+
+
+def test_a_capture_needs_eval_mode_and_a_cuda_device() -> None:
+    model = timm.create_model("test_mdeq")
+    x = torch.zeros(1, 3, 32, 32)
+    with pytest.raises(ValueError, match=r"model\.eval\(\)"):
+        mdeq.CapturedModel(model.train(), x)
+    with pytest.raises(ValueError, match="on a CUDA device, got one on cpu"):
+        mdeq.CapturedModel(model.eval(), x)
