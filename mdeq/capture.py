@@ -1,4 +1,4 @@
-"""Inference of a whole model as one CUDA graph, for models so small that launching kernels takes longer than they do."""
+"""Inference of a whole model as one CUDA graph, for models whose kernels take longer to launch than to run."""
 
 from dataclasses import fields, replace
 from typing import Any
