@@ -446,3 +446,23 @@ def test_unknown_data_set(name: str, tmp_path: Path) -> None:
 def test_number_of_training_images_is_for_arrays(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"data\.num_train"):
         reader(image_folder(tmp_path), True, num_train=5)
+
+
+# Samples held out of the training split.
+
+
+def test_held_out_samples_are_the_last_ones_and_not_trained_on() -> None:
+    whole = read_digits(True).labels
+    for limit, expected in ((None, whole[:-100]), (50, whole[:50])):
+        config = DataConfig(holdout=100, num_train=limit, batch_size=10)
+        train, _ = build_batches(config, GREY, Process(), training=True)
+        held, _ = build_batches(config, GREY, Process(), training=False)
+        assert torch.equal(train.labels, expected)
+        assert torch.equal(held.labels, whole[-100:])
+    with pytest.raises(BadInput, match=r"data\.holdout=1437 leaves nothing of 1437 training samples"):
+        build_batches(DataConfig(holdout=1437), GREY, Process(), training=False)
+
+
+def test_held_out_samples_need_a_data_set_with_a_name(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"data\.holdout"):
+        reader(image_folder(tmp_path), False, holdout=5)

@@ -25,6 +25,8 @@ from safetensors.torch import load_file, save_file
 import mdeq
 from mdeq.models import weights
 from mdeq.models.weights import DEFAULT_ORG, Release, WeightsError, local_file, with_releases
+from tools.card import model_card
+from tools.publish import TABLE_END, TABLE_START, with_table
 
 # The whole of the architecture, as a released tag has it.
 WORDS = ("model.kwargs={}", "model.kwargs.dropout=0.1", "model.solver.max_steps=3", "data.image_size=32")
@@ -245,6 +247,37 @@ def test_all_publishes_the_releases(finished: Path, releases: Path, tmp_path: Pa
     assert "another sha256" in publish("--all", "--dry-run", "--runs", tmp_path / "runs").refusal()
 
 
+def test_a_release_tells_of_the_weights_that_it_started_from(
+    finished: Path, releases: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    first = make_release(finished, releases, "--ship")
+    second = make_release(finished, releases, "--ship", "--stage", releases / "test_mdeq.digits.json")
+    third = make_release(finished, releases, "--ship", "--stage", releases / "test_mdeq.digits.json")
+    assert [stage["sha256"] for stage in third.card["stages"]] == [first.sha256, second.sha256]
+    card = model_card("org/test_mdeq.digits", third.config, third.card)
+    assert card.count(f"It started from weights (sha256 {first.sha256[:12]}) of 1 epochs, seed 0") == 2
+    (tmp_path / "README.md").write_text("# mdeq\n")
+    monkeypatch.setattr("tools.publish.ROOT", tmp_path)
+    monkeypatch.setattr(mdeq, "RELEASES", {third.name: third})
+    assert "the README has no lines" in publish("--readme").refusal()
+    (tmp_path / "README.md").write_text(f"before\n{TABLE_START}\nold\n{TABLE_END}\nafter\n")
+    publish("--readme").ok()
+    before, head, _, row, after = re.fullmatch(
+        r"(.*)\n<!--[^\n]*\n(.*)\n(.*)\n(.*)\n<!--[^\n]*\n(.*)\n", (tmp_path / "README.md").read_text()
+    ).groups()
+    assert (before, after) == ("before", "after")
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert len(cells) == head.strip("|").count("|") + 1
+    assert cells[0] == "`test_mdeq.digits`"
+    assert cells[3] == f"{third.card['evaluation']['metrics']['top1']:.1f} %"
+    assert cells[-1].startswith("1 + 1 + 1 epochs, 0 min")
+
+
+def test_the_readme_says_what_the_records_say() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert with_table(text) == text, "run tools/publish.py --readme"
+
+
 REPO = ("--repo", "org/name", "--dry-run")
 
 
@@ -252,7 +285,9 @@ REPO = ("--repo", "org/name", "--dry-run")
     ("words", "reason"),
     [
         ((), "give one of --repo"),
-        (("RUN", "--all"), "not a folder"),
+        (("RUN", "--all"), "not for a folder"),
+        (("RUN", "--readme"), "not for a folder"),
+        (("RUN", "--stage", "nowhere.json", *REPO), "nowhere.json"),
         (("--repo", "org/name"), "give the folder of a run"),
         (("RUN", "--repo", "name"), "must be ORG/NAME"),
         (("RUN", "--all", *REPO), "give one of --repo"),
@@ -286,6 +321,7 @@ def _other_shapes(run: Path) -> None:
         (lambda run: (run / "config.json").write_text("[]"), "config.json is damaged"),
         (lambda run: (run / "config.yaml").unlink(), "no config file"),
         (lambda run: (run / "results.json").unlink(), "train to the end"),
+        (lambda run: (run / "config.yaml").write_text("data: {holdout: 9}"), "without data.holdout"),
         (lambda run: (run / "results.json").write_text('{"training": {}}'), "has no evaluation"),
         (_other_architecture, "holds resnet18, which is no model of this package"),
         (_other_shapes, "does not fit its config.json"),

@@ -111,6 +111,12 @@ def test_camvid_from_the_zip_and_from_folders(tmp_path: Path) -> None:
     folders = gather(batches(data("camvid", tmp_path / "folders", test_split="test"), training=False))
     assert sorted(int(pixels(x)[1].mean()) for part, _ in folders for x in part) == [0, 1, 2]
     assert batches(data("camvid", tmp_path), training=True).class_names == CAMVID_CLASSES
+    whole, *parts = (
+        batches(data("camvid", tmp_path, holdout=holdout), training=training).dataset.data.pairs
+        for holdout, training in ((None, True), (1, True), (1, False))
+    )
+    assert [len(part) for part in parts] == [len(whole) - 1, 1]
+    assert [*parts[0], *parts[1]] == whole
     with pytest.raises(BadInput, match="validation"):
         batches(data("camvid", tmp_path, test_split="validation"), training=False)
     content = (tmp_path / "camvid.zip").read_bytes()

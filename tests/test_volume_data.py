@@ -61,6 +61,9 @@ def test_hippocampus_is_lut_of_code_normalised(tmp_path: Path) -> None:
         assert np.array_equal(volumes.labels[1].numpy(), label)
     assert len(read_split(data("hippocampus", path), 1, training=False).images) == 2
     assert len(read_split(data("hippocampus", path, num_train=2), 1, training=True).images) == 2
+    parts = [read_split(data("hippocampus", path, holdout=1), 1, training=training) for training in (True, False)]
+    assert [x.shape for part in parts for x in part.images] == [x.shape for x in volumes.images]
+    assert len(parts[1].images) == 1
 
 
 def test_test_volumes_stay_whole_and_padding_does_not_count(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tools.config import BadInput
+from tools.config import BadInput, DataConfig
 
 MIN_SIZE = 16
 VOID = 255
@@ -96,6 +96,25 @@ def seed_everything(*numbers: int) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
+
+
+def split_name(config: DataConfig, training: bool) -> str:
+    """Return the split to read: that to train on, also for an evaluation on what is held out of it."""
+    return config.train_split if training or config.holdout is not None else config.test_split
+
+
+def chosen(count: int, config: DataConfig, training: bool) -> slice:
+    """Return which samples of a split of so many count: `data.num_train` of those that `data.holdout` leaves, or these.
+
+    Raises:
+        BadInput: if nothing is left.
+    """
+    if config.holdout is None:
+        return slice(0, config.num_train if training else None)
+    rest = count - config.holdout
+    if rest < 1:
+        raise BadInput(f"data.holdout={config.holdout} leaves nothing of {count} training samples")
+    return slice(0, min(rest, config.num_train or rest)) if training else slice(rest, count)
 
 
 def shared_batch_size(batch_size: int, count: int, process: Process, training: bool) -> int:

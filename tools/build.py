@@ -129,6 +129,9 @@ def build_model(config: ModelConfig, num_classes: int | None, *, for_training: b
         kwargs["num_classes"] = num_classes
     try:
         model = timm.create_model(known_model(config.name), pretrained=config.pretrained, **kwargs)
+    except mdeq.WeightsError as error:
+        hint = "; model.pretrained=false starts from scratch" if for_training else ""
+        raise BadInput(f"model {config.name}: {error}{hint}") from None
     except _UNUSABLE as error:
         raise BadInput(f"model {config.name}: {_reason(error)}") from None
     unpooled = isinstance(model, mdeq.MDEQ) and not model.global_pool.pool_type

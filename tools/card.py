@@ -199,6 +199,39 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def releases_table(records: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a table with a row for each release.
+
+    Args:
+        records: by `architecture.tag`; see `tools.publish.record_of`.
+    """
+    head = ("weights", "data", "metric", "test", "twice the steps", "evaluations", "mean residual", "trained")
+    return _table(head, [_release_row(name, record) for name, record in records.items()])
+
+
+def _release_row(name: str, record: Mapping[str, Any]) -> list[str]:
+    run, evaluation = record["training"], record["evaluation"]
+    metrics, twice, key = evaluation["metrics"], evaluation["metrics_at_twice_the_steps"], evaluation["metric"]
+    _kind, words, unit = _metric(key)
+    digits = ".3f" if unit == "" else ".1f"
+    values = [record_seed["value"] for record_seed in record["seeds"]]
+    spread = f" ({min(values):{digits}} to {max(values):{digits}}, {len(values)} seeds)" if len(values) > 1 else ""
+    stages = [*record.get("stages", []), run]
+    epochs = " + ".join(str(stage["epochs"]) for stage in stages)
+    times = [stage.get("minutes") for stage in stages]
+    minutes = "" if None in times else f", {sum(times):.0f} min"
+    return [
+        f"`{name}`",
+        dataset(record["data"]).title,
+        words,
+        f"{_number(metrics[key], digits)}{unit}{spread}",
+        f"{_number(twice[key], digits)}{unit}",
+        _number(metrics["evaluations"], ".1f"),
+        _number(metrics["residual_mean"], ".1e"),
+        f"{epochs} epochs{minutes}, {run.get('hardware', 'hardware not recorded')}",
+    ]
+
+
 def steps_table(rows: Sequence[Mapping[str, Any]], metric: str) -> list[str]:
     """Return the section of accuracy against steps, from the rows of a steps.csv."""
     if not rows:
@@ -252,6 +285,12 @@ def training(record: Mapping[str, Any], data: Dataset) -> list[str]:
         text += f", {time} on {run['hardware']}; {versions}.\n\n```bash\n{run['command']}\n```"
     else:
         text += "; time and hardware were not recorded."
+    for stage in reversed(record.get("stages", [])):
+        command = f":\n\n```bash\n{stage['command']}\n```" if "command" in stage else "."
+        text += (
+            f"\n\nIt started from weights (sha256 {stage['sha256'][:12]}) of {stage['epochs']} epochs, seed "
+            f"{stage['seed']}{command}"
+        )
     return ["## Training", text, f"The effective config:\n\n```yaml\n{record['config'].strip()}\n```"]
 
 

@@ -59,6 +59,7 @@ class DataConfig:
     test_split: str = "validation"
     download: bool = False
     num_train: int | None = None  # only the first so many training images
+    holdout: int | None = None  # the last so many training images are held out and evaluated on, not the test split
     num_classes: int | None = None  # None: as many as the data have, where that is known
     image_size: int | None = None  # None: the model's own
     batch_size: int = 64  # images of one optimiser step, over all processes and accumulated parts
@@ -166,7 +167,7 @@ _CHOICES = {
     "run.dtype": ("float32", "float64"),
 }
 _AT_LEAST_ONE = (
-    "data.batch_size", "data.image_size", "data.num_train", "data.num_classes", "optim.accumulate",
+    "data.batch_size", "data.image_size", "data.num_train", "data.holdout", "data.num_classes", "optim.accumulate",
     "deq.warmup_unroll", "deq.jacobian_probes", "deq.jacobian_increment_steps", "run.epochs", "run.eval_every",
     "run.max_bad_steps", "run.threads", "loss.ohem_min_kept",
 )  # fmt: skip

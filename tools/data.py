@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 
 from tools import image_folders, segmentation_data, volume_data
-from tools.batches import Batch, Batches, ImageSpec, Process, generator, shared_batch_size
+from tools.batches import Batch, Batches, ImageSpec, Process, chosen, generator, shared_batch_size
 from tools.config import BadInput, DataConfig
 
 CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -187,19 +187,21 @@ def build_batches(
         BadInput: for missing or unreadable data, or data that do not fit the model.
     """
     root = Path(config.root)
+    from_train = training or config.holdout is not None
     if config.name == "digits":
-        arrays = read_digits(training)
+        arrays = read_digits(from_train)
     elif config.name == "cifar10":
         if not root.is_dir() and not config.download:
             raise BadInput(f"no data folder {root}; set data.root, or data.download=true to fetch CIFAR-10 into it")
-        arrays = read_cifar10(root, training, config.num_train if training else None, config.download)
+        limit = config.num_train if training and config.holdout is None else None
+        arrays = read_cifar10(root, from_train, limit, config.download)
     elif config.name in volume_data.NAMES:
         return volume_data.read_batches(config, spec.size[0], process, training, seed)
     elif config.name in segmentation_data.NAMES:
         return segmentation_data.read_batches(config, spec, process, training, seed)
     else:
         return image_folders.read_batches(config, spec, process, training, seed)
-    if training and config.num_train is not None:
-        arrays = Arrays(arrays.images[: config.num_train], arrays.labels[: config.num_train])
+    part = chosen(len(arrays.labels), config, training)
+    arrays = Arrays(arrays.images[part], arrays.labels[part])
     arrays = arrays.fitted(spec.size, config.name)
     return ArrayBatches(arrays, spec, config, process, training=training, seed=seed), 10

@@ -158,6 +158,8 @@ def read_batches(
 ) -> tuple[Batches, int | None]:
     name = "" if config.name == "folder" else config.name
     _require_reader(config.name)
+    if config.holdout is not None:
+        raise BadInput("data.holdout is for data sets with a name; move images to a split of their own")
     split = config.train_split if training else config.test_split
     is_folder = name.lower() in ("", "torch/folder", "torch/image_folder")
     if is_folder:

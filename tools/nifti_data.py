@@ -1,7 +1,7 @@
 """NIfTI pairs in the layout of the Medical Segmentation Decathlon: a folder with dataset.json."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,9 @@ from tools.config import BadInput
 from tools.volumes import Preprocessing, load_labels, load_volume, prepare, prepared_spacing
 
 HOLD_OUT = 5
+
+Pick = Callable[[int], slice]
+"""Says which samples of a training split of so many are wanted."""
 
 
 def read_dataset_json(root: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], tuple[str, ...]]:
@@ -48,7 +51,7 @@ def read_dataset_json(root: Path) -> tuple[list[dict[str, Any]], list[dict[str, 
 
 
 def read_nifti(
-    root: Path, split: str, limit: int | None, in_chans: int, preprocessing: Preprocessing
+    root: Path, split: str, pick: Pick, in_chans: int, preprocessing: Preprocessing
 ) -> tuple[Sequence[Tensor], Sequence[Tensor], tuple[str, ...], tuple[float, ...] | None]:
     """Return the prepared volumes of a split, their labels, the names of the labels, and the spacing they share.
 
@@ -58,7 +61,7 @@ def read_nifti(
     train, val, names = read_dataset_json(root)
     if split == "test":
         raise BadInput(f"{root}: the Decathlon's test volumes have no labels; set data.test_split=val")
-    chosen = train[:limit] if split == "train" else val
+    chosen = train[pick(len(train))] if split == "train" else val
     if not chosen:
         raise BadInput(f"{root}: too few cases, {len(train) + len(val)}, for a split {split}")
     images, labels, spacings = [], [], set()

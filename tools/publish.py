@@ -3,6 +3,7 @@
     python tools/publish.py runs/NAME --repo ORG/NAME [--private] [--dry-run]
     python tools/publish.py runs/NAME --release ARCHITECTURE.TAG [--ship]     add it to the package's releases
     python tools/publish.py --all [--runs DIR] [--dry-run]                    publish every release
+    python tools/publish.py --readme                                          bring the README's table up to date
 
 A release is a record in mdeq/weights/, and with --ship the weights beside it: small ones, which the package then holds.
 Weights that are not shipped are looked for in DIR/ARCHITECTURE.TAG.
@@ -26,13 +27,15 @@ import timm
 from huggingface_hub import HfApi
 
 import mdeq
-from tools.card import dataset, model_card
+from tools.card import dataset, model_card, releases_table
 from tools.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_json, read_weights, write_atomically
 from tools.config import BadInput, config_yaml, load_config
+from tools.recheck import read_release
 from tools.report import Parser, program
 from tools.results import ROOT, read_results
 
 RELEASES_FOLDER = ROOT / "mdeq" / "weights"
+TABLE_START, TABLE_END = "<!-- tools/publish.py --readme -->", "<!-- end of the table -->"
 MAX_SHIPPED = 4 * 2**20  # bytes, of all weights in the package
 
 
@@ -62,17 +65,23 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ship", action="store_true", help="with --release: put the weights into the package")
     parser.add_argument("--revision", help="with --release: the commit on the Hub that holds the weights")
     parser.add_argument("--all", action="store_true", help="publish every release")
+    parser.add_argument("--readme", action="store_true", help="write the table of releases into the README")
     parser.add_argument("--runs", type=Path, help="with --all: folder with the weights that are not shipped")
     parser.add_argument("--seeds", type=Path, nargs="+", default=[], help="runs of the same config with other seeds")
+    parser.add_argument(
+        "--stage", type=Path, metavar="RECORD", help="record in mdeq/weights/ of the weights that the run started from"
+    )
     parser.add_argument("--note", action="append", default=[], help="a sentence for the card's limits; repeatable")
     parser.add_argument("--private", action="store_true", help="make new repositories private")
     parser.add_argument("--dry-run", action="store_true", help="show what would go, without a network")
     arguments = parser.parse_args()
-    chosen = [arguments.all, arguments.repo is not None, arguments.release is not None]
+    chosen = [arguments.all, arguments.readme, arguments.repo is not None, arguments.release is not None]
     if sum(chosen) != 1:
-        raise BadInput("give one of --repo ORG/NAME, --release ARCHITECTURE.TAG and --all")
-    if arguments.all == (arguments.run is not None):
-        raise BadInput("--all publishes the releases, not a folder" if arguments.all else "give the folder of a run")
+        raise BadInput("give one of --repo ORG/NAME, --release ARCHITECTURE.TAG, --all and --readme")
+    of_releases = arguments.all or arguments.readme
+    if of_releases == (arguments.run is not None):
+        flag = "--all" if arguments.all else "--readme"
+        raise BadInput(f"{flag} is for the releases, not for a folder" if of_releases else "give the folder of a run")
     if arguments.repo is not None and arguments.repo.count("/") != 1:
         raise BadInput(f"--repo must be ORG/NAME, got {arguments.repo}")
     return arguments
@@ -82,13 +91,16 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def record_of(run: Path, seeds: Sequence[Path] = (), notes: Sequence[str] = ()) -> dict[str, Any]:
+def record_of(
+    run: Path, seeds: Sequence[Path] = (), notes: Sequence[str] = (), stage: Path | None = None
+) -> dict[str, Any]:
     """Return all that the model card of a run needs.
 
     Args:
         run: its folder.
         seeds: folders of runs that differ in the seed alone.
         notes: sentences for the section of limits.
+        stage: record of the release that the run started from, whose training is then told too.
 
     Raises:
         BadInput: if the folder lacks something.
@@ -96,6 +108,8 @@ def record_of(run: Path, seeds: Sequence[Path] = (), notes: Sequence[str] = ()) 
     if not run.is_dir():
         raise BadInput(f"no folder {run}")
     config = load_config(run / CONFIG_FILE)
+    if config.data.holdout is not None:
+        raise BadInput(f"{run} was evaluated on held-out training samples; train it again without data.holdout")
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, checkpoint="FILE" if config.model.checkpoint else None),
@@ -105,6 +119,7 @@ def record_of(run: Path, seeds: Sequence[Path] = (), notes: Sequence[str] = ()) 
     return {
         "data": config.data.name,
         **_results(run),
+        "stages": [] if stage is None else _stages(stage),
         "seeds": [_seed(folder) for folder in (run, *seeds)],
         "steps": _steps(run),
         "notes": list(notes),
@@ -119,6 +134,12 @@ def _results(run: Path) -> dict[str, Any]:
     config = load_config(run / CONFIG_FILE)
     # A run that was stopped has no record of its end, only that of an evaluation afterwards.
     return {"training": {"seed": config.run.seed, "epochs": config.run.epochs}, **results}
+
+
+def _stages(record: Path) -> list[dict[str, Any]]:
+    """Return how the weights of a release came about, oldest first."""
+    release = read_release(record)
+    return [*release.card.get("stages", []), {"sha256": release.sha256, **release.card["training"]}]
 
 
 def _seed(run: Path) -> dict[str, Any]:
@@ -171,9 +192,11 @@ def checked_weights(weights: Path, config: Mapping[str, Any]) -> Path:
     return weights
 
 
-def publication(run: Path, repo: str, seeds: Sequence[Path] = (), notes: Sequence[str] = ()) -> Publication:
-    """Return what goes to a repository from the folder of a run."""
-    record = record_of(run, seeds, notes)
+def publication(
+    run: Path, repo: str, seeds: Sequence[Path] = (), notes: Sequence[str] = (), stage: Path | None = None
+) -> Publication:
+    """Return what goes to a repository from the folder of a run; see `record_of`."""
+    record = record_of(run, seeds, notes, stage)
     config = config_of(run, repo.rpartition("/")[2], record["data"])
     return Publication(repo, checked_weights(run / WEIGHTS_FILE, config), config, record)
 
@@ -193,7 +216,7 @@ def released(release: mdeq.Release, runs: Path | None) -> Publication:
 
 def make_release(run: Path, name: str, folder: Path, arguments: argparse.Namespace) -> list[Path]:
     """Write the record of a release, with `--ship` its weights too; return the files."""
-    content = publication(run, f"{mdeq.HUB_ORG}/{name}", arguments.seeds, arguments.note)
+    content = publication(run, f"{mdeq.HUB_ORG}/{name}", arguments.seeds, arguments.note, arguments.stage)
     architecture, _, tag = name.partition(".")
     if architecture != content.config["architecture"] or not tag:
         raise BadInput(f"--release must be {content.config['architecture']}.TAG, got {name}")
@@ -217,6 +240,20 @@ def make_release(run: Path, name: str, folder: Path, arguments: argparse.Namespa
     }
     write_atomically(written[-1], lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
     return written
+
+
+def with_table(text: str) -> str:
+    """Return a README with the table of releases that the records say.
+
+    Raises:
+        BadInput: if it has no place for one.
+    """
+    before, start, rest = text.partition(TABLE_START)
+    _, end, after = rest.partition(TABLE_END)
+    if not end:
+        raise BadInput(f"the README has no lines {TABLE_START} and {TABLE_END}")
+    table = releases_table({name: release.card for name, release in sorted(mdeq.RELEASES.items())})
+    return f"{before}{start}\n{table}\n{end}{after}"
 
 
 def push(content: Publication, private: bool) -> str:
@@ -251,6 +288,12 @@ def show(content: Publication) -> None:
 
 def main() -> None:
     arguments = parse_arguments()
+    if arguments.readme:
+        path = ROOT / "README.md"
+        text = with_table(path.read_text(encoding="utf-8"))
+        write_atomically(path, lambda new: new.write_text(text, encoding="utf-8"))
+        print(f"written: {path}")
+        return
     if arguments.release is not None:
         for path in make_release(arguments.run, arguments.release, RELEASES_FOLDER, arguments):
             print(f"written: {path}")
@@ -260,7 +303,7 @@ def main() -> None:
             raise BadInput("there is no release; make one with --release")
         contents = [released(release, arguments.runs) for release in mdeq.RELEASES.values()]
     else:
-        contents = [publication(arguments.run, arguments.repo, arguments.seeds, arguments.note)]
+        contents = [publication(arguments.run, arguments.repo, arguments.seeds, arguments.note, arguments.stage)]
     for content in contents:  # all are checked before the first goes
         show(content)
         if not arguments.dry_run:

@@ -14,7 +14,18 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from tools.batches import VOID, Batch, Batches, ImageSpec, Process, generator, seed_of, shared_batch_size
+from tools.batches import (
+    VOID,
+    Batch,
+    Batches,
+    ImageSpec,
+    Process,
+    chosen,
+    generator,
+    seed_of,
+    shared_batch_size,
+    split_name,
+)
 from tools.config import BadInput, DataConfig
 from tools.images import Source, name_of, read_image, read_mask
 
@@ -242,7 +253,7 @@ def read_batches(
         BadInput: for data that are missing or do not belong together, or settings that are not for masks.
     """
     _check(config, process)
-    root, split = Path(config.root), config.train_split if training else config.test_split
+    root, split = Path(config.root), split_name(config, training)
     if not root.exists():
         raise BadInput(f"no data in {root}; set data.root")
     if config.name == "camvid":
@@ -251,8 +262,7 @@ def read_batches(
         data = read_cityscapes(root, split)
     else:
         data = read_masks(root, split, config.ignore_index)
-    if training and config.num_train is not None:
-        data = Pairs(data.pairs[: config.num_train], data.table, data.class_names)
+    data = Pairs(data.pairs[chosen(len(data.pairs), config, training)], data.table, data.class_names)
     batches = PairBatches(data, spec, config, process, training=training, seed=seed)
     return batches, len(data.class_names)
 

@@ -349,8 +349,13 @@ def main() -> None:
             run = Run(start.config, folder, process, start.state)
             if process.is_main:
                 count = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-                name = start.config.model.name
-                print(f"{name}: {count:,} trainable parameters on {process.device}, run in {folder}")
+                model = start.config.model
+                origin = model.checkpoint or ("released weights" if model.pretrained else "scratch")
+                print(
+                    f"{model.name} from {origin}: {count:,} trainable parameters on {process.device}, run in {folder}"
+                )
+                if start.config.data.holdout is not None:
+                    print(f"tested on {start.config.data.holdout:,} held-out training samples, not on the test split")
             if run.train():
                 run.finish()
             elif process.is_main:

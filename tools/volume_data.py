@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tools.batches import VOID, Batch, Batches, Process, generator, seed_of, shared_batch_size
+from tools.batches import VOID, Batch, Batches, Process, chosen, generator, seed_of, shared_batch_size, split_name
 from tools.config import BadInput, DataConfig, optional
-from tools.nifti_data import read_nifti
+from tools.nifti_data import Pick, read_nifti
 from tools.volumes import Preprocessing, checked_finite, checked_labels, normalised, padded
 
 NAMES = ("hippocampus", "modelnet10", "medmnist3d", "nifti")
@@ -83,14 +84,15 @@ def _array(arrays: Any, key: str, origin: Path) -> np.ndarray:
         raise BadInput(f"cannot read {key} in {origin}: {error}") from None
 
 
-def read_hippocampus(root: Path, split: str, limit: int | None, how: str) -> Volumes:
+def read_hippocampus(root: Path, split: str, pick: Pick, how: str) -> Volumes:
     """Return the cases of a split: `lut_NNN[code_NNN]` and `label_NNN` for each number NNN in `ids`."""
     if split == "test":
         raise BadInput(f"{root} has the splits train and val; set data.test_split=val")
     images, labels = [], []
     with _npz(root, "hippocampus*.npz") as arrays:
         ids, member = _array(arrays, "ids", root), _array(arrays, "split", root)
-        for case in ids[member == ("train", "val").index(split)][:limit].tolist():
+        ids = ids[member == ("train", "val").index(split)]
+        for case in ids[pick(len(ids))].tolist():
             name = f"{root}: case {case:03d}"
             code, lut = (_array(arrays, f"{kind}_{case:03d}", root) for kind in ("code", "lut"))
             label = _array(arrays, f"label_{case:03d}", root)
@@ -102,7 +104,7 @@ def read_hippocampus(root: Path, split: str, limit: int | None, how: str) -> Vol
     return Volumes(images, labels, ("background", "anterior", "posterior"), (1.0, 1.0, 1.0))
 
 
-def read_npz(root: Path, pattern: str, split: str, limit: int | None) -> Volumes:
+def read_npz(root: Path, pattern: str, split: str, pick: Pick) -> Volumes:
     """Return a split of `{split}_images` `(N, *S)` and `{split}_labels` `(N,)` or `(N, 1)`, the form of MedMNIST3D."""
     with _npz(root, pattern) as arrays:
         images, labels = (_array(arrays, f"{split}_{kind}", root) for kind in ("images", "labels"))
@@ -116,24 +118,24 @@ def read_npz(root: Path, pattern: str, split: str, limit: int | None) -> Volumes
     if voxels.is_floating_point():
         checked_finite(voxels, f"{root}: {split}_images")
     if split == "train":  # sorted by class, maybe: the first so many are to be of all
-        order = torch.randperm(len(voxels), generator=generator(0))[:limit]
+        order = torch.randperm(len(voxels), generator=generator(0))[pick(len(voxels))]
         voxels, checked = voxels[order], checked[order]
     return Volumes(voxels.unsqueeze(1), checked, names)
 
 
 def read_split(config: DataConfig, in_chans: int, training: bool) -> Volumes:
     """Return the training or the test split of a config."""
-    split = split_key(config.train_split if training else config.test_split)
-    limit, root = config.num_train if training else None, Path(config.root)
+    split, root = split_key(split_name(config, training)), Path(config.root)
+    pick = partial(chosen, config=config, training=training)
     if not root.exists():
         raise BadInput(f"no data in {root}; set data.root")
     if config.name == "nifti":
-        return Volumes(*read_nifti(root, split, limit, in_chans, preprocessing(config)))
+        return Volumes(*read_nifti(root, split, pick, in_chans, preprocessing(config)))
     if in_chans != 1:
         raise BadInput(f"{config.name} has 1 channel, the model takes {in_chans} (model.kwargs.in_chans)")
     if config.name == "hippocampus":
-        return read_hippocampus(root, split, limit, config.normalise)
-    return read_npz(root, "*mnist3d*.npz" if config.name == "medmnist3d" else "modelnet10*.npz", split, limit)
+        return read_hippocampus(root, split, pick, config.normalise)
+    return read_npz(root, "*mnist3d*.npz" if config.name == "medmnist3d" else "modelnet10*.npz", split, pick)
 
 
 def augmentation(config: DataConfig, segmented: bool) -> Any:
