@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from helpers import assert_same_weights, rows, run, spawn_distributed
+from helpers import ROOT, assert_same_weights, rows, run, spawn_distributed
 from small_sets import blob, decathlon, hippocampus, masks, medmnist, save_nifti
 
 from tools.batches import Process
@@ -116,6 +116,25 @@ def test_windows_are_compared(segmented: tuple[Path, str], tmp_path: Path) -> No
     assert "0.000 % of the labels differ" in run("windows", "--checkpoint", segmented[0], "--window", 96).ok()
     assert "--window must be >= 16" in run("windows", "--checkpoint", segmented[0], "--window", 8).refusal()
     assert "no config" in run("windows", "--checkpoint", tmp_path).refusal()
+
+
+RECORD = ROOT / "mdeq" / "weights" / "mdeq3d_tiny_seg.hippocampus.json"
+
+
+@pytest.mark.slow
+def test_windows_of_a_release_are_compared(volumes: Path) -> None:
+    """The small volume is padded to the patches of the record's training, 40 x 56 x 40."""
+    out = run("windows", "--record", RECORD, "--window", 56, "--overlap", 0, "--count", 1, f"data.root={volumes}").ok()
+    assert "max_steps=24" in out
+    assert "of 1 windows converged" in out
+
+
+def test_windows_of_a_release_are_those_of_its_record(volumes: Path) -> None:
+    words = ("--record", RECORD, f"data.root={volumes}")
+    assert "would give another figure" in run("windows", *words, "data.patch_size=[32,32,32]").refusal()
+    assert "give --checkpoint" in run("windows", *words, "--checkpoint", volumes).refusal()
+    assert "give --checkpoint" in run("windows", "--count", 1).refusal()
+    assert "the task of" in run("windows", "--record", RECORD.with_name("mdeq_tiny_cifar.cifar10.json")).refusal()
 
 
 @pytest.mark.parametrize("task", [SEGMENTER, CLASSIFIER], ids=["segmentation", "classification"])

@@ -1,6 +1,7 @@
 """Compare prediction in one piece with prediction in windows that overlap, from cold and from warm starts.
 
-    python tools/windows.py --checkpoint runs/NAME/model.safetensors --window 32 --overlap 0.5 --count 20 data.root=DIR
+    python tools/windows.py --checkpoint runs/NAME --window 32 --overlap 0.5 --count 20 data.root=DIR
+    python tools/windows.py --record mdeq/weights/NAME.json data.root=DIR     the weights and the data of a release
 
 For inputs of the test split: the share of labels that differ between one piece and windows weighted by a Gaussian, the
 evaluations of f that the windows took from zero and from the equilibria of their neighbours, and whether a repetition
@@ -21,6 +22,7 @@ from mdeq import SolveStats, WarmStart
 from tools.build import start_process
 from tools.checkpoint import CONFIG_FILE
 from tools.config import BadInput, TrainConfig, load_config, optional, split_overrides
+from tools.recheck import read_release, release_config
 from tools.report import Parser, program
 from tools.validate import load
 
@@ -41,9 +43,8 @@ class ColdStart:
 
 def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
     parser = Parser(description=__doc__)
-    parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="weights, with the run's config.yaml beside them"
-    )
+    parser.add_argument("--checkpoint", type=Path, help="weights, with the run's config.yaml beside them")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="a record in mdeq/weights/ instead")
     parser.add_argument("--window", type=int, default=32, help="side of a window, at least 16")
     parser.add_argument("--overlap", type=float, default=0.5, help="share of a side, in [0, 1)")
     parser.add_argument("--count", type=int, default=20, help="how many inputs of the split")
@@ -51,11 +52,18 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
     arguments = parser.parse_args(rest)
     if arguments.window < 16 or not 0 <= arguments.overlap < 1 or arguments.count < 1:
         raise BadInput("--window must be >= 16, --overlap in [0, 1), --count >= 1")
-    folder = arguments.checkpoint if arguments.checkpoint.is_dir() else arguments.checkpoint.parent
-    config = load_config(folder / CONFIG_FILE, [*overrides, "data.batch_size=1"])
+    if (arguments.checkpoint is None) == (arguments.record is None):
+        raise BadInput("give --checkpoint with a run's weights, or --record with that of a release")
+    if arguments.record is not None:
+        config = release_config(read_release(arguments.record), overrides)
+        config.data.batch_size = 1
+    else:
+        folder = arguments.checkpoint if arguments.checkpoint.is_dir() else arguments.checkpoint.parent
+        config = load_config(folder / CONFIG_FILE, [*overrides, "data.batch_size=1"])
+        config.model.checkpoint, config.model.pretrained = str(arguments.checkpoint), False
     if config.task != "segmentation":
-        raise BadInput(f"a segmenter is needed, the task of {folder} is {config.task}")
-    config.model.checkpoint, config.model.pretrained = str(arguments.checkpoint), False
+        origin = arguments.checkpoint or arguments.record
+        raise BadInput(f"a segmenter is needed, the task of {origin} is {config.task}")
     return arguments, config
 
 
