@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +36,7 @@ from tools.config import load_config
 from tools.data import Arrays
 from tools.engine import evaluate
 from tools.metrics import QUANTILES, SolveLog, Tally
-from tools.results import command
+from tools.results import command, commit
 
 # One whole run.
 
@@ -90,6 +91,28 @@ def test_log_has_a_row_an_epoch_and_all_its_columns(finished: tuple[Path, str]) 
             assert float(row[f"{split}_evaluations"]) == 3  # two updates
         assert float(row["peak_memory_mib"]) > 50
         assert float(row["train_images_per_s"]) > 0
+
+
+def test_records_name_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*words: str) -> None:
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *words], cwd=tmp_path, check=True)
+
+    monkeypatch.setattr("tools.results.ROOT", tmp_path)
+    asked = commit.__wrapped__
+    assert asked() == {}
+    git("init", "-q")
+    (tmp_path / "file").write_text("a")
+    git("add", "file")
+    git("commit", "-qm", "first")
+    clean = asked()["commit"]
+    assert re.fullmatch("[0-9a-f]{40}", clean)
+    (tmp_path / "file").write_text("b")
+    assert asked()["commit"] == f"{clean}+"
+    monkeypatch.setattr("tools.results.ROOT", tmp_path / "installed")
+    (tmp_path / "installed").mkdir()
+    assert asked() == {}
+    monkeypatch.setenv("PATH", "")
+    assert asked() == {}
 
 
 def test_a_command_is_told_without_places(monkeypatch: pytest.MonkeyPatch) -> None:

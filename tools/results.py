@@ -6,7 +6,9 @@ import math
 import os
 import platform
 import shlex
+import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +49,29 @@ def _elsewhere(word: str) -> str:
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
 
 
+@cache
+def commit() -> dict[str, str]:
+    """Return `{"commit": hash}` of this checkout, with `+` where files differ from it; nothing if it is none.
+
+    It is asked once, by a training before its first step: the checkout may move on until its end.
+    """
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT:
+            return {}  # the repository of something else, around an installed copy
+        changed = "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+        return {"commit": git("rev-parse", "HEAD") + changed}
+    except (OSError, subprocess.SubprocessError):
+        return {}
+
+
 def circumstances(device: torch.device, processes: int = 1) -> dict[str, Any]:
-    """Return command, hardware and versions of this process."""
-    return {
-        "command": command(),
-        "hardware": hardware(device, processes),
-        "versions": {"mdeq": mdeq.__version__, "torch": torch.__version__, "timm": timm.__version__},
-    }
+    """Return command, hardware, versions and commit of this process."""
+    versions = {"mdeq": mdeq.__version__, "torch": torch.__version__, "timm": timm.__version__}
+    return {"command": command(), "hardware": hardware(device, processes), "versions": {**versions, **commit()}}
 
 
 def evaluation(

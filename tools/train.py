@@ -39,7 +39,7 @@ from tools.config import DEFAULT_CONFIG, BadInput, TrainConfig, config_yaml, spl
 from tools.engine import Diverged, EpochResult, Trainer, evaluate, train_epoch
 from tools.optim import build_mixup, build_optimizer, build_scheduler
 from tools.report import Parser, RunLog, headline_lines, program, result_lines
-from tools.results import circumstances, evaluation, write_results
+from tools.results import circumstances, commit, evaluation, write_results
 from tools.run_folder import Plan, claimed, plan, run_name
 from tools.tasks import build_task, check_task
 
@@ -82,6 +82,7 @@ class Run:
         self.epoch, self.batch = 0, 0  # where to go on: this epoch, after so many batches of it
         self.trained: dict[str, float] | None = None  # metrics of this epoch's training, if it only lacks its test
         self.id = uuid.uuid4().hex[:12]
+        commit()  # what is trained by
         self.deadline = None if config.run.max_minutes is None else time.monotonic() + 60 * config.run.max_minutes
         self.started = self.saved = time.monotonic()
         self.result: dict[str, float] = {}  # of the last evaluation
