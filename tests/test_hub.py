@@ -273,6 +273,16 @@ def test_a_release_tells_of_the_weights_that_it_started_from(
     assert cells[-1].startswith("1 + 1 + 1 epochs, 0 min")
 
 
+def test_a_release_comes_with_the_solver_of_its_figure(finished: Path, releases: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    results = json.loads((finished / "results.json").read_text())
+    results["evaluation"]["solver"]["max_steps"] = 7
+    (tmp_path / "run" / "results.json").write_text(json.dumps(results))
+    trained, later = (make_release(run, releases).config["model_args"] for run in (finished, tmp_path / "run"))
+    assert trained["solver"]["max_steps"] == 3
+    assert later == {**trained, "solver": {**trained["solver"], "max_steps": 7}}
+
+
 def test_the_readme_says_what_the_records_say() -> None:
     text = (ROOT / "README.md").read_text()
     assert with_table(text) == text, "run tools/publish.py --readme"

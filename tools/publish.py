@@ -198,6 +198,10 @@ def publication(
     """Return what goes to a repository from the folder of a run; see `record_of`."""
     record = record_of(run, seeds, notes, stage)
     config = config_of(run, repo.rpartition("/")[2], record["data"])
+    # Weights come with the solver by which their figure was measured, which need not be the one of their training.
+    solver = record["evaluation"]["solver"]
+    named = config["model_args"].get("solver") or solver
+    config["model_args"]["solver"] = {key: value for key, value in solver.items() if key in named}
     return Publication(repo, checked_weights(run / WEIGHTS_FILE, config), config, record)
 
 
