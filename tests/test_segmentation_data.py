@@ -90,6 +90,16 @@ def test_folder_of_pairs(tmp_path: Path) -> None:
     assert torch.equal(y[2], torch.from_numpy(mask).long())
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["0 traffic light\n1 traffic sign\n2 road\n", "traffic light\ntraffic sign\nroad\n",
+    "0 traffic light 1 2 3\n1 traffic sign 4 5 6\n2 road 7 8 9\n"],
+)  # fmt: skip
+def test_names_of_classes_may_have_spaces(text: str, tmp_path: Path) -> None:
+    (masks(tmp_path) / "classes.txt").write_text(text)
+    assert batches(data("masks", tmp_path), training=True).class_names == ("traffic light", "traffic sign", "road")
+
+
 def test_class_that_is_ignored_by_its_number(tmp_path: Path) -> None:
     (masks(tmp_path) / "classes.txt").write_text("left\nmiddle\nvoid\n")
     with pytest.raises(BadInput, match="label value 255, which is no class"):
@@ -260,6 +270,9 @@ def test_bad_folders_of_pairs(tmp_path: Path) -> None:
         (root / "classes.txt").write_text(text)
         with pytest.raises(BadInput, match="numbered from 0"):
             batches(data("masks", root), training=True)
+    (root / "classes.txt").write_text("0 a b\n1 a b\n2 c\n")
+    with pytest.raises(BadInput, match="two classes have the same name: a b, a b, c"):
+        batches(data("masks", root), training=True)
     (root / "classes.txt").unlink()
     with pytest.raises(BadInput, match="NUMBER NAME"):
         batches(data("masks", root), training=True)

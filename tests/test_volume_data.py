@@ -161,6 +161,11 @@ def test_class_names_of_a_file(tmp_path: Path) -> None:
         ("medmnist3d", {}, {"patch_size": [16, 16]}, "data.patch_size"),
         ("medmnist3d", {}, {"patch_size": None}, "data.patch_size"),
         ("medmnist3d", {}, {"patch_size": [16, 16, 8]}, "data.patch_size"),
+        ("medmnist3d", {}, {"spacing": [1.0, 1.0, 1.0]}, "is not resampled"),
+        ("hippocampus", {}, {"spacing": [3.0, 3.0, 3.0]}, "is not resampled"),
+        ("nifti", {}, {"spacing": [-1.0, 1.0, 1.0]}, "data.spacing must be three numbers"),
+        ("nifti", {}, {"spacing": [0.0, 1.0, 1.0]}, "data.spacing must be three numbers"),
+        ("nifti", {}, {"spacing": [1.0, 1.0]}, "data.spacing must be three numbers"),
     ],
 )
 def test_bad_npz(name: str, changes: dict[str, Any], settings: dict[str, Any], said: str, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Images with masks: CamVid, Cityscapes, and any folder of pairs with a file of classes."""
 
+import re
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -120,17 +121,21 @@ def read_masks(root: Path, split: str, ignored: int) -> Pairs:
     """Return `SPLIT/images` and `SPLIT/masks` of a folder; `classes.txt` has a line `NUMBER NAME` for each class."""
     path = root / "classes.txt"
     try:
-        lines = [line.split() for line in path.read_text().splitlines() if line.strip()]
+        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError):
         raise BadInput(f"cannot read {path}; it holds a line `NUMBER NAME` (or `NAME`) for each class") from None
-    numbered = all(line[0].isdigit() and len(line) > 1 for line in lines)
-    numbers = [int(line[0]) if numbered else k for k, line in enumerate(lines)]
-    names = {number: line[1] if numbered else line[0] for number, line in zip(numbers, lines)}
+    numbered = all(re.match(r"\d+\s+\S", line) for line in lines)
+    numbers = [int(line.split()[0]) if numbered else k for k, line in enumerate(lines)]
+    # A name may have spaces; a colour R G B after it, as in CamVid's file, is none of it.
+    texts = [re.sub(r"(\s+\d+){3}$", "", line.split(maxsplit=1)[1] if numbered else line) for line in lines]
+    names = dict(zip(numbers, texts))
     names.pop(ignored, None)
     if sorted(names) != list(range(len(names))) or not names or len(names) > VOID:
         raise BadInput(
             f"{path}: the classes must be numbered from 0 on (the one to ignore last), got {sorted(numbers)}"
         )
+    if len(set(names.values())) < len(names):
+        raise BadInput(f"{path}: two classes have the same name: {', '.join(names[k] for k in sorted(names))}")
     folders = [root / split / kind for kind in ("images", "masks")]
     for folder in folders:
         if not folder.is_dir():

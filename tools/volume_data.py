@@ -237,7 +237,12 @@ def read_batches(
     Raises:
         BadInput: for missing or damaged data, or settings that are not for volumes.
     """
-    turns = config.turn_axes
+    turns, spacing = config.turn_axes, config.spacing
+    if spacing is not None and (len(spacing) != 3 or not all(0 < mm < float("inf") for mm in spacing)):
+        raise BadInput(f"data.spacing must be three numbers of mm above 0, got {spacing}")
+    own = [1.0, 1.0, 1.0] if config.name == "hippocampus" else None
+    if config.name != "nifti" and spacing not in (None, own):
+        raise BadInput(f"data.spacing is for nifti; {config.name} is not resampled, got {spacing}")
     if config.augment not in ("none", "volume"):
         raise BadInput(f"data.augment must be none or volume for {config.name}, got {config.augment}")
     if not set(config.flip_axes) <= {0, 1, 2}:
