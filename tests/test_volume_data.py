@@ -335,6 +335,8 @@ def nan_voxels() -> np.ndarray:
         (np.zeros((16, 16), np.float32), "has the shape (16, 16)"),
         (np.zeros((16, 16, 16, 2, 2), np.float32), "has the shape (16, 16, 16, 2, 2)"),
         (nan_voxels(), "has 2 voxels that are NaN or infinite"),
+        (np.zeros((16, 16, 16), [("R", "u1"), ("G", "u1"), ("B", "u1")]), "voxels of colours or complex numbers"),
+        (np.zeros((16, 16, 16), np.complex64), "voxels of colours or complex numbers"),
     ],
 )
 def test_bad_volumes(array: np.ndarray, said: str, tmp_path: Path) -> None:
@@ -343,6 +345,16 @@ def test_bad_volumes(array: np.ndarray, said: str, tmp_path: Path) -> None:
         load_volume(path)
     assert said in str(error.value)
     assert str(path) in str(error.value)
+
+
+def test_an_affine_that_is_not_finite(tmp_path: Path) -> None:
+    affine = np.eye(4)
+    affine[0, 0] = np.nan
+    file = nibabel.Nifti1Image(np.zeros((16, 16, 16), np.float32), None)
+    file.header.set_sform(affine, code=1)
+    nibabel.save(file, tmp_path / "x.nii")
+    with pytest.raises(BadInput, match="an affine with numbers that are not finite"):
+        load_volume(tmp_path / "x.nii")
 
 
 @pytest.mark.parametrize("content", [b"", b"no volume", None])

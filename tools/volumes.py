@@ -116,6 +116,10 @@ def load_volume(path: str | Path, in_chans: int = 1) -> Volume:
     file, data = _open(path)
     while data.ndim > 3 and data.shape[-1] == 1:
         data = data[..., 0]
+    if data.dtype.kind not in "biuf":
+        raise BadInput(f"{path} has voxels of colours or complex numbers ({data.dtype}); expected one number each")
+    if not np.isfinite(file.affine).all():
+        raise BadInput(f"{path} has an affine with numbers that are not finite")
     if data.ndim not in (3, 4) or min(data.shape) < 1:
         raise BadInput(f"{path} has the shape {data.shape}; expected 3 axes, and a fourth for channels")
     channels = data.shape[3] if data.ndim == 4 else 1
