@@ -38,7 +38,8 @@ class CapturedModel:
             raise ValueError("a model is captured in eval mode; call model.eval() first")
         if not example.is_cuda:
             raise ValueError(f"a CUDA graph needs a model and an example on a CUDA device, got one on {example.device}")
-        self._input = example.clone()
+        with torch.inference_mode(False):  # or later calls could not write into it
+            self._input = example.detach().clone()
         self._graph = torch.cuda.CUDAGraph()
         # A weight that autocast has cached would lie outside the graph, and be freed.
         precision = torch.autocast(
@@ -51,9 +52,11 @@ class CapturedModel:
                 for _ in range(_WARMUP_CALLS):
                     model(self._input, solver=solver)
             torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(self._graph):
+            # On a stream of this device: torch's own capture stream is that of the first device it was used on.
+            with torch.cuda.graph(self._graph, stream=stream):
                 self._output, self._equilibrium = model(self._input, return_equilibrium=True, solver=solver)
 
+    @torch.no_grad()
     def __call__(self, x: Tensor, *, return_equilibrium: bool = False) -> Any:
         """Return the model's output, or it and the `Equilibrium` it came from, as tensors of their own.
 

@@ -78,14 +78,14 @@ def test_a_step_waits_once_for_the_device() -> None:
     with torch.no_grad():
         model(x, solver=solver)  # libraries set themselves up
         for every, waits in ((1, 7), (6, 2)):
-            torch.cuda.set_sync_debug_mode("warn")
-            try:
-                with warnings.catch_warnings(record=True) as caught:
-                    warnings.simplefilter("always")
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                try:
+                    torch.cuda.set_sync_debug_mode("warn")  # which warns of itself
                     model(x, solver=replace(solver, check_every=every))
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-            assert len([w for w in caught if "synchroniz" in str(w.message)]) == waits
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+            assert len([w for w in caught if "synchronizing CUDA operation" in str(w.message)]) == waits
 
 
 @pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])

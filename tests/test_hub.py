@@ -281,6 +281,10 @@ def test_a_release_comes_with_the_solver_of_its_figure(finished: Path, releases:
     trained, later = (make_release(run, releases).config["model_args"] for run in (finished, tmp_path / "run"))
     assert trained["solver"]["max_steps"] == 3
     assert later == {**trained, "solver": {**trained["solver"], "max_steps": 7}}
+    other = {"name": "anderson", "max_steps": 7, "tol": 0.1, "history": 3}
+    results["evaluation"]["solver"] = other
+    (tmp_path / "run" / "results.json").write_text(json.dumps(results))
+    assert make_release(tmp_path / "run", releases).config["model_args"] == {**trained, "solver": other}
 
 
 def test_the_readme_says_what_the_records_say() -> None:

@@ -98,9 +98,14 @@ def seed_everything(*numbers: int) -> None:
     random.seed(seed)
 
 
+def reads_training_split(config: DataConfig, training: bool) -> bool:
+    """Whether samples come from the training split: to train on, or to evaluate on what is held out of it."""
+    return training or config.holdout is not None
+
+
 def split_name(config: DataConfig, training: bool) -> str:
-    """Return the split to read: that to train on, also for an evaluation on what is held out of it."""
-    return config.train_split if training or config.holdout is not None else config.test_split
+    """Return the split to read."""
+    return config.train_split if reads_training_split(config, training) else config.test_split
 
 
 def chosen(count: int, config: DataConfig, training: bool) -> slice:

@@ -17,7 +17,16 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 
 from tools import image_folders, segmentation_data, volume_data
-from tools.batches import Batch, Batches, ImageSpec, Process, chosen, generator, shared_batch_size
+from tools.batches import (
+    Batch,
+    Batches,
+    ImageSpec,
+    Process,
+    chosen,
+    generator,
+    reads_training_split,
+    shared_batch_size,
+)
 from tools.config import BadInput, DataConfig
 
 CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -187,7 +196,7 @@ def build_batches(
         BadInput: for missing or unreadable data, or data that do not fit the model.
     """
     root = Path(config.root)
-    from_train = training or config.holdout is not None
+    from_train = reads_training_split(config, training)
     if config.name == "digits":
         arrays = read_digits(from_train)
     elif config.name == "cifar10":

@@ -200,8 +200,9 @@ def publication(
     config = config_of(run, repo.rpartition("/")[2], record["data"])
     # Weights come with the solver by which their figure was measured, which need not be the one of their training.
     solver = record["evaluation"]["solver"]
-    named = config["model_args"].get("solver") or solver
-    config["model_args"]["solver"] = {key: value for key, value in solver.items() if key in named}
+    trained = config["model_args"].get("solver") or {}
+    told = trained if trained.get("name") == solver["name"] else solver  # another kind has other settings
+    config["model_args"]["solver"] = {key: value for key, value in solver.items() if key in told}
     return Publication(repo, checked_weights(run / WEIGHTS_FILE, config), config, record)
 
 
