@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import nibabel
 import numpy as np
@@ -18,10 +19,13 @@ from torch import Tensor, nn
 
 import mdeq
 from tools import photos as photographs
-from tools import pictures
+from tools import pictures, volumes
 from tools.config import BadInput
+from tools.inference import whole
 from tools.predict import output_names
+from tools.predictions import solve_record
 from tools.predictors import _write
+from tools.pretrained import load_trained
 
 RECORD = {"spacing": None, "orientation": "RAS", "normalise": "zscore", "patch_size": [24, 16, 16]}
 NAMES = ["background", "left", "right"]
@@ -255,6 +259,75 @@ def test_volumes(volume_segmenter: tuple[Path, nn.Module], tmp_path: Path) -> No
     assert record["preprocessing"]["patch_size"] == RECORD["patch_size"]
 
 
+def test_without_affine_axes_are_kept(volume_segmenter: tuple[Path, nn.Module], tmp_path: Path) -> None:
+    """A file that does not say how it lies in space gets labels that do not say so either."""
+    path = write_volume(tmp_path / "x.nii.gz", voxels(24, 16, 16))
+    predict(volume_segmenter[0], path, "--out", tmp_path / "out", "--orientation", "none").ok()
+    header = nibabel.load(tmp_path / "out" / "x_labels.nii.gz").header
+    assert (int(header["sform_code"]), int(header["qform_code"])) == (0, 0)
+
+
+def test_evaluations_of_a_line_search_are_counted(classifier: tuple[Path, nn.Module]) -> None:
+    model, x = classifier[1], torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    solver = mdeq.Broyden(max_steps=20, tol=0.0, line_search=2)
+    with torch.no_grad():
+        stats = model(x, return_equilibrium=True, solver=solver)[1].stats
+    assert solve_record([stats], None)["evaluations"] == stats.nfe
+    assert stats.nfe > 21, "without a halving this shows nothing"
+
+
+@pytest.mark.parametrize(
+    ("failure", "caught"),
+    [
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), True),
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (RuntimeError("shapes do not match"), False),
+    ],
+)
+@pytest.mark.parametrize("stage", ["volumes.prepare", "whole"])
+def test_an_input_beyond_memory_keeps_no_other_from_its_prediction(
+    stage: str, failure: Exception, caught: bool, volume_segmenter: tuple[Path, nn.Module], tmp_path: Path
+) -> None:
+    """What was predicted has its row, whatever went wrong after it."""
+    small = write_volume(tmp_path / "a.nii.gz", voxels(16, 16, 16), np.eye(4))
+    large = write_volume(tmp_path / "b.nii.gz", voxels(24, 16, 24), np.eye(4))
+    inner = {"volumes.prepare": volumes.prepare, "whole": whole}[stage]
+
+    def lacking(*words: Any, **options: Any) -> Any:
+        if any(getattr(word, "shape", (0,))[-1] == 24 for word in words):
+            raise failure
+        return inner(*words, **options)
+
+    words = (volume_segmenter[0], small, large, "--out", tmp_path / "out", "--whole")
+    with mock.patch(f"tools.predictors.{stage}", lacking):
+        if not caught:
+            with pytest.raises(RuntimeError, match="shapes do not match"):
+                predict(*words)
+            assert [row["error"] for row in table(tmp_path / "out")] == [""]
+            return
+        said = predict(*words)
+    assert said.code == 2
+    first, last = said.err.splitlines()
+    assert first.startswith(f"error: {large} does not fit into memory; make ")
+    assert last == "error: 1 of 2 inputs have no prediction, see above"
+    assert [bool(row["error"]) for row in table(tmp_path / "out")] == [False, True]
+
+
+def test_a_volume_for_a_run_without_config_json(volume_segmenter: tuple[Path, nn.Module], tmp_path: Path) -> None:
+    """A run that was stopped has config.yaml alone: what it does to volumes is done to those that are predicted."""
+    torch.save({"model": volume_segmenter[1].state_dict(), "optimizer": {}}, tmp_path / "checkpoint.pt")
+    (tmp_path / "config.yaml").write_text(
+        "task: segmentation\nmodel: {name: mdeq3d_tiny_seg, kwargs: {channels: [4, 8], num_groups: 2, expansion: 1}}\n"
+        "data: {name: nifti, patch_size: [16, 24, 16], spacing: [2, 1, 1], orientation: none, normalise: minmax}\n"
+    )
+    trained = load_trained(str(tmp_path / "checkpoint.pt"))
+    record = trained.config["preprocessing"]
+    assert (record["spacing"], record["orientation"], record["normalise"]) == ([2.0, 1.0, 1.0], "none", "minmax")
+    assert record["patch_size"] == [16, 24, 16]
+    assert tuple(trained.model.pretrained_cfg["input_size"])[1:] == (24, 16)
+
+
 def test_windows_of_a_volume(volume_segmenter: tuple[Path, nn.Module], tmp_path: Path) -> None:
     """Volumes above the training patch are predicted by windows of it unless --whole is given, smaller ones padded."""
     folder, model = volume_segmenter
@@ -422,6 +495,7 @@ def damaged(path: Path) -> Path:
         (("--out", "out", "--overlap", 1), "--overlap must be >= 0 and < 1, got 1"),
         (("--out", "out", "--size", 8), "--size must be one or two numbers of at least 16, got 8"),
         (("--out", "out", "--patch", 16), "--patch is for segmentation"),
+        (("--out", "out", "--orientation", "none"), "--orientation is for volumes"),
         (("--out", "out", "--device", "tpu"), "--device"),
     ],
 )
@@ -432,6 +506,12 @@ def test_bad_options(
     refused = predict(classifier[0], photos / "0.png", *(places.get(word, word) for word in words)).refusal()
     assert says in refused
     assert not (tmp_path / "out").exists()
+
+
+def test_size_of_a_volume_is_refused(volume_segmenter: tuple[Path, nn.Module], tmp_path: Path) -> None:
+    path = write_volume(tmp_path / "scan.nii.gz", voxels(16, 16, 16), np.eye(4))
+    refused = predict(volume_segmenter[0], path, "--out", tmp_path / "out", "--size", 32).refusal()
+    assert "--size is for images" in refused
 
 
 def test_a_model_of_another_package(photos: Path, tmp_path: Path) -> None:

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from tools.batches import VOID, ImageSpec, Process
-from tools.config import BadInput, DataConfig
+from tools.config import BadInput, DataConfig, LossConfig, TrainConfig
 from tools.images import read_image, read_mask
 from tools.inference import MultiScale, SlidingWindow, whole
 from tools.losses import PixelLoss, VolumeLoss
 from tools.metrics import DiceTally, PixelTally, RankTally
+from tools.report import headline_lines
 from tools.segmentation_data import (
     CAMVID_CLASSES,
     CITYSCAPES_CLASSES,
@@ -32,6 +33,7 @@ from tools.segmentation_data import (
     read_batches,
     read_cityscapes,
 )
+from tools.tasks import DICE, MIOU, build_task
 
 SPEC = ImageSpec((3, 32, 32), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 
@@ -240,6 +242,16 @@ def test_mask_of_another_size(tmp_path: Path) -> None:
         gather(batches(data("masks", root), training=False))
 
 
+def test_image_under_16_pixels(tmp_path: Path) -> None:
+    """No model takes it whole; of a crop it is a part, and the rest does not count."""
+    root = masks(tmp_path, size=(12, 40))
+    with pytest.raises(BadInput, match=r"0\.png is 40x12; every side must be at least 16 pixels"):
+        gather(batches(data("masks", root), training=False))
+    (x, y), *_ = gather(batches(data("masks", root, patch_size=[16, 16], augment="none"), training=True))
+    assert tuple(x.shape[2:]) == (16, 16)
+    assert int((y == VOID).sum()) >= 4 * 16
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -312,6 +324,40 @@ def test_volume_loss_of_a_perfect_and_of_a_wrong_answer() -> None:
     loss = VolumeLoss(VOID)
     assert float(loss(perfect, labels)) == pytest.approx(0, abs=1e-3)
     assert float(loss(perfect.roll(1, dims=1), labels)) > 10
+
+
+def test_smoothing_and_weights_are_of_training_alone() -> None:
+    """Both losses take them where a model is trained; a test loss is comparable between recipes."""
+    labels = torch.arange(4).view(1, 1, 2, 2) % 2
+    logits = torch.randn(1, 2, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    plain, smooth = VolumeLoss(VOID), VolumeLoss(VOID, label_smoothing=0.3)
+    assert float(smooth(logits, labels) - plain(logits, labels)) == pytest.approx(
+        float(
+            nn.functional.cross_entropy(logits, labels, label_smoothing=0.3)
+            - nn.functional.cross_entropy(logits, labels)
+        ),
+        abs=1e-6,
+    )
+    config = TrainConfig(task="segmentation", data=data("hippocampus", Path("x")))
+    config.loss = LossConfig("dice_ce", class_weights=[1.0, 5.0])
+    config.optim.label_smoothing = 0.1
+    task = build_task(config, SimpleNamespace(num_classes=2), SimpleNamespace(class_names=(), spacing=None), Process())
+    assert (task.criterion.cross_entropy.label_smoothing, task.loss.cross_entropy.label_smoothing) == (0.1, 0.0)
+    assert task.criterion.cross_entropy.class_weights.tolist() == [1.0, 5.0]
+    assert task.loss.cross_entropy.class_weights is None
+
+
+def test_a_score_of_nothing_is_undefined() -> None:
+    """Every pixel is void, no voxel is labelled or found: there is no score, and the line says so."""
+    tally, logits = PixelTally(("a", "b"), VOID, Process()), torch.zeros(1, 2, 16, 16)
+    tally.add(torch.tensor(0.0), logits, torch.full((1, 16, 16), VOID))
+    dice = DiceTally(("background", "a"), VOID, (1.0, 1.0, 1.0))
+    logits = torch.stack((torch.ones(1, 6, 6, 6), torch.zeros(1, 6, 6, 6)), dim=1)
+    dice.add(torch.tensor(0.0), logits, torch.zeros(1, 6, 6, 6, dtype=torch.long))
+    for headline, result in ((MIOU, tally.summary(Process())), (DICE, dice.summary(Process()))):
+        lines = headline_lines(headline, result, result, 4)
+        assert lines[0].endswith(": undefined")
+        assert "nan" not in " ".join(lines)
 
 
 def test_iou_equals_torchmetrics_in_parts() -> None:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -180,6 +181,7 @@ def test_rare_classes_can_count_more(dtype: torch.dtype) -> None:
         ((*CLASSIFIER, "model.name=test_mdeq"), "is a model of 2D data"),
         ((*SEGMENTER, "data.mixup=0.5"), "data.mixup and data.cutmix"),
         ((*CLASSIFIER, "loss.name=dice_ce"), "loss.name=dice_ce"),
+        ((*SEGMENTER, "loss.ohem_threshold=0.5"), "loss.ohem_threshold is for loss.name=cross_entropy"),
         ((*CLASSIFIER, "loss.class_weights=[1.0,2.0,3.0]"), "3 entries for 2 classes"),
         ((*CLASSIFIER, "loss.ohem_threshold=0.5"), "loss.ohem_threshold is for task=segmentation"),
         ((*SEGMENTER, "loss.class_weights=[1.0,2.0]"), "2 entries for 3 classes"),
@@ -201,7 +203,16 @@ def test_nifti_pairs_from_files_to_scores(tmp_path: Path) -> None:
     out = train(folder, root, *SEGMENTER, *words).ok()
     assert "Dice: front " in out
     assert read_record(folder)["spacing"] == [1.0, 1.0, 1.0]
-    assert "Dice: front " in run("validate", "--checkpoint", folder).ok()
+    said = run("validate", "--checkpoint", folder).ok()
+    assert "Dice: front " in said
+    assert "HD95: front " in said
+    said = run("validate", "--checkpoint", folder, "data.spacing=null", "data.test_split=train").ok()
+    assert "HD95 left out" not in said
+    image, of_image = blob((20, 22, 18), 1)
+    for name, array in (("imagesTr", image), ("labelsTr", 0 * of_image)):  # of another spacing, and with an empty mask
+        save_nifti(root / name / "case_1.nii.gz", array, np.diag([2.0, 1.0, 1.0, 1.0]))
+    said = run("validate", "--checkpoint", folder, "data.spacing=null", "data.test_split=train").ok()
+    assert "HD95 left out: the spacings of the volumes differ; data.spacing=[MM,MM,MM] resamples them to one" in said
     label = root / "labelsTr" / "case_1.nii.gz"
     save_nifti(label, blob((9, 9, 9))[1])
     said = train(tmp_path / "refused", root, *SEGMENTER, *words).refusal()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tools.batches import VOID, Process
 from tools.config import BadInput, DataConfig
-from tools.volume_data import VolumeBatches, read_batches, read_split
+from tools.volume_data import VolumeBatches, preprocessing, read_batches, read_split
 from tools.volumes import (
     Preprocessing,
     Volume,
@@ -166,6 +166,10 @@ def test_class_names_of_a_file(tmp_path: Path) -> None:
         ("nifti", {}, {"spacing": [-1.0, 1.0, 1.0]}, "data.spacing must be three numbers"),
         ("nifti", {}, {"spacing": [0.0, 1.0, 1.0]}, "data.spacing must be three numbers"),
         ("nifti", {}, {"spacing": [1.0, 1.0]}, "data.spacing must be three numbers"),
+        ("medmnist3d", {"val_labels": np.array(["a", "b", "a", "b"])}, {}, "val_labels are no numbers but <U1"),
+        ("medmnist3d", {"val_images": np.zeros((4, 16, 16, 16), np.complex64)}, {}, "val_images are no numbers"),
+        ("medmnist3d", {"val_images": np.zeros((4, 0, 16, 16))}, {}, "has images (4, 0, 16, 16)"),
+        ("medmnist3d", {"val_labels": np.array([0.0, 1.0, 0.5, 1.0])}, {}, "has the label value 0.5"),
     ],
 )
 def test_bad_npz(name: str, changes: dict[str, Any], settings: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -187,6 +191,43 @@ def test_damaged_npz(tmp_path: Path) -> None:
     np.savez(path, ids=np.array([1]), split=np.array([0]))
     with pytest.raises(BadInput, match="holds no code_001"):
         read_split(data("hippocampus", path), 1, training=True)
+
+
+def test_big_endian_numbers(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).standard_normal((4, 16, 16, 16))
+    path = medmnist(tmp_path / "adrenalmnist3d.npz", val_images=images.astype(">f4"))
+    found = read_split(data("medmnist3d", path), 1, training=False).images
+    assert np.array_equal(found[:, 0].numpy(), images.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"split": np.zeros(9, int)}, "is damaged: ids"),
+        ({"code_001": np.full(SHAPES[0], 0.5)}, "other grey levels than the"),
+        ({"code_001": np.full(SHAPES[0], -1)}, "other grey levels than the"),
+        ({"code_001": np.full(SHAPES[0], 999)}, "other grey levels than the"),
+        ({"lut_001": np.zeros((2, 2))}, "is damaged: image"),
+        ({"label_001": np.full(SHAPES[0], 7)}, "has the label value 7"),
+    ],
+)
+def test_damaged_hippocampus(changes: dict[str, np.ndarray], said: str, tmp_path: Path) -> None:
+    path = hippocampus(tmp_path / "hippocampus.npz")
+    with np.load(path) as arrays:
+        assert set(changes) <= set(arrays.files)
+        np.savez(path, **{**arrays, **changes})
+    with pytest.raises(BadInput) as error:
+        read_split(data("hippocampus", path), 1, training=True)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "orientation"), [("hippocampus", "RAS"), ("modelnet10", "none"), ("medmnist3d", "none"), ("nifti", "RAS")]
+)
+def test_orientation_is_recorded_where_it_is_known(name: str, orientation: str, tmp_path: Path) -> None:
+    assert preprocessing(data(name, tmp_path)).orientation == orientation
+    if name == "nifti":
+        assert preprocessing(data(name, tmp_path, orientation="none")).orientation == "none"
 
 
 def test_no_pickles(tmp_path: Path) -> None:
@@ -274,6 +315,31 @@ def test_labels_are_saved_with_the_affine_of_their_volume(tmp_path: Path) -> Non
     assert np.array_equal(saved.affine, affine)
     assert saved.shape == volume.shape
     assert saved.get_data_dtype() == np.uint8
+
+
+@pytest.mark.parametrize(("sform", "qform"), [(1, 3), (4, 0), (0, 2), (0, 0)])
+def test_labels_lie_in_space_as_their_volume(sform: int, qform: int, tmp_path: Path) -> None:
+    """Which of the two matrices a file has, what they are of, and units are kept; what is of its voxels is not."""
+    image = nibabel.Nifti1Image(blob((6, 16, 17))[0].astype(np.int16), np.diag([2.0, 3.0, 4.0, 1.0]))
+    other = np.diag([2.0, 3.0, 4.0, 1.0])
+    other[:3, 3] = 5, 6, 7
+    image.set_qform(other if qform else None, code=qform)
+    image.set_sform(np.diag([-2.0, 3.0, 4.0, 1.0]) if sform else None, code=sform)
+    image.header.set_xyzt_units("mm", "sec")
+    image.header["cal_max"], image.header["descrip"] = 900, "a scan"
+    nibabel.save(image, tmp_path / "x.nii.gz")
+    volume = load_volume(tmp_path / "x.nii.gz")
+    save_labels(tmp_path / "y.nii.gz", torch.ones(volume.shape, dtype=torch.uint8), volume)
+    before, after = (nibabel.load(tmp_path / f"{name}.nii.gz") for name in ("x", "y"))
+    assert (int(after.header["sform_code"]), int(after.header["qform_code"])) == (sform, qform)
+    for kind in ("sform", "qform"):
+        a, b = (getattr(file.header, f"get_{kind}")(coded=True)[0] for file in (before, after))
+        assert (a is None) == (b is None)
+        assert a is None or np.allclose(a, b)
+    assert np.array_equal(after.affine, before.affine)
+    assert after.header.get_zooms() == before.header.get_zooms()
+    assert after.header.get_xyzt_units() == ("mm", "sec")
+    assert float(after.header["cal_max"]) == 0  # or viewers would show every label as black
 
 
 def test_record_of_the_preprocessing_round_trips() -> None:
@@ -404,6 +470,7 @@ def test_an_empty_mask_is_background(tmp_path: Path) -> None:
         ('{"labels": {"0": "a", "2": "b"}, "training": [{"image": "x", "label": "y"}]}', "numbered from 0"),
         ('{"labels": {"0": "a", "1": "b"}, "training": ["x.nii.gz"]}', "is no description"),
         ('{"labels": {"0": "a", "1": "b"}, "training": [{"image": "x.nii"}]}', "must list pairs"),
+        ('{"labels": {"0": "a", "1": "b"}, "training": [{"image": ["x", "y"], "label": "z"}]}', "one file each"),
         ('{"labels": {"0": "a", "1": "b"}, "training": [{"image": "x", "label": "y"}]}', "too few cases"),
     ],
 )

@@ -3,7 +3,7 @@
 import inspect
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ import mdeq
 from tools import volume_data
 from tools.batches import Batches, ImageSpec, Process
 from tools.checkpoint import load_weights, read_json
-from tools.config import BadInput, ModelConfig, RunConfig, TrainConfig, nearest
+from tools.config import BadInput, DataConfig, ModelConfig, RunConfig, TrainConfig, nearest
 from tools.data import build_batches
 
 _UNUSABLE = (
@@ -163,6 +163,15 @@ def image_spec(model: nn.Module, image_size: int | None) -> ImageSpec:
     return ImageSpec.of(model.pretrained_cfg, model.in_chans, image_size)
 
 
+def renew_cfg(model: nn.Module, data: DataConfig) -> None:
+    """Have a model's pretrained_cfg say what it is trained on, and no longer what was said of other weights."""
+    spec = image_spec(model, data.image_size)
+    size = (spec.size[0], *(data.patch_size or spec.size)[-2:])  # timm's has three numbers for volumes too
+    # config.json gets the names of labels from the data.
+    anew = {"input_size": size, "tag": "", **dict.fromkeys(("hf_hub_id", "file", "description", "label_names"))}
+    model.pretrained_cfg = {**model.pretrained_cfg, **anew}
+
+
 def autocast(run: RunConfig, process: Process) -> Callable[[], Any]:
     """Return what makes the autocast context of a run."""
     if run.amp == "none":
@@ -195,11 +204,11 @@ def check_classes(model: nn.Module, found: int | None, origin: str, *, exactly: 
     raise BadInput(f"{origin} has {found} classes, the model {model.num_classes}; {fix}")
 
 
-def data_record(config: TrainConfig, batches: Batches) -> dict[str, Any]:
+def data_record(config: TrainConfig, class_names: Sequence[str]) -> dict[str, Any]:
     """Return what config.json says of the data a model was trained on: label names, and how volumes are prepared."""
     record: dict[str, Any] = {}
-    if batches.class_names:
-        record["label_names"] = list(batches.class_names)
+    if class_names:
+        record["label_names"] = list(class_names)
     if config.data.name in volume_data.NAMES:
-        record["preprocessing"] = volume_data.preprocessing(config.data, batches.class_names).record()
+        record["preprocessing"] = volume_data.preprocessing(config.data, tuple(class_names)).record()
     return record

@@ -32,11 +32,13 @@ class SlidingWindow:
         size: of a window, in pixels or voxels.
         overlap: share of a window that its neighbour covers too.
         batch_size: windows that are predicted together.
+        progress: whether a bar counts them.
     """
 
     size: Sequence[int]
     overlap: float = 0.5
     batch_size: int = 1
+    progress: bool = False
 
     def __call__(self, model: nn.Module, x: Tensor, **options: Any) -> Prediction:
         if all(n <= s for n, s in zip(x.shape[2:], self.size)):
@@ -49,7 +51,8 @@ class SlidingWindow:
             return logits
 
         sliding = optional("monai.inferers", "volumes").sliding_window_inference
-        logits = sliding(x, tuple(self.size), self.batch_size, predict, overlap=self.overlap, mode="gaussian")
+        how = dict(overlap=self.overlap, mode="gaussian", progress=self.progress)
+        logits = sliding(x, tuple(self.size), self.batch_size, predict, **how)
         return logits, solves
 
 

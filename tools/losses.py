@@ -57,13 +57,14 @@ class VolumeLoss(nn.Module):
     Args:
         ignored: label of voxels that do not count; the Dice loss takes them for background.
         class_weights: of the cross-entropy, or None.
+        label_smoothing: of the cross-entropy.
     """
 
-    def __init__(self, ignored: int, class_weights: list[float] | None = None) -> None:
+    def __init__(self, ignored: int, class_weights: list[float] | None = None, label_smoothing: float = 0.0) -> None:
         super().__init__()
         losses = optional("monai.losses", "volumes")
         self.dice = losses.DiceLoss(to_onehot_y=True, softmax=True, include_background=False)
-        self.cross_entropy = PixelLoss(ignored, class_weights)
+        self.cross_entropy = PixelLoss(ignored, class_weights, label_smoothing=label_smoothing)
         self.ignored = ignored
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:

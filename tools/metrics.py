@@ -40,11 +40,7 @@ class SolveLog:
         if stats is not None:
             self.residual.append((stats.trace[-1] if last_iterate else stats.residual).detach().double())
             self.status.append(stats.status)
-            # The first may have been known; a halving of a line search evaluates f for all that are still on their way.
-            steps = len(stats.trace) - 1
-            first = 1 if stats.nfe > steps else 0
-            halvings = stats.nfe - steps - first
-            self.evaluations.append(first + stats.num_steps.double() * (1 + halvings / max(steps, 1)))
+            self.evaluations.append(stats.evaluations)
 
     def summary(self, process: Process = Process(), prefix: str = "") -> dict[str, float]:
         """Return mean evaluations, mean and quantiles of the residual, and shares of the statuses, of all processes."""

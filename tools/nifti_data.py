@@ -37,6 +37,11 @@ def read_dataset_json(root: Path) -> tuple[list[dict[str, Any]], list[dict[str, 
         pairs = [pair for part in listed.values() for pair in part]
         if not listed["training"] or not all({"image", "label"} <= set(pair) for pair in pairs):
             raise BadInput(f'{path}: "training" must list pairs of "image" and "label"')
+        for value in (pair[key] for pair in pairs for key in ("image", "label")):
+            if not isinstance(value, str):
+                raise BadInput(
+                    f"{path}: an image and its label are one file each (channels: its fourth axis), got {value}"
+                )
     except FileNotFoundError:
         raise BadInput(
             f"no dataset.json in {root}; expected the layout of the Medical Segmentation Decathlon"

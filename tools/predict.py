@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tqdm import tqdm
 
 from tools.build import find_device
-from tools.checkpoint import check_folder, write_atomically
+from tools.checkpoint import check_folder, make_folder, write_atomically
 from tools.config import BadInput
 from tools.predictions import Result, as_csv, as_json, printed
 from tools.predictors import Predictor, Sample, Settings
@@ -151,6 +151,21 @@ def predicted(predictor: Predictor, files: Sequence[Path], watch: Callable[..., 
     yield flush()
 
 
+def save_tables(results: Sequence[Result], predictor: Predictor, model: str) -> None:
+    """Write predictions.csv and predictions.json."""
+    out, names, dense = predictor.settings.out, predictor.names, predictor.dense
+    make_folder(out)
+    about: dict[str, Any] = {"model": model, "solver": repr(predictor.solver)}
+    if predictor.is_3d:
+        about["preprocessing"] = predictor.preprocessing.record()
+    text = {
+        "predictions.csv": as_csv(results, names, dense),
+        "predictions.json": as_json(results, names, dense, about),
+    }
+    for name, content in text.items():
+        write_atomically(out / name, lambda path, content=content: path.write_text(content, encoding="utf-8"))
+
+
 def main() -> None:
     arguments = parse_arguments()
     settings = settings_of(arguments)
@@ -161,27 +176,20 @@ def main() -> None:
     def watch(inputs: Sequence[Any]) -> Any:
         return tqdm(inputs, desc="predicting", unit="input", disable=None)  # silent where nobody watches
 
-    for group in predicted(predictor, files, watch):
-        for result in group:
-            if result.error and len(files) > 1:
-                tqdm.write(f"error: {result.error}", file=sys.stderr)
-        results += group
-    results.sort(key=lambda result: result.number)
+    try:
+        for group in predicted(predictor, files, watch):
+            for result in group:
+                if result.error and len(files) > 1:
+                    tqdm.write(f"error: {result.error}", file=sys.stderr)
+            results += group
+    finally:  # what was predicted before an interruption has its rows
+        results.sort(key=lambda result: result.number)
+        if any(not result.error for result in results):
+            save_tables(results, predictor, arguments.model)
     failed = [result for result in results if result.error]
     if len(failed) == len(results):
         raise BadInput(failed[0].error if len(failed) == 1 else f"none of the {len(failed)} inputs could be predicted")
-    names, dense = predictor.names, predictor.dense
-    print("\n".join(printed(results, names, arguments.topk)))
-    settings.out.mkdir(parents=True, exist_ok=True)
-    about = {"model": arguments.model, "solver": repr(predictor.solver)}
-    if predictor.is_3d:
-        about["preprocessing"] = predictor.preprocessing.record()
-    text = {
-        "predictions.csv": as_csv(results, names, dense),
-        "predictions.json": as_json(results, names, dense, about),
-    }
-    for name, content in text.items():
-        write_atomically(settings.out / name, lambda path, content=content: path.write_text(content, encoding="utf-8"))
+    print("\n".join(printed(results, predictor.names, arguments.topk)))
     marked = sum(bool(result.warning) for result in results)
     print(
         f"{marked} of {len(results) - len(failed)} inputs did not converge in {predictor.solver.max_steps} solver steps"

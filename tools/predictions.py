@@ -55,16 +55,15 @@ def solve_record(solves: Sequence[SolveStats], sample: int | None) -> dict[str, 
         sample: which of the batch; None: all are of one input.
     """
     at = slice(None) if sample is None else slice(sample, sample + 1)
-    status, steps, residual = (
-        torch.cat([getattr(s, name)[at].cpu() for s in solves]) for name in ("status", "num_steps", "residual")
-    )
+    names = ("status", "num_steps", "residual", "evaluations")
+    status, steps, residual, evaluations = (torch.cat([getattr(s, name)[at].cpu() for s in solves]) for name in names)
     unconverged = int((status != SolveStatus.CONVERGED).sum())
     return {
         "converged": unconverged == 0,
         "status": SolveStatus(int(status.max())).name.lower(),  # their order is that of severity
         "residual": float(residual.max()),
         "steps": int(steps.max()),
-        "evaluations": int((steps + 1).sum()),
+        "evaluations": round(float(evaluations.sum())),
         "windows": len(status),
         "unconverged": unconverged,
     }

@@ -2,8 +2,10 @@
 
 import dataclasses
 import os
+import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from torchvision.transforms import v2
 
 import mdeq
 from tools import photos, pictures, volumes
+from tools.batches import MIN_SIZE
 from tools.build import image_spec
 from tools.checkpoint import write_atomically
 from tools.config import BadInput
@@ -27,9 +30,24 @@ from tools.predictions import Result, solve_record
 from tools.pretrained import Trained
 from tools.volumes import Preprocessing, Volume
 
-MIN_SIZE = 16
 MOST_LABELS = 256
 """Classes that fit into the 8 bits of a label map."""
+
+
+@contextmanager
+def memory_for(what: str, options: str) -> Iterator[None]:
+    """Turn a lack of memory into one line that names what it lacked for and the options that help.
+
+    Raises:
+        BadInput: if memory runs out, a GPU's or the machine's.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # of a CPU's memory PyTorch says so in words alone
+        lacking = isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
+        if not lacking:
+            raise
+        raise BadInput(f"{what} does not fit into memory; make {options} smaller") from None
 
 
 @dataclass(frozen=True)
@@ -69,6 +87,10 @@ class Predictor:
         if settings.solver_steps is not None:
             self.solver = dataclasses.replace(self.solver, max_steps=settings.solver_steps)
         self.dense, self.is_3d = isinstance(model, mdeq.MDEQSegmenter), model.spatial_dims == 3
+        if self.is_3d and settings.size is not None:
+            raise BadInput("--size is for images; a volume is seen at its own size, or by --patch in windows")
+        if not self.is_3d and settings.orientation is not None:
+            raise BadInput("--orientation is for volumes, the model takes images")
         if self.dense and model.num_classes > MOST_LABELS:
             raise BadInput(f"a label map holds at most {MOST_LABELS} classes, the model has {model.num_classes}")
         self.colours: tuple[Colour, ...] = ()
@@ -98,7 +120,7 @@ class Predictor:
             raise BadInput(
                 f"--patch must be one or {dims} numbers of at least {MIN_SIZE}, got {' '.join(map(str, size))}"
             )
-        return SlidingWindow(size, settings.overlap, settings.batch_size)
+        return SlidingWindow(size, settings.overlap, settings.batch_size, progress=sys.stderr.isatty())
 
     def _image_transform(self) -> Callable[[Image.Image], Tensor]:
         spec = image_spec(self.model, None)
@@ -118,7 +140,8 @@ class Predictor:
             BadInput: if it cannot be read, or is no input for the model.
         """
         if self.is_3d:
-            volume, x = self._volume(path)
+            with memory_for(str(path), "the spacing it is resampled to"):
+                volume, x = self._volume(path)
             return Sample(number, path, name, x, volume)
         if path.name.lower().endswith((".nii", ".nii.gz")):
             raise BadInput(f"{path} is a volume, the model takes images")
@@ -165,12 +188,9 @@ class Predictor:
         shape = x.shape[2:]
         if self.is_3d:
             x = volumes.padded(x, self.least)
-        try:
+        options = "--batch-size or --patch" if self.dense else "--batch-size or --size"
+        with memory_for(str(samples[0].path), "--batch-size" if self.is_3d and not self.dense else options):
             logits, solves = self.inference(self.model, x.to(self.settings.device), solver=self.solver)
-        except torch.OutOfMemoryError:
-            raise BadInput(
-                f"{samples[0].path} does not fit into memory; make --batch-size or --patch smaller"
-            ) from None
         if self.dense and self.is_3d:
             logits = volumes.unpadded(logits, shape)
         logits = logits.cpu()

@@ -11,7 +11,7 @@ from torch import nn
 
 import mdeq
 from tools import convert
-from tools.build import build_model, known_model
+from tools.build import build_model, data_record, known_model, renew_cfg
 from tools.card import DATASETS
 from tools.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_weights
 from tools.config import BadInput, ModelConfig, load_config
@@ -73,10 +73,13 @@ def _from_path(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         return build_model(source, None, for_training=False), config
     if not (folder / CONFIG_FILE).is_file():
         return convert.load(path, None)[0], {}
-    source = load_config(folder / CONFIG_FILE).model
+    run = load_config(folder / CONFIG_FILE)
+    source = run.model
     source.pretrained, source.checkpoint = False, str(path)
     classifier = read_weights(path).get("classifier.weight")
-    return build_model(source, None if classifier is None else len(classifier), for_training=False), {}
+    model = build_model(source, None if classifier is None else len(classifier), for_training=False)
+    renew_cfg(model, run.data)
+    return model, data_record(run, ())  # the names of the classes are not in it
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import argparse
 import csv
 import ctypes
 import io
+import math
 import os
 import sys
 import time
@@ -52,7 +53,8 @@ def score_lines(headline: Headline, result: dict[str, float]) -> list[str]:
     for prefix, name, form in CLASS_SCORES:
         classes = [(key.removeprefix(prefix), value) for key, value in counted.items() if key.startswith(prefix)]
         if classes:
-            lines.append(f"{name}: " + ", ".join(f"{label} {form.format(value)}" for label, value in classes))
+            shown = [(label, "undefined" if math.isnan(value) else form.format(value)) for label, value in classes]
+            lines.append(f"{name}: " + ", ".join(f"{label} {value}" for label, value in shown))
     if result.get("hd95_undefined"):
         lines.append(f"HD95 is not defined for {result['hd95_undefined']:.0f} pairs of volume and class")
     return lines

@@ -16,6 +16,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from tools.batches import (
+    MIN_SIZE,
     VOID,
     Batch,
     Batches,
@@ -177,10 +178,10 @@ def transforms(config: DataConfig, spec: ImageSpec, training: bool) -> v2.Compos
 
 
 class PairDataset(Dataset):
-    """Images `(C, H, W)` and labels `(H, W)`; an index comes with the seed of its augmentation."""
+    """Images `(C, H, W)`, `whole` or cropped, and labels `(H, W)`; an index comes with the seed of its augmentation."""
 
-    def __init__(self, data: Pairs, transform: v2.Compose, in_chans: int) -> None:
-        self.data, self.transform, self.in_chans = data, transform, in_chans
+    def __init__(self, data: Pairs, transform: v2.Compose, in_chans: int, *, whole: bool) -> None:
+        self.data, self.transform, self.in_chans, self.whole = data, transform, in_chans, whole
 
     def __len__(self) -> int:
         return len(self.data.pairs)
@@ -192,6 +193,11 @@ class PairDataset(Dataset):
         if image.shape[1:] != mask.shape:
             sizes = [f"{x.shape[-1]}x{x.shape[-2]}" for x in (image, mask)]
             raise BadInput(f"image {name_of(source)} is {sizes[0]}, its mask {name_of(mask_source)} {sizes[1]}")
+        if self.whole and min(mask.shape) < MIN_SIZE:
+            height, width = mask.shape
+            raise BadInput(
+                f"image {name_of(source)} is {width}x{height}; every side must be at least {MIN_SIZE} pixels"
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self.transform(tv_tensors.Image(image), tv_tensors.Mask(mask))
@@ -210,7 +216,8 @@ class PairBatches:
     ) -> None:
         self.config, self.process, self.training, self.seed = config, process, training, seed
         self.class_names = data.class_names
-        self.dataset = PairDataset(data, transforms(config, spec, training), spec.size[0])
+        whole = not training or config.patch_size is None  # a crop is padded
+        self.dataset = PairDataset(data, transforms(config, spec, training), spec.size[0], whole=whole)
         self.batch_size = shared_batch_size(config.batch_size, len(data.pairs), process, training)
 
     def __len__(self) -> int:

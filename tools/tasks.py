@@ -1,5 +1,6 @@
 """What a run is for: its loss, what is counted and which count stands in the first line, how a test is predicted."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,6 +31,8 @@ class Headline:
 
     def text(self, value: float, digits: int) -> str:
         """Return a value as people read it."""
+        if math.isnan(value):
+            return "undefined"  # no class occurs that it could be of
         return self.number(value, digits) + (" %" if self.per_cent else "")
 
 
@@ -85,7 +88,7 @@ def build_task(
     inference = windows if config.data.inference == "sliding" else whole
     pixels = PixelLoss(VOID, loss.class_weights, loss.ohem_threshold, loss.ohem_min_kept, smoothing)
     if loss.name == "dice_ce":
-        criterion = test = VolumeLoss(VOID, loss.class_weights)
+        criterion, test = VolumeLoss(VOID, loss.class_weights, smoothing), VolumeLoss(VOID)
     else:
         criterion, test = pixels, PixelLoss(VOID)
     if config.data.name in volume_data.NAMES:
@@ -113,5 +116,7 @@ def check_task(config: TrainConfig, model: nn.Module) -> None:
         raise BadInput("loss.name=dice_ce is for the segmentation of volumes")
     if not dense and config.loss.ohem_threshold is not None:
         raise BadInput("loss.ohem_threshold is for task=segmentation")
+    if config.loss.name == "dice_ce" and config.loss.ohem_threshold is not None:
+        raise BadInput("loss.ohem_threshold is for loss.name=cross_entropy")
     if data.inference == "sliding" and (not dense or data.patch_size is None or data.overlap >= 1):
         raise BadInput("data.inference=sliding needs task=segmentation, data.patch_size and data.overlap < 1")

@@ -105,10 +105,7 @@ class Run:
         for found, origin in ((classes, "the training split"), (test_classes, "the test split")):
             build.check_classes(model, found, origin)
         config.data.num_classes = model.num_classes  # the effective config, from which validate.py builds the model
-        size = (spec.size[0], *(config.data.patch_size or spec.size)[-2:])  # timm's has three numbers for volumes too
-        # What was said of other weights; config.json gets the names of labels from the data.
-        anew = {"input_size": size, "tag": "", **dict.fromkeys(("hf_hub_id", "file", "description", "label_names"))}
-        model.pretrained_cfg = {**model.pretrained_cfg, **anew}
+        build.renew_cfg(model, config.data)
         return model.to(process.device, self.dtype), train_batches, test_batches
 
     def _trainer(self) -> Trainer:
@@ -183,7 +180,7 @@ class Run:
                 "id": self.id,
             }
             save_state(self.folder, state)
-            export(self.final_model, self.folder, build.data_record(self.config, self.test_batches))
+            export(self.final_model, self.folder, build.data_record(self.config, self.test_batches.class_names))
         self.saved = time.monotonic()
 
     def _finite(self) -> bool:

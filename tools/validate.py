@@ -33,7 +33,7 @@ from tools.recheck import compared, read_release, release_config
 from tools.report import Parser, headline_lines, program, result_lines
 from tools.results import evaluation, write_results
 from tools.steps import save_table, step_lines, steps_table
-from tools.tasks import Headline, Task, build_task, check_task
+from tools.tasks import DICE, Headline, Task, build_task, check_task
 
 HERE = Path()
 """What --record stands for without a file: the results.json of the folder."""
@@ -168,6 +168,8 @@ def main() -> None:
     lines = headline_lines(headline, result, twice, solver.max_steps, digits=2)
     top5 = f", top-5 {result['top5']:.2f} %" if "top5" in result else ""
     print("\n".join([f"{lines[0]}{top5}, loss {result['loss']:.4f}", *lines[1:], *result_lines(result)]))
+    if headline is DICE and batches.spacing is None:
+        print("HD95 left out: the spacings of the volumes differ; data.spacing=[MM,MM,MM] resamples them to one")
     checkpoint = arguments.checkpoint
     fresh = Path("runs") / f"validate_{config.model.name.replace('/', '_')}"
     beside = fresh if checkpoint is None else checkpoint if checkpoint.is_dir() else checkpoint.parent

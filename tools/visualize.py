@@ -18,7 +18,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,7 +28,7 @@ from tools.config import BadInput, split_overrides
 from tools.gallery import CAPTIONS, NEEDS_DATA, DataStudy, Subject
 from tools.page import Picture, page
 from tools.predict import gather
-from tools.predictors import Predictor, Settings
+from tools.predictors import Predictor, Settings, memory_for
 from tools.pretrained import load_trained
 from tools.report import Parser, program
 from tools.results import circumstances
@@ -150,10 +149,8 @@ def main() -> None:
             truth = unpadded(samples[0][1][0], inputs[0].shape[2:]) if predictor.dense else None
             about = study.about if len(inputs) == len(part.samples) else f"{len(inputs)} of {study.about}"
     subject = Subject(predictor, name, inputs, about, truth, steps, most, watch)
-    try:
+    with memory_for("an input", "--size, --patch or --most-steps"):
         pictures = [*subject.pictures(), *(study.pictures() if study is not None else ())]
-    except torch.OutOfMemoryError:
-        raise BadInput("an input does not fit into memory; make --size, --patch or --most-steps smaller") from None
     left_out = {} if study is not None else {CAPTIONS[key][0]: "needs a data set, see --data" for key in NEEDS_DATA}
     if not predictor.dense:
         left_out[CAPTIONS["labels"][0]] = f"{name} is a classifier"

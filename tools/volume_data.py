@@ -38,11 +38,11 @@ class Volumes:
 
 
 def preprocessing(config: DataConfig, class_names: tuple[str, ...] = ()) -> Preprocessing:
-    """Return what a config has done to volumes."""
+    """Return what a config has done to volumes, and so the axes that a model knows."""
     spacing = None if config.spacing is None else tuple(config.spacing)
-    return Preprocessing(
-        spacing, config.orientation, config.normalise, tuple(config.patch_size or ()), tuple(class_names)
-    )
+    # Those of the hippocampus lie that way in their file; of the shapes nobody says how they lie in space.
+    orientation = {"nifti": config.orientation, "hippocampus": "RAS"}.get(config.name, "none")
+    return Preprocessing(spacing, orientation, config.normalise, tuple(config.patch_size or ()), tuple(class_names))
 
 
 def split_key(name: str) -> str:
@@ -77,7 +77,8 @@ def _npz(root: Path, pattern: str) -> Iterator[Any]:
 
 def _array(arrays: Any, key: str, origin: Path) -> np.ndarray:
     try:
-        return arrays[key]
+        array = arrays[key]
+        return array.astype(array.dtype.newbyteorder("="), copy=False)  # PyTorch knows this machine's order alone
     except KeyError:
         raise BadInput(f"{origin} holds no {key}; it has {', '.join(sorted(arrays.files)[:8])}") from None
     except _DAMAGED as error:
@@ -91,13 +92,19 @@ def read_hippocampus(root: Path, split: str, pick: Pick, how: str) -> Volumes:
     images, labels = [], []
     with _npz(root, "hippocampus*.npz") as arrays:
         ids, member = _array(arrays, "ids", root), _array(arrays, "split", root)
+        if ids.ndim != 1 or member.shape != ids.shape or ids.dtype.kind not in "iu":
+            raise BadInput(f"{root} is damaged: ids {ids.shape} of {ids.dtype}, split {member.shape}")
         ids = ids[member == ("train", "val").index(split)]
         for case in ids[pick(len(ids))].tolist():
             name = f"{root}: case {case:03d}"
             code, lut = (_array(arrays, f"{kind}_{case:03d}", root) for kind in ("code", "lut"))
             label = _array(arrays, f"label_{case:03d}", root)
-            if code.ndim != 3 or label.shape != code.shape or code.max() >= len(lut):
-                raise BadInput(f"{name} is damaged: image {code.shape}, labels {label.shape}, {len(lut)} grey levels")
+            if code.ndim != 3 or code.size == 0 or label.shape != code.shape or lut.ndim != 1:
+                raise BadInput(f"{name} is damaged: image {code.shape}, labels {label.shape}, grey levels {lut.shape}")
+            if code.dtype.kind not in "iu" or code.min() < 0 or code.max() >= len(lut) or lut.dtype.kind not in "iuf":
+                raise BadInput(
+                    f"{name} is damaged: it names other grey levels than the {len(lut)} it has ({code.dtype})"
+                )
             voxels = checked_finite(torch.from_numpy(lut[code].astype(np.float32)), name)
             images.append(normalised(voxels.unsqueeze(0), how))
             labels.append(checked_labels(label, 3, name))
@@ -108,11 +115,14 @@ def read_npz(root: Path, pattern: str, split: str, pick: Pick) -> Volumes:
     """Return a split of `{split}_images` `(N, *S)` and `{split}_labels` `(N,)` or `(N, 1)`, the form of MedMNIST3D."""
     with _npz(root, pattern) as arrays:
         images, labels = (_array(arrays, f"{split}_{kind}", root) for kind in ("images", "labels"))
-        every = [_array(arrays, key, root).max(initial=0) for key in arrays.files if key.endswith("_labels")]
-        names = tuple(map(str, _array(arrays, "classes", root))) if "classes" in arrays.files else ()
-    if images.ndim != 4 or labels.size != len(images) or len(images) == 0:
+        every = {key: _array(arrays, key, root) for key in arrays.files if key.endswith("_labels")}
+        names = tuple(map(str, _array(arrays, "classes", root).ravel())) if "classes" in arrays.files else ()
+    if images.ndim != 4 or labels.size != len(images) or images.size == 0:
         raise BadInput(f"{root}: {split} has images {images.shape}, labels {labels.shape}, not (N, D, H, W), (N,)")
-    names = names or tuple(str(k) for k in range(int(max(every)) + 1))
+    for key, array in {f"{split}_images": images, **every}.items():
+        if array.dtype.kind not in "biuf":
+            raise BadInput(f"{root}: {key} are no numbers but {array.dtype}")
+    names = names or tuple(str(k) for k in range(int(max(np.nanmax(a, initial=0) for a in every.values())) + 1))
     checked = checked_labels(labels.reshape(-1), len(names), f"{root}: {split}_labels").long()
     voxels = torch.from_numpy(images)
     if voxels.is_floating_point():

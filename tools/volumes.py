@@ -77,12 +77,16 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class Volume:
-    """Voxels `(C, *S)` float32 in the axes of their file, the affine `(4, 4)` from voxels to mm, and a name."""
+    """Voxels `(C, *S)` float32 in the axes of their file, the affine `(4, 4)` from voxels to mm, and a name.
+
+    `header` is the file's, which label volumes take the place in space from; None for voxels of no file.
+    """
 
     voxels: Tensor
     affine: np.ndarray
     name: str = "volume"
     has_affine: bool = True
+    header: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -129,7 +133,8 @@ def load_volume(path: str | Path, in_chans: int = 1) -> Volume:
     voxels = torch.from_numpy(np.ascontiguousarray(data, dtype=np.float32)).reshape(*data.shape[:3], channels)
     checked_finite(voxels, str(path))
     known = any(int(file.header[code]) > 0 for code in ("sform_code", "qform_code") if code in file.header)
-    return Volume(voxels.permute(3, 0, 1, 2).contiguous(), np.asarray(file.affine), str(path), known)
+    voxels = voxels.permute(3, 0, 1, 2).contiguous()
+    return Volume(voxels, np.asarray(file.affine), str(path), known, file.header)
 
 
 def checked_finite(voxels: Tensor, name: str) -> Tensor:
@@ -252,9 +257,16 @@ def restore(scores: Tensor, volume: Volume, preprocessing: Preprocessing) -> Ten
 
 
 def save_labels(path: Path, labels: Tensor, volume: Volume) -> None:
-    """Write labels as a NIfTI file with the affine of the volume they belong to."""
+    """Write labels as a NIfTI file that lies where their volume does: its sform, its qform and its units."""
     nibabel = optional("nibabel", "volumes")
-    nibabel.save(nibabel.Nifti1Image(labels.numpy().astype(np.uint8), volume.affine), path)
+    image = nibabel.Nifti1Image(labels.numpy().astype(np.uint8), volume.affine)
+    if isinstance(volume.header, nibabel.Nifti1Header):
+        for kind in ("qform", "sform"):  # which may differ, and of which a file may have one or none
+            matrix, code = getattr(volume.header, f"get_{kind}")(coded=True)
+            getattr(image, f"set_{kind}")(matrix, code)
+        image.header["pixdim"][1:4] = volume.header["pixdim"][1:4]
+        image.header.set_xyzt_units(*volume.header.get_xyzt_units())
+    nibabel.save(image, path)
 
 
 def padding(shape: Sequence[int], size: Sequence[int]) -> list[tuple[int, int]]:

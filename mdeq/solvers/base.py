@@ -52,6 +52,17 @@ class SolveStats:
         """`(B,)` bool."""
         return self.status == SolveStatus.CONVERGED
 
+    @property
+    def evaluations(self) -> Tensor:
+        """`(B,)` float64, evaluations of f that each sample took part in.
+
+        A line search evaluates f for every sample that is still on its way; these are shared out evenly over the steps.
+        """
+        steps = len(self.trace) - 1
+        first = 1 if self.nfe > steps else 0  # or the first was known
+        more = self.nfe - steps - first
+        return first + self.num_steps.double() * (1 + more / max(steps, 1))
+
     def summary(self) -> dict[str, float]:
         """Means, residual quantiles and the share of each status, for logging. One host synchronisation."""
         residual = self.residual.double().nan_to_num(nan=float("inf"))
