@@ -41,6 +41,8 @@ class _FlatFn:
             self.take = lambda index: _FlatFn(fn.take(index), layout, inner, outer)
         if hasattr(fn, "tensors"):
             self.tensors = fn.tensors
+        if hasattr(fn, "eager"):
+            self.eager = lambda: _FlatFn(fn.eager(), layout, inner, outer)
 
     def __call__(self, z: Tensor) -> Tensor:
         f_z = self.layout.flatten(self.fn(self.layout.unflatten(z.to(self.inner))), self.outer)
@@ -115,7 +117,9 @@ class DEQ(nn.Module):
         else:
             gradient = build_gradient(self.gradient)
             z, stats, record = gradient.solve(flat, z_start, forward_solver, training=self.training)
-        penalty = jacobian_frobenius(flat, z, jacobian_probes) if jacobian_probes > 0 else None
+        penalty = None
+        if jacobian_probes > 0:
+            penalty = jacobian_frobenius(flat.eager() if hasattr(flat, "eager") else flat, z, jacobian_probes)
         return Equilibrium(flat.layout.unflatten(z.to(flat.inner)), stats, penalty, record)
 
     @staticmethod

@@ -2,10 +2,8 @@
 
 import csv
 import ctypes
-import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -140,6 +138,13 @@ def test_quartiles_and_table() -> None:
 
 def test_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     words = "--parts solve inference tolerance training ragged --cases test_mdeq:16:2 --steps 3 --repeats 1 --tol 0.3"
+    asked: list[tuple[str, int]] = []
+
+    def peak(bench: Bench, case: str, contender: str, backward_steps: int) -> float:
+        asked.append((contender, backward_steps))
+        return 1.5
+
+    monkeypatch.setattr(comparison, "measured_peak", peak)  # a process each
     monkeypatch.setattr(comparison, "BACKWARD_STEPS", (1, 3))
     monkeypatch.setattr(comparison, "RAGGED_BATCH", 8)
     monkeypatch.setattr(comparison, "RAGGED_SLOW", 1)
@@ -157,6 +162,19 @@ def test_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -
     errors = {row["contender"]: row["gradient_error"] for row in parts["training"]}
     assert float(errors["mdeq phantom 5"]) == pytest.approx(float(errors["TorchDEQ phantom 5"]), rel=1e-2)
     assert all(0 < float(value) < 2 for name, value in errors.items() if "timm" not in name)
+    own = [row for row in parts["training"] if "timm" not in row["contender"]]
+    assert [name for name, _ in asked] == [row["contender"] for row in own]
+    assert all((backward > 0) == ("implicit" in name) for name, backward in asked)
+    assert {row["peak_mib"] for row in own} <= {"1.5", ""}
+    evaluations = {row["contender"]: int(float(row["evaluations"])) for row in own}
+    # Four of the solve, and what the gradient adds: one at the equilibrium, or the steps of the phantom.
+    assert evaluations["mdeq implicit"] == 5
+    assert evaluations["mdeq phantom 5"] == evaluations["TorchDEQ phantom 5"] == 9
+    assert evaluations["explicit twin"] == 4
+    for row in [row for row in parts["inference"] if "timm" not in row["contender"]]:
+        solved = next(r for r in parts["solve"] if r["contender"] == row["contender"])
+        assert float(row["residual"]) == pytest.approx(float(solved["residual"]), rel=1e-4)
+        assert row["evaluations"] == solved["evaluations"]
     assert (tmp_path / "benchmark.png").stat().st_size > 20_000
     assert "TorchDEQ Broyden" in capsys.readouterr().out
     assert not list(tmp_path.glob(".*"))
@@ -172,12 +190,25 @@ def test_memory_of_a_solver() -> None:
     assert 12 * state_mib <= rows["mdeq Broyden"]["solver_mib"] <= 20 * state_mib
 
 
+@pytest.mark.parametrize("settings", [{"bf16": True}, {"channels_last": True}])
+def test_training_part_in_other_settings(settings: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference stays in float64; a model without weights is as good here."""
+    monkeypatch.setattr(comparison, "BACKWARD_STEPS", (2,))
+    monkeypatch.setattr(comparison, "measured_peak", lambda *_: 1.0)
+    b = bench(**settings)
+    with b.precision():
+        rows = comparison.training_part(b, [], "test_mdeq:16:2")
+    errors = [row["gradient_error"] for row in rows if "gradient_error" in row]
+    assert len(errors) == 7
+    assert all(0 < error < math.inf for error in errors)  # of random weights that are far from their equilibrium
+
+
 def test_growth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """What grows with the square of the side is linear in pixels; memory is measured elsewhere."""
 
-    def peak(**settings: Any) -> float:
-        _, side, batch = parse_case(settings["case"])
-        return float(side**2 * batch * settings["width"])
+    def peak(bench: Bench, case: str, contender: str, width: int) -> float:
+        _, side, batch = parse_case(case)
+        return float(side**2 * batch * width)
 
     monkeypatch.setattr(scaling, "measured_peak", peak)
     monkeypatch.setattr(scaling, "FACTORS", {"steps": (1, 2), "side": (1, 1.5), "batch": (1, 2)})
@@ -227,7 +258,7 @@ def test_exponent() -> None:
         ("--cases mdeq_tiny_cifar:32:0", "a case is MODEL:SIDE:BATCH"),
         ("--cases mdeq_tiny:32:1", "did you mean"),
         ("--cases mdeq_tiny_cifar:8:1", "must be >= 16"),
-        ("--trained mdeq_small:64:1", "--trained needs a model with weights"),
+        ("--trained mdeq_small:64:1", "--parts tolerance ragged: --trained needs a model with weights"),
         ("--steps 0", "--steps must be >= 1"),
         ("--tol 0", r"--tol must be in \(0, 1\)"),
         ("--threads 0", "--threads must be >= 1"),
@@ -251,11 +282,9 @@ def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory of a process is read from /proc")
-def test_a_measurement_in_a_process_of_its_own() -> None:
-    case = dict(case="test_mdeq:64:4", contender="mdeq Anderson", steps=3, history=3, device="cpu")
-    command = [sys.executable, tools.benchmark.__file__, "--measure", json.dumps(case)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout)["mib"] > 0
+@pytest.mark.parametrize(("contender", "backward_steps"), [("mdeq Anderson", None), ("mdeq implicit", 2)])
+def test_a_measurement_in_a_process_of_its_own(contender: str, backward_steps: int | None) -> None:
+    assert comparison.measured_peak(bench(bf16=True), "test_mdeq:64:4", contender, backward_steps) > 0
 
 
 # The allocator

@@ -338,6 +338,7 @@ def test_weights_and_biases_get_every_row(tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 @pytest.mark.filterwarnings("ignore")  # torch.compile warns of what it does itself
 def test_compiled_cell_trains_alike(tmp_path: Path) -> None:
-    words = [*EXACT, "model.gradient.num_steps=2"]
+    small = "model.kwargs={channels: [8, 8], num_groups: 2, expansion: 1, dropout: 0.0}"
+    words = [*EXACT, "model.gradient.num_steps=2", "model.name=mdeq_tiny_cifar", small]
     plain, compiled = (losses(make_run(tmp_path / w, *words, f"run.compile={w}"), 4) for w in ("false", "true"))
     assert compiled == pytest.approx(plain, abs=1e-9)

@@ -6,10 +6,10 @@ All run on the same cell, weights, inputs and precision, and take turns, so that
 for one as for the others. A case is MODEL:SIDE:BATCH. Parts:
 
     solve      a solve of a fixed number of steps, and the time inside f; the ratio of the two is the overhead
-    inference  images/s of whole models at that number of steps
+    inference  images/s of whole models at that number of steps, and the residual reached
     tolerance  time to a relative residual, on trained weights
-    training   a training step, and the error of its gradient against float64; implicit gradients take as many backward
-               steps as they need for the error that TorchDEQ has after --steps, or 1.1 times that
+    training   a training step, its peak memory, and the error of its gradient against float64; implicit gradients take
+               as many backward steps as they need for the error that TorchDEQ has after --steps, or 1.1 times that
     ragged     a batch of 64 on trained weights, 8 of which need four times the steps of the rest
     memory     what a solve holds beyond f itself, each in a process of its own
 
@@ -19,9 +19,7 @@ machine's rate of matrix products that f reaches. Prints a table and saves it as
 
 import argparse
 import sys
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -31,7 +29,7 @@ from mdeq import list_models
 from tools import comparison, scaling
 from tools.build import find_device, known_model
 from tools.checkpoint import check_folder, make_folder
-from tools.comparison import PARTS, Bench
+from tools.comparison import NEED_WEIGHTS, PARTS, Bench
 from tools.config import BadInput, optional
 from tools.contenders import parse_case
 from tools.report import Parser, program
@@ -45,7 +43,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help="default: all")
     parser.add_argument("--cases", nargs="+", default=CASES, help="for solve, inference and memory")
     parser.add_argument(
-        "--trained", default="mdeq_tiny_cifar.cifar10:32:32", help="the case with weights, for the other parts"
+        "--trained",
+        default="mdeq_tiny_cifar.cifar10:32:32",
+        help="the case for the other parts, with weights for tolerance and ragged (default: %(default)s)",
     )
     parser.add_argument("--data", type=Path, help="folder with CIFAR-10, for test images in place of noise")
     parser.add_argument("--steps", type=int, default=18, help="of a solve")
@@ -81,8 +81,10 @@ def checked(arguments: argparse.Namespace) -> Bench:
         known_model(name)
         if side < 16:
             raise BadInput(f"the side of a case must be >= 16, got {case}")
-    if parse_case(arguments.trained)[0] not in list_models(pretrained=True):
-        raise BadInput(f"--trained needs a model with weights: {', '.join(list_models(pretrained=True))}")
+    needing = [part for part in arguments.parts if part in NEED_WEIGHTS and not arguments.scaling]
+    if needing and parse_case(arguments.trained)[0] not in list_models(pretrained=True):
+        known = ", ".join(list_models(pretrained=True))
+        raise BadInput(f"--parts {' '.join(needing)}: --trained needs a model with weights: {known}")
     check_folder(arguments.out)
     optional("torchdeq", "bench")
     return Bench(
@@ -91,6 +93,7 @@ def checked(arguments: argparse.Namespace) -> Bench:
         tol=arguments.tol,
         history=arguments.history,
         repeats=arguments.repeats,
+        bf16=arguments.bf16,
         compiled=arguments.compile,
         channels_last=arguments.channels_last,
         data=arguments.data,
@@ -113,9 +116,10 @@ def main() -> None:
     bench = checked(arguments)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    precision: Any = torch.autocast(bench.device.type, torch.bfloat16) if arguments.bf16 else nullcontext()
+    if bench.device.type == "cuda":
+        torch.cuda.set_device(bench.device)
     make_folder(arguments.out)
-    with precision:
+    with bench.precision():
         if arguments.scaling:
             scaling.run(bench, arguments.cases, arguments.trained, arguments.out, title(bench, arguments))
             return

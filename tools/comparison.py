@@ -1,9 +1,11 @@
 """The parts of tools/benchmark.py: each measures some contenders on the same problem and returns rows of the table."""
 
 import copy
+import dataclasses
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,10 +16,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdeq import Broyden, CapturedModel, ImplicitGradient, PhantomGradient, ReversibleGradient, State
-from tools.contenders import Clocked, StateFn, TorchDEQ, Twin, ours, parse_case, residual, resnet_like, solvers
+from mdeq import (
+    Broyden,
+    CapturedModel,
+    ImplicitGradient,
+    PhantomGradient,
+    ReversibleGradient,
+    State,
+    compile_cell,
+)
+from tools.contenders import (
+    Clock,
+    Clocked,
+    ClockedFn,
+    StateFn,
+    TorchDEQ,
+    Twin,
+    ours,
+    parse_case,
+    residual,
+    resnet_like,
+    solvers,
+)
 from tools.data import read_cifar10
-from tools.peak import Peak, check_measurable, in_a_process
+from tools.peak import Peak, check_measurable, in_a_process, is_measurable
 from tools.timings import Row, reference, take_turns, timing_rows
 
 BACKWARD_STEPS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 18, 22, 26, 30)
@@ -34,9 +56,14 @@ class Bench:
     tol: float
     history: int
     repeats: int
+    bf16: bool = False
     compiled: bool = False
     channels_last: bool = False
     data: Path | None = None
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """Return the context in which f is evaluated."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
 
     def model(self, name: str, width: int = 1) -> nn.Module:
         """Return a model without dropout, with its weights where the name has a tag; or a wider one, without."""
@@ -49,7 +76,7 @@ class Bench:
         if self.channels_last and model.spatial_dims == 2:
             model = model.to(memory_format=torch.channels_last)
         if self.compiled:
-            model.equilibrium.cell.compile(dynamic=True)
+            compile_cell(model)
         return model.eval()
 
     def inputs(self, model: nn.Module, side: int, batch: int) -> Tensor:
@@ -129,10 +156,36 @@ def inference_part(bench: Bench, cases: Sequence[str], trained: str) -> list[Row
             runs[resnet_name] = partial(resnet.to(bench.device).eval(), x)
         times, _ = take_turns(runs, bench.repeats, bench.device, f"inference {case}")
         named = timing_rows("inference", case, times)
-        for row in named.values():
+        for contender, row in named.items():
             row["images_per_s"] = 1e3 * batch / row["ms"]
+            if contender in layers:
+                row["evaluations"], row["residual"] = _reached(layers[contender], runs[contender])
         rows += named.values()
     return rows
+
+
+def _reached(layer: nn.Module, run: Callable[[], Any]) -> tuple[float, float]:
+    """Return how often a layer evaluates f in a run of the model it is in, and its mean residual.
+
+    What a gradient evaluates in the forward pass counts, what backpropagation goes back through does not.
+    """
+    seen: dict[str, Any] = {}
+
+    def before(layer: nn.Module, words: Sequence[Any]) -> tuple[Any, ...]:
+        fn, z0 = words
+        seen["fn"], seen["clock"] = fn, Clock(z0[0].device)
+        return ClockedFn(fn, seen["clock"]), z0
+
+    def after(layer: nn.Module, words: Sequence[Any], result: Any) -> None:
+        seen["residual"] = float(residual(seen["fn"], tuple(z.detach() for z in result.state)).mean())
+
+    handles = [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return float(seen["clock"].calls), seen["residual"]
 
 
 def _with_layer(model: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
@@ -183,25 +236,22 @@ def training_part(bench: Bench, cases: Sequence[str], trained: str) -> list[Row]
     model = bench.model(name).train()
     x = bench.inputs(model, side, batch)
     labels = torch.randint(model.num_classes, (batch,), generator=torch.Generator().manual_seed(0)).to(bench.device)
-    tight = Broyden(max_steps=400, tol=1e-9)
+    tight = Broyden(max_steps=400, tol=1e-9, history=40)  # or it would keep 400 directions of a large batch
     exact = _gradient(copy.deepcopy(model).double(), ours(tight, ImplicitGradient(tight)), x.double(), labels)
 
     def error(layer: nn.Module) -> float:
         return float((_gradient(model, layer, x, labels).double() - exact).norm() / exact.norm())
 
-    aim = 1.1 * error(_implicit(bench, "TorchDEQ implicit", bench.steps))
+    aim = 1.1 * error(training_layer("TorchDEQ implicit", bench.steps, bench.steps))
     layers: dict[str, nn.Module] = {}
-    needed: dict[str, float] = {}
+    needed: dict[str, int] = {}
     for contender in ("mdeq implicit", "TorchDEQ implicit", "mdeq implicit + warm start"):
         for steps in BACKWARD_STEPS:
-            layers[contender], needed[contender] = _implicit(bench, contender, steps), float(steps)
+            layers[contender], needed[contender] = training_layer(contender, bench.steps, steps), steps
             if error(layers[contender]) <= aim:
                 break
-    forward = Broyden(max_steps=bench.steps, tol=0.0)
-    layers["mdeq phantom 5"] = ours(forward, PhantomGradient(5, 0.5))
-    layers["TorchDEQ phantom 5"] = TorchDEQ("broyden", bench.steps + 1, 0.0, grad=5, tau=0.5)
-    layers["mdeq reversible"] = ours(forward, ReversibleGradient(0.5))
-    layers["explicit twin"] = Twin(bench.steps + 1)
+    for contender in ("mdeq phantom 5", "TorchDEQ phantom 5", "mdeq reversible", "explicit twin"):
+        layers[contender] = training_layer(contender, bench.steps)
     runs: dict[str, Callable[[], Any]] = {k: partial(_gradient, model, v, x, labels) for k, v in layers.items()}
     if model.spatial_dims == 2:
         resnet_name, resnet = resnet_like(model)
@@ -211,20 +261,31 @@ def training_part(bench: Bench, cases: Sequence[str], trained: str) -> list[Row]
     for contender, row in rows.items():
         row["images_per_s"] = 1e3 * batch / row["ms"]
         if contender in layers:
+            row["evaluations"], row["residual"] = _reached(layers[contender], runs[contender])
             row["gradient_error"] = error(layers[contender])
+            if is_measurable(str(bench.device)):
+                row["peak_mib"] = measured_peak(bench, trained, contender, needed.get(contender, 0))
         if contender in needed:
-            row["backward_steps"] = needed[contender]
+            row["backward_steps"] = float(needed[contender])
     return list(rows.values())
 
 
-def _implicit(bench: Bench, contender: str, backward_steps: int) -> nn.Module:
-    """Return the layer of a contender with an implicit gradient of so many backward steps, by Broyden both ways."""
-    if contender.startswith("TorchDEQ"):
+def training_layer(contender: str, steps: int, backward_steps: int = 0) -> nn.Module:
+    """Return a contender of the part `training`: Broyden of so many steps, and a gradient."""
+    forward, gradient = Broyden(max_steps=steps, tol=0.0), contender.partition(" ")[2]
+    if contender == "explicit twin":
+        return Twin(steps + 1)
+    if contender == "TorchDEQ implicit":
         backward = dict(b_solver="broyden", b_max_iter=backward_steps, b_tol=0.0, b_stop_mode="rel")
-        return TorchDEQ("broyden", bench.steps + 1, 0.0, ift=True, **backward)
+        return TorchDEQ("broyden", steps + 1, 0.0, ift=True, **backward)
+    if contender == "TorchDEQ phantom 5":
+        return TorchDEQ("broyden", steps + 1, 0.0, grad=5, tau=0.5)
+    if gradient == "phantom 5":
+        return ours(forward, PhantomGradient(5, 0.5))
+    if gradient == "reversible":
+        return ours(forward, ReversibleGradient(0.5))
     backward_solver = Broyden(max_steps=backward_steps, tol=0.0)
-    gradient = ImplicitGradient(backward_solver, warm_start=contender.endswith("warm start"))
-    return ours(Broyden(max_steps=bench.steps, tol=0.0), gradient)
+    return ours(forward, ImplicitGradient(backward_solver, warm_start=gradient == "implicit + warm start"))
 
 
 def _gradient(model: nn.Module, layer: nn.Module | None, x: Tensor, labels: Tensor) -> Tensor:
@@ -241,8 +302,7 @@ def memory_part(bench: Bench, cases: Sequence[str], trained: str) -> list[Row]:
     for case in cases:
         peaks = {}
         for name in ("f alone", "mdeq Broyden", "TorchDEQ Broyden", "mdeq Anderson", "TorchDEQ Anderson"):
-            settings = dict(case=case, contender=name, steps=bench.steps, history=bench.history)
-            peaks[name] = measured_peak(**settings, device=str(bench.device))
+            peaks[name] = measured_peak(bench, case, name)
         alone = peaks.pop("f alone")
         for name, peak in peaks.items():
             row: Row = dict(part="memory", case=case, contender=name, solver_mib=peak - alone, f_mib=alone)
@@ -253,28 +313,46 @@ def memory_part(bench: Bench, cases: Sequence[str], trained: str) -> list[Row]:
     return rows
 
 
-def measured_peak(**settings: Any) -> float:
-    """Return the peak memory of a solve in MiB, measured in a process of its own; settings as `measure` takes them."""
+def measured_peak(bench: Bench, case: str, contender: str, backward_steps: int | None = None, width: int = 1) -> float:
+    """Return the peak memory in MiB of a solve, or with `backward_steps` of a training step, from another process."""
+    shared = {f.name: getattr(bench, f.name) for f in dataclasses.fields(Bench)}
+    shared |= dict(device=str(bench.device), data=None if bench.data is None else str(bench.data))
+    settings = dict(bench=shared, case=case, contender=contender, backward_steps=backward_steps, width=width)
     result = in_a_process(str(Path(__file__).with_name("benchmark.py")), settings)
     return float("nan") if result is None else result["mib"]
 
 
-@torch.no_grad()
 def measure(text: str) -> None:
-    """Print the peak memory in MiB of one solve, or of f alone, as JSON."""
+    """Print as JSON the peak memory in MiB of what `measured_peak` describes."""
     settings = json.loads(text)
     torch.set_num_threads(1)
+    shared = settings["bench"]
+    data = None if shared["data"] is None else Path(shared["data"])
+    bench = Bench(**{**shared, "device": torch.device(shared["device"]), "data": data})
+    if bench.device.type == "cuda":
+        torch.cuda.set_device(bench.device)
     name, side, batch = parse_case(settings["case"])
-    device = torch.device(settings["device"])
-    bench = Bench(device, settings["steps"], 0.0, settings["history"], 1)
-    model = bench.model(name, settings.get("width", 1))
-    layers = {**bench.solvers(bench.steps, 0.0), "f alone": Twin(1)}
-    layer = layers[settings["contender"]]
-    layer(*bench.problem(model, bench.inputs(model, 16, 1)))  # libraries set themselves up
-    fn, z0 = bench.problem(model, bench.inputs(model, side, batch))
-    with Peak(settings["device"], MEMORY_LIMIT_GIB) as peak:
-        layer(fn, z0)
+    model, backward_steps = bench.model(name, settings["width"]), settings["backward_steps"]
+    if backward_steps is None:
+        layer = {**bench.solvers(bench.steps, 0.0), "f alone": Twin(1)}[settings["contender"]]
+        run = partial(_solve, bench, model, layer)
+    else:
+        layer = training_layer(settings["contender"], bench.steps, backward_steps)
+        run = partial(_train, model.train(), layer)
+    with bench.precision():
+        run(bench.inputs(model, side, 2))()  # libraries set themselves up; a batch of one is a case of its own
+        call = run(bench.inputs(model, side, batch))
+        with Peak(str(bench.device), MEMORY_LIMIT_GIB) as peak:
+            call()
     print(json.dumps({"mib": peak.mib}))
+
+
+def _solve(bench: Bench, model: nn.Module, layer: nn.Module, x: Tensor) -> Callable[[], Any]:
+    return partial(torch.no_grad()(layer), *bench.problem(model, x))
+
+
+def _train(model: nn.Module, layer: nn.Module, x: Tensor) -> Callable[[], Any]:
+    return partial(_gradient, model, layer, x, torch.zeros(len(x), dtype=torch.long, device=x.device))
 
 
 PARTS: dict[str, Callable[[Bench, Sequence[str], str], list[Row]]] = {
@@ -285,3 +363,4 @@ PARTS: dict[str, Callable[[Bench, Sequence[str], str], list[Row]]] = {
     "ragged": ragged_part,
     "memory": memory_part,
 }
+NEED_WEIGHTS = ("tolerance", "ragged")

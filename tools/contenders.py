@@ -50,13 +50,13 @@ class Clock:
         return sum(start.elapsed_time(end) for start, end in self.spans) / 1e3
 
 
-class _ClockedFn:
+class ClockedFn:
     """f with a clock; what f offers beside its call it offers too."""
 
     def __init__(self, fn: Any, clock: Clock) -> None:
         self.fn, self.clock = fn, clock
         if hasattr(fn, "take"):
-            self.take = lambda index: _ClockedFn(fn.take(index), clock)
+            self.take = lambda index: ClockedFn(fn.take(index), clock)
         if hasattr(fn, "tensors"):
             self.tensors = fn.tensors
 
@@ -73,7 +73,7 @@ class Clocked(nn.Module):
 
     def forward(self, fn: Any, z0: State, **options: Any) -> Equilibrium:
         self.clock = Clock(z0[0].device)
-        return self.layer(_ClockedFn(fn, self.clock), z0, **options)
+        return self.layer(ClockedFn(fn, self.clock), z0, **options)
 
 
 class Twin(nn.Module):

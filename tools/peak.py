@@ -14,9 +14,14 @@ from tools.config import BadInput
 GIB, MIB = 2**30, 2**20
 
 
+def is_measurable(device: str) -> bool:
+    """Whether the memory of a device can be measured."""
+    return device.startswith("cuda") or Path("/proc/self/clear_refs").exists()
+
+
 def check_measurable(device: str) -> None:
     """Raise BadInput where the memory of a device cannot be measured."""
-    if not device.startswith("cuda") and not Path("/proc/self/clear_refs").exists():
+    if not is_measurable(device):
         raise BadInput("memory on a CPU is measured on Linux only; use --device cuda")
 
 
@@ -34,7 +39,7 @@ class Peak:
     def __enter__(self) -> "Peak":
         if self.device.startswith("cuda"):
             torch.cuda.set_per_process_memory_fraction(
-                min(1.0, self.limit_gib * GIB / torch.cuda.get_device_properties(0).total_memory)
+                min(1.0, self.limit_gib * GIB / torch.cuda.get_device_properties(self.device).total_memory)
             )
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,14 +74,7 @@ def measured(bench: Bench, case: str) -> list[Row]:
 
 def _peak(bench: Bench, settings: dict[str, Any], contender: str) -> float:
     case = f"{settings['name']}:{settings['side']}:{settings['batch']}"
-    return measured_peak(
-        case=case,
-        contender=contender,
-        steps=settings["steps"],
-        history=bench.history,
-        device=str(bench.device),
-        width=settings["width"],
-    )
+    return measured_peak(replace(bench, steps=settings["steps"]), case, contender, width=settings["width"])
 
 
 @torch.no_grad()

@@ -17,13 +17,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-import torch._functorch.config
 from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import mdeq
 from tools import build
 from tools.batches import Batches, Process
 from tools.checkpoint import (
@@ -115,9 +115,7 @@ class Run:
             nn.SyncBatchNorm.convert_sync_batchnorm(model)  # before anything holds on to the batch norms it replaces
         frozen = build.freeze(model, config.model)
         if config.run.compile:
-            # The implicit gradient goes through the backward graph of one evaluation many times.
-            torch._functorch.config.donated_buffer = False
-            model.equilibrium.cell.compile(dynamic=True)
+            mdeq.compile_cell(model)
         optimizer = build_optimizer(optim, model)
         scheduler = build_scheduler(optim, optimizer, config.run.epochs, len(self.train_batches))
         mixup = build_mixup(config, model.num_classes)

@@ -3,6 +3,7 @@
 from . import volumes
 from .cell import MultiscaleCell
 from .factory import list_models
+from .implicit import compile_cell
 from .mdeq import MDEQ
 from .official import identify_checkpoint, translate_checkpoint
 from .segmenter import MDEQSegmenter
@@ -20,6 +21,7 @@ __all__ = [
     "Transfer",
     "WarmStart",
     "WeightsError",
+    "compile_cell",
     "hub_config",
     "hub_errors",
     "identify_checkpoint",

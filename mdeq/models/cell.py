@@ -205,7 +205,8 @@ class MultiscaleCell(nn.Module):
         kernels = {m: m.weight for m in self.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))}
         device = self.blocks[0].norm1.weight.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
-            kernels = {m: kernel.to(torch.get_autocast_dtype(device)) for m, kernel in kernels.items()}
+            low = torch.get_autocast_dtype(device)  # float64 stays as it is
+            kernels = {m: k if k.dtype == torch.float64 else k.to(low) for m, k in kernels.items()}
         return kernels
 
     def forward(

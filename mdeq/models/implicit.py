@@ -1,6 +1,7 @@
 """The implicit layer: the cell, with all that stays fixed during a solve, and the equilibrium layer around it."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from timm.models import register_notrace_module
@@ -24,11 +25,22 @@ class CellFn:
     kernels: Kernels
     checkpoint: bool = False
     """Whether a step that is differentiated keeps its input only and is computed again in backward."""
+    is_eager: bool = False
+    """Whether the cell is called as it is where it was compiled."""
 
     def __call__(self, z: State) -> State:
+        cell = self.cell.forward if self.is_eager else self.cell
+        if self.cell._compiled_call_impl is not None and not torch.compiler.is_compiling():
+            for x in (*z, *self.injection, *(self.masks or ())):
+                if x is not None:
+                    torch._dynamo.maybe_mark_dynamic(x, 0)
         if self.checkpoint and torch.is_grad_enabled():
-            return checkpoint(self.cell, z, self.injection, self.masks, self.kernels, use_reentrant=False)
-        return self.cell(z, self.injection, self.masks, self.kernels)
+            return checkpoint(cell, z, self.injection, self.masks, self.kernels, use_reentrant=False)
+        return cell(z, self.injection, self.masks, self.kernels)
+
+    def eager(self) -> "CellFn":
+        """Return f as it is where the cell was compiled: derivatives of a compiled one cannot be differentiated."""
+        return replace(self, is_eager=True)
 
     def take(self, index: Tensor) -> "CellFn":
         """Return f for the samples `index` alone."""
@@ -83,3 +95,28 @@ class MultiscaleDEQ(nn.Module):
             checkpoint = self.grad_checkpointing and (unroll > 0 or isinstance(self.deq.gradient, PhantomGradient))
             fn = self.fn(injection, checkpoint)
             return self.deq(fn, start, solver=solver, unroll=unroll, jacobian_probes=jacobian_probes)
+
+
+def compile_cell(model: nn.Module, **options: Any) -> None:
+    """Compile the cell of a model by `torch.compile`, for every batch size at once and without graph breaks.
+
+    Sizes other than the batch are constants of the kernels, until a second one is met. What PyTorch tells apart all the
+    same has its own kernels: with and without gradients, a batch of one, and on a CPU one below 16. The Jacobian
+    penalty takes the cell as it is. Sets two options of PyTorch for the whole process: implicit gradients go through
+    the backward graph of one evaluation many times (no donated buffers), and such variants may be more than eight.
+
+    Args:
+        model: of this package, changed in place; its state_dict and its copies are those of a plain one.
+        options: of `torch.compile`, such as `mode` or `backend`.
+
+    Raises:
+        TypeError: for another model.
+    """
+    layer = getattr(model, "equilibrium", None)
+    if not isinstance(layer, MultiscaleDEQ):
+        raise TypeError(f"compile_cell takes a model of this package, got {type(model).__name__}")
+    dynamo = torch._dynamo.config  # loaded now, with what is below: it takes a while, and few need it
+    torch._functorch.config.donated_buffer = False
+    limit = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"
+    setattr(dynamo, limit, max(getattr(dynamo, limit), 24))
+    layer.cell.compile(fullgraph=True, **options)

@@ -215,7 +215,8 @@ class FixedPointSolver(ABC):
                 break
             # Compaction copies the memory, so it waits until it saves a quarter of the evaluations.
             if compact and num_active is not None and num_active <= 0.75 * z.shape[0] and hasattr(fn, "take"):
-                index = progress.active.nonzero().squeeze(1)
+                # Their rows in order; nonzero() would wait for the device once more to learn how many there are.
+                index = (~progress.active).byte().argsort(stable=True)[:num_active]
                 outer.append((progress, index))
                 progress, memory, fn = progress.take(index), memory.take(index), fn.take(index)
                 z, fz, g = z[index], fz[index], g[index]
