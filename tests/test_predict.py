@@ -18,14 +18,13 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 import mdeq
-from tools import photos as photographs
-from tools import pictures, volumes
+from tools import images, pictures, volumes
 from tools.config import BadInput
 from tools.inference import whole
 from tools.predict import output_names
 from tools.predictions import solve_record
 from tools.predictors import _write
-from tools.pretrained import load_trained
+from tools.pretrained import _label_names, load_trained
 
 RECORD = {"spacing": None, "orientation": "RAS", "normalise": "zscore", "patch_size": [24, 16, 16]}
 NAMES = ["background", "left", "right"]
@@ -419,15 +418,15 @@ def test_kinds_of_images(
 ) -> None:
     image, path = make(), tmp_path / f"image.{suffix}"
     image.save(path, exif=image.getexif())
-    assert np.asarray(photographs.read_image(path, 1)).tolist() == expected
-    colour = np.asarray(photographs.read_image(path, 3))
+    assert np.asarray(images.read_picture(path, 1)).tolist() == expected
+    colour = np.asarray(images.read_picture(path, 3))
     assert colour.shape[2] == 3
     assert (colour == np.asarray(expected)[:, :, None]).all()
 
 
 def test_colour_for_a_grey_model(photos: Path) -> None:
     with Image.open(photos / "0.png") as file:
-        assert np.array_equal(np.asarray(photographs.read_image(photos / "0.png", 1)), np.asarray(file.convert("L")))
+        assert np.array_equal(np.asarray(images.read_picture(photos / "0.png", 1)), np.asarray(file.convert("L")))
 
 
 @pytest.mark.parametrize(
@@ -436,7 +435,7 @@ def test_colour_for_a_grey_model(photos: Path) -> None:
 def test_float_images_out_of_range(values: list[list[float]], says: str, tmp_path: Path) -> None:
     Image.fromarray(np.array(values, dtype=np.float32)).save(tmp_path / "image.tif")
     with pytest.raises(BadInput, match=says):
-        photographs.read_image(tmp_path / "image.tif", 3)
+        images.read_picture(tmp_path / "image.tif", 3)
 
 
 @pytest.mark.parametrize(
@@ -512,6 +511,15 @@ def test_size_of_a_volume_is_refused(volume_segmenter: tuple[Path, nn.Module], t
     path = write_volume(tmp_path / "scan.nii.gz", voxels(16, 16, 16), np.eye(4))
     refused = predict(volume_segmenter[0], path, "--out", tmp_path / "out", "--size", 32).refusal()
     assert "--size is for images" in refused
+
+
+def test_official_segmenters_have_the_names_of_cityscapes(tmp_path: Path) -> None:
+    model = timm.create_model("mdeq_tiny_seg", **TINY)
+    named = [
+        _label_names(model, config) for config in ({}, {"pretrained_cfg": {"tag": "locuslab"}}, {"num_classes": 19})
+    ]
+    assert named[0][:2] == named[1][:2] == ("road", "sidewalk")
+    assert named[2][:2] == ("class 0", "class 1")
 
 
 def test_a_model_of_another_package(photos: Path, tmp_path: Path) -> None:

@@ -102,6 +102,63 @@ def test_names_of_classes_may_have_spaces(text: str, tmp_path: Path) -> None:
     assert batches(data("masks", tmp_path), training=True).class_names == ("traffic light", "traffic sign", "road")
 
 
+@pytest.mark.parametrize(
+    "text", ["\ufeff0 left\n1 middle\n2 right\n", "# a comment\n0, left\n1: middle\n2;right", "left\nmiddle\n\nright\n"]
+)
+def test_ways_to_write_classes(text: str, tmp_path: Path) -> None:
+    (masks(tmp_path) / "classes.txt").write_text(text, encoding="utf-8")
+    assert batches(data("masks", tmp_path), training=True).class_names == ("left", "middle", "right")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("id name\n0 left\n1 right\n", "got 'id name' among others"),
+        ("0 left\nright\n", "got 'right' among others"),
+        ("0 left\n0 middle\n1 right\n", "two classes have the same number"),
+    ],
+)
+def test_classes_that_are_unclear(text: str, said: str, tmp_path: Path) -> None:
+    (masks(tmp_path) / "classes.txt").write_text(text)
+    with pytest.raises(BadInput, match=said):
+        batches(data("masks", tmp_path), training=True)
+
+
+def test_masks_of_0_and_255_are_suspicious(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    masks(tmp_path)
+    for path in tmp_path.glob("*/masks/*.png"):
+        save(path, np.where(picture(0)[1] > 1, 255, 0).astype(np.uint8))
+    batches(data("masks", tmp_path), training=True)
+    said = capsys.readouterr().err
+    assert said.startswith("warning: the first masks hold no class but left; 3")
+    assert "data.ignore_index=255" in said
+    masks(tmp_path)
+    batches(data("masks", tmp_path), training=True)
+    assert capsys.readouterr().err == ""
+
+
+def test_two_masks_of_one_name(tmp_path: Path) -> None:
+    save(masks(tmp_path) / "train" / "masks" / "0.tif", picture(0)[1])
+    with pytest.raises(BadInput, match=r"two masks of one name: .*0\.png and .*0\.tif"):
+        batches(data("masks", tmp_path), training=True)
+
+
+def test_images_are_read_as_for_prediction(tmp_path: Path) -> None:
+    """On white where they are transparent, and turned as their EXIF says; so is a mask."""
+    image, mask = picture(0)
+    glass = Image.fromarray(np.dstack([image, np.where(mask == 2, 0, 255).astype(np.uint8)]))
+    glass.save(tmp_path / "glass.png")
+    read = read_image(tmp_path / "glass.png", 3)
+    assert torch.equal(read[:, 0, -1], torch.tensor([255, 255, 255], dtype=torch.uint8))
+    assert np.array_equal(read[:, :, 0].numpy().T, image[:, 0])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter clockwise
+    for array, name in ((image, "image.png"), (mask, "mask.png")):
+        Image.fromarray(array).save(tmp_path / name, exif=exif)
+    assert tuple(read_image(tmp_path / "image.png", 3).shape[1:]) == SIZE[::-1]
+    assert np.array_equal(read_mask(tmp_path / "mask.png", label_table(3, (VOID,))).numpy(), np.rot90(mask, -1))
+
+
 def test_class_that_is_ignored_by_its_number(tmp_path: Path) -> None:
     (masks(tmp_path) / "classes.txt").write_text("left\nmiddle\nvoid\n")
     with pytest.raises(BadInput, match="label value 255, which is no class"):
@@ -261,6 +318,8 @@ def test_image_under_16_pixels(tmp_path: Path) -> None:
         ({"patch_size": None}, "data.patch_size"),
         ({"scale_range": [2.0, 0.5]}, "data.scale_range"),
         ({"test_split": "test"}, "expected test/images and test/masks"),
+        ({"ignore_index": 300}, "data.ignore_index must be a value of a mask, 0 to 255, got 300"),
+        ({"ignore_index": -100}, "data.ignore_index must be a value of a mask"),
         ({"root": "/nowhere"}, "no data in /nowhere"),
         ({"name": "camvid"}, "no CamVid"),
         ({"name": "cityscapes"}, "no Cityscapes"),
@@ -351,7 +410,7 @@ def test_a_score_of_nothing_is_undefined() -> None:
     """Every pixel is void, no voxel is labelled or found: there is no score, and the line says so."""
     tally, logits = PixelTally(("a", "b"), VOID, Process()), torch.zeros(1, 2, 16, 16)
     tally.add(torch.tensor(0.0), logits, torch.full((1, 16, 16), VOID))
-    dice = DiceTally(("background", "a"), VOID, (1.0, 1.0, 1.0))
+    dice = DiceTally(("background", "a"), VOID, [(1.0, 1.0, 1.0)])
     logits = torch.stack((torch.ones(1, 6, 6, 6), torch.zeros(1, 6, 6, 6)), dim=1)
     dice.add(torch.tensor(0.0), logits, torch.zeros(1, 6, 6, 6, dtype=torch.long))
     for headline, result in ((MIOU, tally.summary(Process())), (DICE, dice.summary(Process()))):
@@ -391,14 +450,18 @@ def test_dice_and_hd95_of_boxes() -> None:
     found[1, 2:6, 4:8, 4:8] = 1
     labels[:, 11], found[:, 11] = VOID, 1  # padding
     found[2, 2, 2, 2] = 1  # a class that is not there: Dice 0, no distance
-    tally = DiceTally(("background", "box", "nowhere"), VOID, (1.5, 1.0, 1.0))
-    tally.add(torch.tensor(0.0), nn.functional.one_hot(found, 3).movedim(-1, 1).float(), labels)
+    spacings = [(1.5, 1.0, 1.0), (1.0, 1.0, 1.0), (1.0, 1.0, 1.0), (3.0, 1.0, 1.0)]
+    tally = DiceTally(("background", "box", "nowhere"), VOID, spacings)
+    logits = nn.functional.one_hot(found, 3).movedim(-1, 1).float()
+    tally.add(torch.tensor(0.0), logits, labels)
     result = tally.summary(Process())
     assert result["dice_box"] == pytest.approx((0.5 + 1 + 0) / 3)
     assert math.isnan(result["dice_nowhere"])
     assert result["mean_dice"] == pytest.approx(0.5)
     assert result["hd95_box"] == pytest.approx((3 + 0) / 2)
     assert result["hd95_undefined"] == 1
+    tally.add(torch.tensor(0.0), logits[:1], labels[:1])  # the same box in a volume of another spacing
+    assert tally.summary(Process())["hd95_box"] == pytest.approx((3 + 0 + 6) / 3)
 
 
 def test_auc_and_balanced_accuracy() -> None:

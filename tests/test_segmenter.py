@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from monai.data import MetaTensor
 from timm.models import create_feature_extractor, save_for_hf
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
@@ -212,8 +213,32 @@ def test_local_directory_round_trip(tmp_path: Path) -> None:
     assert torch.equal(again(x), model(x))
 
 
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+@pytest.mark.parametrize("solver", [mdeq.Broyden(max_steps=3), mdeq.Anderson(max_steps=3)])
+def test_tensors_of_monai(spatial_dims: int, solver: mdeq.FixedPointSolver) -> None:
+    """They go in and come out, with where they lie in space; what is computed is what plain ones give."""
+    model = small(spatial_dims, solver=solver)
+    x = batch(*(16, 20, 18)[:spatial_dims])
+    known = MetaTensor(x, affine=torch.diag(torch.tensor([2.0, 1.0, 1.0, 1.0])))
+    logits = model(known)
+    logits.square().mean().backward()
+    assert isinstance(logits, MetaTensor)
+    assert torch.equal(logits.affine, known.affine)
+    assert all(type(p.grad) is torch.Tensor for p in model.parameters() if p.grad is not None)
+    model.eval()
+    found, equilibrium = model(known, return_equilibrium=True)
+    assert torch.equal(found.as_tensor(), model(x))
+    assert all(type(z) is torch.Tensor for z in equilibrium.state)
+    deq = mdeq.DEQ(solver, mdeq.ImplicitGradient())  # any f over such tensors
+    assert deq(lambda z: (0.5 * z[0] + 1,), (MetaTensor(torch.zeros(2, 3)),)).state[0].shape == (2, 3)
+
+
 def test_bad_input_is_named() -> None:
     model = small(3).eval()
+    with pytest.raises(ValueError, match=r"expected an input of floating-point numbers, got torch\.uint8"):
+        model(batch(16, 16, 16).byte())
+    with pytest.raises(ValueError, match="in_chans must be >= 1, got 0"):
+        small(3, in_chans=0)
     with pytest.raises(ValueError, match=r"every side of the input must be >= 16, got \(16, 15, 16\)"):
         model(batch(16, 15, 16))
     with pytest.raises(ValueError, match=r"expected an input \(batch, 1, D, H, W\), got \(2, 1, 16, 16\)"):

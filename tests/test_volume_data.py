@@ -169,6 +169,7 @@ def test_class_names_of_a_file(tmp_path: Path) -> None:
         ("medmnist3d", {"val_labels": np.array(["a", "b", "a", "b"])}, {}, "val_labels are no numbers but <U1"),
         ("medmnist3d", {"val_images": np.zeros((4, 16, 16, 16), np.complex64)}, {}, "val_images are no numbers"),
         ("medmnist3d", {"val_images": np.zeros((4, 0, 16, 16))}, {}, "has images (4, 0, 16, 16)"),
+        ("medmnist3d", {"val_images": np.zeros((4, 28, 28, 3))}, {}, "no volumes but images with channels"),
         ("medmnist3d", {"val_labels": np.array([0.0, 1.0, 0.5, 1.0])}, {}, "has the label value 0.5"),
     ],
 )
@@ -453,6 +454,48 @@ def test_bad_labels(tmp_path: Path) -> None:
         load_labels(moved, volume, 3)
 
 
+@pytest.mark.parametrize("dtype", [np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]), np.complex64])
+def test_labels_of_colours_or_complex_numbers(dtype: Any, tmp_path: Path) -> None:
+    volume = load_volume(save_nifti(tmp_path / "x.nii.gz", blob((16, 17, 18))[0]))
+    path = save_nifti(tmp_path / "y.nii.gz", np.zeros((16, 17, 18), dtype))
+    with pytest.raises(BadInput, match="has colours or complex numbers for labels"):
+        load_labels(path, volume, 3)
+
+
+def test_more_classes_than_a_byte_holds(tmp_path: Path) -> None:
+    image, label = blob((16, 17, 18))
+    volume = load_volume(save_nifti(tmp_path / "x.nii.gz", image))
+    with pytest.raises(BadInput, match="255 classes at most, got 300"):
+        load_labels(save_nifti(tmp_path / "y.nii.gz", label), volume, 300)
+
+
+def test_resampling_to_fewer_voxels_averages() -> None:
+    """Planes of 1, 0, 0, 0: a fourth of them would be all of one kind."""
+    planes = torch.zeros(1, 32, 16, 16)
+    planes[:, ::4] = 1
+    volume = Volume(planes, np.diag([0.25, 1.0, 1.0, 1.0]))
+    x, _ = prepare(volume, Preprocessing((1.0, 1.0, 1.0), "none", "none"))
+    assert tuple(x.shape) == (1, 8, 16, 16)
+    assert float(x[:, 2:-2].mean()) == pytest.approx(0.25, abs=0.05)
+    assert float(x[:, 2:-2].std()) < 0.05
+
+
+def test_spacings_follow_the_order_of_the_test_split(tmp_path: Path) -> None:
+    """Of every process its own samples."""
+    root = decathlon(tmp_path, 3)
+    config = data("nifti", root, test_split="train", batch_size=2)
+    sizes = []
+    for k in (1, 2):
+        image, label = blob((16, 16, 16), k)
+        for name, array in (("imagesTr", image), ("labelsTr", label)):
+            save_nifti(root / name / f"case_{k}.nii.gz", array, np.diag([1.0, 1.0, float(k), 1.0]))
+    for rank in (0, 1):
+        found = batches(config, training=False, process=Process(rank, 2))
+        sizes.append(found.spacings)
+    assert sizes == [[(1.0, 1.0, 1.0)], [(1.0, 1.0, 2.0)]]
+    assert batches(config, training=True).spacings is None
+
+
 def test_an_empty_mask_is_background(tmp_path: Path) -> None:
     image, label = blob((16, 17, 18))
     volume = load_volume(save_nifti(tmp_path / "x.nii.gz", image))
@@ -468,6 +511,10 @@ def test_an_empty_mask_is_background(tmp_path: Path) -> None:
         ("[]", "is no description"),
         ('{"labels": {"0": "a"}}', "must list pairs"),
         ('{"labels": {"0": "a", "2": "b"}, "training": [{"image": "x", "label": "y"}]}', "numbered from 0"),
+        (
+            '{"labels": {"0": "a", "1": "a"}, "training": [{"image": "x", "label": "y"}]}',
+            "two labels have the same name",
+        ),
         ('{"labels": {"0": "a", "1": "b"}, "training": ["x.nii.gz"]}', "is no description"),
         ('{"labels": {"0": "a", "1": "b"}, "training": [{"image": "x.nii"}]}', "must list pairs"),
         ('{"labels": {"0": "a", "1": "b"}, "training": [{"image": ["x", "y"], "label": "z"}]}', "one file each"),

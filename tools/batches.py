@@ -1,7 +1,8 @@
 """What a data set gives to a training loop: batches whose order depends on seed and epoch alone."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,7 +24,7 @@ class Batches(Protocol):
     """The batches of one split, as many and in the same order for the same epoch, wherever it is entered."""
 
     class_names: tuple[str, ...]  # empty where they are not known
-    spacing: tuple[float, ...] | None  # mm per voxel, where it is known and the same for all
+    spacings: Sequence[Sequence[float]] | None  # mm per voxel of the samples of this process, in order, where known
 
     def __len__(self) -> int: ...
 
@@ -79,6 +80,22 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
             f"the data have the label {low if low < 0 else high}, the model has the classes 0 to {num_classes - 1}; "
             "set data.num_classes"
         )
+
+
+@contextmanager
+def memory_for(what: str, options: str, how: str = "smaller") -> Iterator[None]:
+    """Turn a lack of memory into one line that names what it lacked for and the options that help.
+
+    Raises:
+        BadInput: if memory runs out, a GPU's or the machine's.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # of a CPU's memory PyTorch says so in words alone
+        lacking = isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
+        if not lacking:
+            raise
+        raise BadInput(f"{what} does not fit into memory; make {options} {how}") from None
 
 
 def seed_of(*numbers: int) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from mdeq import SolveStatus
+from tools.segmentation_data import CAMVID_CLASSES, CITYSCAPES_CLASSES
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,14 @@ DATASETS = {
         "non-commercial use only, see cityscapes-dataset.com/license",
         "M. Cordts et al., The Cityscapes Dataset for Semantic Urban Scene Understanding, CVPR 2016",
         "image-segmentation",
+        labels=CITYSCAPES_CLASSES,
     ),
     "camvid": Dataset(
         "CamVid",
         "CC BY-NC 4.0, personal and research use",
         "G. Brostow et al., Semantic Object Classes in Video, Pattern Recognition Letters 2009",
         "image-segmentation",
+        labels=CAMVID_CLASSES,
     ),
     "hippocampus": Dataset(
         "Medical Segmentation Decathlon, Task04 Hippocampus",

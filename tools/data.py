@@ -2,7 +2,7 @@
 
 import lzma
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -63,7 +63,7 @@ class ArrayBatches:
     """Batches of arrays. Order and augmentation depend on seed, epoch and batch number alone: a run can be resumed."""
 
     class_names: tuple[str, ...] = ()
-    spacing: tuple[float, ...] | None = None
+    spacings: Sequence[Sequence[float]] | None = None
 
     def __init__(
         self, arrays: Arrays, spec: ImageSpec, config: DataConfig, process: Process, *, training: bool, seed: int = 0

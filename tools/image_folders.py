@@ -2,7 +2,7 @@
 
 import importlib.util
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ class ReaderBatches:
     """Batches of a timm loader."""
 
     class_names: tuple[str, ...] = ()
-    spacing: tuple[float, ...] | None = None
+    spacings: Sequence[Sequence[float]] | None = None
 
     def __init__(self, loader: Any, process: Process, seed: int) -> None:
         self.loader, self.process, self.seed = loader, process, seed

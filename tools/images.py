@@ -1,11 +1,11 @@
-"""Image and mask files of any kind of pixel as tensors of bytes."""
+"""Image files of every kind as 8-bit grey or colour, the way up that they were taken, and masks of class numbers."""
 
 import io
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from tools.config import BadInput
@@ -13,7 +13,7 @@ from tools.config import BadInput
 Source = Path | tuple[str, bytes]
 """A file, or the name and the content of one that lies in an archive."""
 
-_WIDE = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 
 
 def name_of(source: Source) -> str:
@@ -21,32 +21,67 @@ def name_of(source: Source) -> str:
 
 
 def _open(source: Source) -> Image.Image:
+    """Return the first frame of a file, turned as its EXIF says."""
+    if isinstance(source, Path) and not source.is_file():
+        raise BadInput(f"no image {source}")
     try:
-        with open(source, "rb") if isinstance(source, Path) else io.BytesIO(source[1]) as file:
-            image = Image.open(file)
-            image.load()
-            return image
-    except FileNotFoundError:
-        raise BadInput(f"no image {name_of(source)}") from None
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise BadInput(f"cannot read image {name_of(source)}: {error}") from None
+        with Image.open(source if isinstance(source, Path) else io.BytesIO(source[1])) as file:
+            file.load()
+            return ImageOps.exif_transpose(file)
+    except UnidentifiedImageError:
+        raise BadInput(f"cannot read image {name_of(source)}: it is none") from None
+    # What Pillow raises for a damaged file depends on where it is damaged.
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BadInput(f"cannot read image {name_of(source)}: {reason}") from None
 
 
-def read_image(source: Source, in_chans: int) -> Tensor:
-    """Return an image `(in_chans, H, W)` uint8; grey becomes colour or the other way, 16 bits become 8.
+def read_picture(source: Source, in_chans: int) -> Image.Image:
+    """Return an image in grey (`in_chans` 1) or colour (3), 8 bits a channel.
+
+    16-bit grey values keep their upper 8 bits, float ones are taken to be in 0..1, what is transparent is laid on
+    white, the orientation in EXIF is applied, and of several frames the first is taken.
 
     Raises:
-        BadInput: if it cannot be read, or a model takes neither 1 nor 3 channels.
+        BadInput: if it cannot be read, or is not of this kind.
     """
     if in_chans not in (1, 3):
         raise BadInput(f"image files have 1 or 3 channels, the model takes {in_chans} (model.kwargs.in_chans)")
-    image = _open(source)
-    if image.mode in _WIDE:  # PIL would clip all that is above 255
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    if image.mode == "F":
-        raise BadInput(f"image {name_of(source)} has fractions for pixels; save it with 8 or 16 bits")
-    pixels = np.asarray(image.convert("L" if in_chans == 1 else "RGB"))
+    return _opaque(_eight_bits(_open(source), name_of(source))).convert("L" if in_chans == 1 else "RGB")
+
+
+def read_image(source: Source, in_chans: int) -> Tensor:
+    """Return what `read_picture` reads as a tensor `(in_chans, H, W)` uint8."""
+    pixels = np.asarray(read_picture(source, in_chans))
     return torch.from_numpy(pixels.copy()).reshape(*pixels.shape[:2], in_chans).permute(2, 0, 1).contiguous()
+
+
+def _is_wide(image: Image.Image) -> bool:
+    """Whether pixels are whole numbers of more than 8 bits, of which PIL would clip all that is above 255."""
+    return image.mode.startswith("I")
+
+
+def _eight_bits(image: Image.Image, name: str) -> Image.Image:
+    if not _is_wide(image) and image.mode != "F":
+        return image
+    values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise BadInput(f"{name} has values that are NaN or infinite")
+    if image.mode == "F":
+        values, rule = values * 255, "float values must be in 0..1"
+    else:
+        values, rule = np.floor(values / 256), "whole numbers must be in 0..65535"
+    if values.min() < 0 or values.max() > 255:
+        raise BadInput(f"{name}: {rule}")
+    return Image.fromarray(np.round(values).astype(np.uint8))
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image
+    coloured = image.convert("RGBA")
+    white = Image.new("RGBA", coloured.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, coloured).convert("RGB")
 
 
 def read_mask(source: Source, table: np.ndarray) -> Tensor:
@@ -60,7 +95,7 @@ def read_mask(source: Source, table: np.ndarray) -> Tensor:
         BadInput: if it cannot be read, has colours for labels, or a value that must not occur.
     """
     image = _open(source)
-    if image.mode not in ("L", "P", "1", *_WIDE):
+    if image.mode not in ("L", "P", "1") and not _is_wide(image):
         raise BadInput(f"mask {name_of(source)} has the pixels {image.mode}; expected one channel of class numbers")
     values = np.asarray(image).astype(np.int64)
     bad = values[(values < 0) | (values > 255) | (table[values.clip(0, 255)] < 0)]

@@ -162,14 +162,16 @@ class DiceTally(MeanLoss):
     Args:
         class_names: of all classes, background first.
         ignored: label of voxels that do not count, such as those of padding.
-        spacing: mm per voxel, for HD95; None leaves it out.
+        spacings: mm per voxel of the volumes in the order in which they are counted, for HD95; None leaves it out.
     """
 
-    def __init__(self, class_names: Sequence[str], ignored: int, spacing: Sequence[float] | None = None) -> None:
+    def __init__(
+        self, class_names: Sequence[str], ignored: int, spacings: Sequence[Sequence[float]] | None = None
+    ) -> None:
         super().__init__()
         self.metrics = optional("monai.metrics", "volumes")
-        self.names, self.ignored, self.spacing = tuple(class_names), ignored, spacing
-        self.rows = [torch.zeros(0, (len(self.names) - 1) * (1 if spacing is None else 2), dtype=torch.float64)]
+        self.names, self.ignored, self.spacings, self.counted = tuple(class_names), ignored, spacings, 0
+        self.rows = [torch.zeros(0, (len(self.names) - 1) * (1 if spacings is None else 2), dtype=torch.float64)]
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         super().add(loss, logits, labels)
@@ -179,8 +181,10 @@ class DiceTally(MeanLoss):
         dice = self.metrics.compute_dice(found, true, include_background=False, ignore_empty=False)
         seen = (found + true).flatten(2).any(dim=2)[:, 1:]
         columns = [torch.where(seen, dice, math.nan)]
-        if self.spacing is not None:
-            options = dict(include_background=False, percentile=95, spacing=list(self.spacing))
+        if self.spacings is not None:
+            spacing = [list(mm) for mm in self.spacings[self.counted : self.counted + len(labels)]]
+            self.counted += len(labels)
+            options = dict(include_background=False, percentile=95, spacing=spacing)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # MONAI warns of what it does itself, and of empty masks
                 distances = self.metrics.compute_hausdorff_distance(found, true, **options)
@@ -193,7 +197,7 @@ class DiceTally(MeanLoss):
         per_class = dice.nanmean(dim=1)
         result = {"mean_dice": float(per_class.nanmean())}
         result.update({f"dice_{name}": float(d) for name, d in zip(self.names[1:], per_class)})
-        if self.spacing is not None:
+        if self.spacings is not None:
             distances = rows[len(self.names) - 1 :]
             defined = torch.where(distances.isfinite(), distances, math.nan).nanmean(dim=1)
             result.update({"hd95": float(defined.nanmean())})

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tools.batches import memory_for
 from tools.config import BadInput
 from tools.volumes import Preprocessing, load_labels, load_volume, prepare, prepared_spacing
 
@@ -33,6 +34,8 @@ def read_dataset_json(root: Path) -> tuple[list[dict[str, Any]], list[dict[str, 
         label_names = tuple(str(name) for _, name in sorted((int(value), name) for value, name in names.items()))
         if sorted(int(value) for value in names) != list(range(len(names))):
             raise BadInput(f"{path}: the labels must be numbered from 0 on, got {sorted(names)}")
+        if len(set(label_names)) < len(label_names):
+            raise BadInput(f"{path}: two labels have the same name: {', '.join(label_names)}")
         listed = {key: [dict(pair) for pair in content.get(key, [])] for key in ("training", "validation")}
         pairs = [pair for part in listed.values() for pair in part]
         if not listed["training"] or not all({"image", "label"} <= set(pair) for pair in pairs):
@@ -57,8 +60,8 @@ def read_dataset_json(root: Path) -> tuple[list[dict[str, Any]], list[dict[str, 
 
 def read_nifti(
     root: Path, split: str, pick: Pick, in_chans: int, preprocessing: Preprocessing
-) -> tuple[Sequence[Tensor], Sequence[Tensor], tuple[str, ...], tuple[float, ...] | None]:
-    """Return the prepared volumes of a split, their labels, the names of the labels, and the spacing they share.
+) -> tuple[Sequence[Tensor], Sequence[Tensor], tuple[str, ...], Sequence[tuple[float, ...]]]:
+    """Return the prepared volumes of a split, their labels, the names of the labels, and their spacings.
 
     Raises:
         BadInput: for files that are missing, damaged or do not belong together.
@@ -69,11 +72,12 @@ def read_nifti(
     chosen = train[pick(len(train))] if split == "train" else val
     if not chosen:
         raise BadInput(f"{root}: too few cases, {len(train) + len(val)}, for a split {split}")
-    images, labels, spacings = [], [], set()
+    images, labels, spacings = [], [], []
     for pair in chosen:
-        volume = load_volume(root / pair["image"], in_chans)
-        image, label = prepare(volume, preprocessing, load_labels(root / pair["label"], volume, len(names)))
+        with memory_for(str(root / pair["image"]), "the voxels of data.spacing", "larger"):
+            volume = load_volume(root / pair["image"], in_chans)
+            image, label = prepare(volume, preprocessing, load_labels(root / pair["label"], volume, len(names)))
         images.append(image)
         labels.append(label)
-        spacings.add(prepared_spacing(volume, preprocessing))
-    return images, labels, names, spacings.pop() if len(spacings) == 1 else None
+        spacings.append(prepared_spacing(volume, preprocessing))
+    return images, labels, names, spacings

@@ -4,8 +4,7 @@ import dataclasses
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 import mdeq
-from tools import photos, pictures, volumes
-from tools.batches import MIN_SIZE
+from tools import images, pictures, volumes
+from tools.batches import MIN_SIZE, memory_for
 from tools.build import image_spec
 from tools.checkpoint import write_atomically
 from tools.config import BadInput
@@ -32,22 +31,6 @@ from tools.volumes import Preprocessing, Volume
 
 MOST_LABELS = 256
 """Classes that fit into the 8 bits of a label map."""
-
-
-@contextmanager
-def memory_for(what: str, options: str) -> Iterator[None]:
-    """Turn a lack of memory into one line that names what it lacked for and the options that help.
-
-    Raises:
-        BadInput: if memory runs out, a GPU's or the machine's.
-    """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:  # of a CPU's memory PyTorch says so in words alone
-        lacking = isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
-        if not lacking:
-            raise
-        raise BadInput(f"{what} does not fit into memory; make {options} smaller") from None
 
 
 @dataclass(frozen=True)
@@ -100,7 +83,7 @@ class Predictor:
         if settings.orientation is not None:
             self.preprocessing = dataclasses.replace(self.preprocessing, orientation=settings.orientation)
         self.inference = self._inference()
-        self.suffixes = (".nii", ".nii.gz") if self.is_3d else photos.SUFFIXES
+        self.suffixes = (".nii", ".nii.gz") if self.is_3d else images.SUFFIXES
         # Windows of one input fill a batch; whole inputs of one size share one.
         self.batch_size = settings.batch_size if self.inference is whole and not self.is_3d else 1
         self._transform: Callable[[Image.Image], Tensor] = self._image_transform()
@@ -140,12 +123,12 @@ class Predictor:
             BadInput: if it cannot be read, or is no input for the model.
         """
         if self.is_3d:
-            with memory_for(str(path), "the spacing it is resampled to"):
+            with memory_for(str(path), "the spacing it is resampled to", "larger"):
                 volume, x = self._volume(path)
             return Sample(number, path, name, x, volume)
         if path.name.lower().endswith((".nii", ".nii.gz")):
             raise BadInput(f"{path} is a volume, the model takes images")
-        image = photos.read_image(path, self.model.in_chans)
+        image = images.read_picture(path, self.model.in_chans)
         if self.dense and min(image.size) < MIN_SIZE:
             raise BadInput(f"{path} is {image.width}x{image.height}; every side must be at least {MIN_SIZE} pixels")
         return Sample(number, path, name, self._transform(image), image)

@@ -15,6 +15,7 @@ from tools.build import build_model, data_record, known_model, renew_cfg
 from tools.card import DATASETS
 from tools.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_weights
 from tools.config import BadInput, ModelConfig, load_config
+from tools.segmentation_data import CITYSCAPES_CLASSES
 
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
@@ -56,6 +57,23 @@ def load_trained(name: str) -> Trained:
     if model.num_classes < 1:
         raise BadInput(f"{name} has no classes to predict")
     return Trained(model.eval(), config, _label_names(model, config))
+
+
+def recorded_config(name: str) -> dict[str, Any]:
+    """Return what the config.json of a model of a name, `local-dir:` or `hf-hub:` says; nothing where there is none.
+
+    Raises:
+        BadInput: for a damaged file.
+        WeightsError: for one on the Hub that cannot be had.
+    """
+    source, _, place = name.partition(":")
+    if source == "hf-hub":
+        return _read_json(mdeq.hub_config(place))
+    if source == "local-dir":
+        path = Path(place) / "config.json"
+        return _read_json(path) if path.is_file() else {}
+    tagged = [release for key, release in mdeq.RELEASES.items() if name in (key, key.partition(".")[0])]
+    return dict(tagged[0].config) if tagged else {}
 
 
 def _from_path(path: Path) -> tuple[nn.Module, dict[str, Any]]:
@@ -108,6 +126,9 @@ def _label_names(model: nn.Module, config: dict[str, Any]) -> tuple[str, ...]:
     names = config.get("label_names") or model.pretrained_cfg.get("label_names") or ()
     if isinstance(names, dict):  # timm allows a dictionary by number
         names = [names.get(str(k), names.get(k, f"class {k}")) for k in range(model.num_classes)]
+    of_official = not config or tag == "locuslab"
+    if of_official and isinstance(model, mdeq.MDEQSegmenter) and model.num_classes == len(CITYSCAPES_CLASSES):
+        tag = "cityscapes"  # which the official segmenters were trained on
     if not names and tag in DATASETS:
         names = DATASETS[tag].labels
     if not names and "in1k" in tag and model.num_classes == 1000:

@@ -64,7 +64,7 @@ class Part:
     """
 
     def __init__(self, whole: Batches, count: int, watch: Watch) -> None:
-        self.class_names, self.spacing = whole.class_names, whole.spacing
+        self.class_names, self.spacings = whole.class_names, None
         count = min(count, len(whole))
         places = {k * len(whole) // count for k in range(count)}
         self.samples: list[Batch] = []

@@ -1,6 +1,7 @@
 """Images with masks: CamVid, Cityscapes, and any folder of pairs with a file of classes."""
 
 import re
+import sys
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -42,6 +43,8 @@ CITYSCAPES_CLASSES = (
 )  # fmt: skip
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # of the train ids 0 to 18
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+LOOKED_AT = 50
+"""Masks that are looked at before a training."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,11 @@ def label_table(num_classes: int, ignored: Sequence[int]) -> np.ndarray:
 
 def matched(images: Sequence[Path], masks: Path, origin: Path) -> list[tuple[Source, Source]]:
     """Return each image with the mask of the same name, whatever its suffix."""
-    by_name = {path.stem: path for path in sorted(masks.glob("*")) if path.suffix.lower() in _SUFFIXES}
+    by_name: dict[str, Path] = {}
+    for path in _files(masks):
+        if path.stem in by_name:
+            raise BadInput(f"two masks of one name: {by_name[path.stem]} and {path}")
+        by_name[path.stem] = path
     for path in images:
         if path.stem not in by_name:
             raise BadInput(f"image {path} has no mask of its name in {masks}")
@@ -118,23 +125,31 @@ def read_cityscapes(root: Path, split: str) -> Pairs:
     return Pairs(pairs, table, CITYSCAPES_CLASSES)
 
 
+def _read_classes(path: Path) -> dict[int, str]:
+    """Return the classes in a file of lines `NUMBER NAME`, or `NAME`; lines that begin with # are none."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError):
+        raise BadInput(f"cannot read {path}; it holds a line `NUMBER NAME` (or `NAME`) for each class") from None
+    lines = [line for line in lines if line and not line.startswith("#")]
+    found = [re.match(r"(\d+)[\s,:;]+(\S.*)", line) for line in lines]
+    without = [line for line, match in zip(lines, found) if match is None]
+    if without and len(without) < len(lines):
+        raise BadInput(f"{path}: a line is `NUMBER NAME` or, in all of them, `NAME`; got {without[0]!r} among others")
+    if not without and len({int(match[1]) for match in found}) < len(lines):
+        raise BadInput(f"{path}: two classes have the same number")
+    # A name may have spaces; a colour R G B after it, as in CamVid's file, is none of it.
+    texts = [re.sub(r"([\s,]+\d+){3}$", "", line if without else match[2]) for line, match in zip(lines, found)]
+    return {k if without else int(match[1]): text for k, (match, text) in enumerate(zip(found, texts))}
+
+
 def read_masks(root: Path, split: str, ignored: int) -> Pairs:
     """Return `SPLIT/images` and `SPLIT/masks` of a folder; `classes.txt` has a line `NUMBER NAME` for each class."""
     path = root / "classes.txt"
-    try:
-        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError):
-        raise BadInput(f"cannot read {path}; it holds a line `NUMBER NAME` (or `NAME`) for each class") from None
-    numbered = all(re.match(r"\d+\s+\S", line) for line in lines)
-    numbers = [int(line.split()[0]) if numbered else k for k, line in enumerate(lines)]
-    # A name may have spaces; a colour R G B after it, as in CamVid's file, is none of it.
-    texts = [re.sub(r"(\s+\d+){3}$", "", line.split(maxsplit=1)[1] if numbered else line) for line in lines]
-    names = dict(zip(numbers, texts))
+    names = _read_classes(path)
     names.pop(ignored, None)
     if sorted(names) != list(range(len(names))) or not names or len(names) > VOID:
-        raise BadInput(
-            f"{path}: the classes must be numbered from 0 on (the one to ignore last), got {sorted(numbers)}"
-        )
+        raise BadInput(f"{path}: the classes must be numbered from 0 on (the one to ignore last), got {sorted(names)}")
     if len(set(names.values())) < len(names):
         raise BadInput(f"{path}: two classes have the same name: {', '.join(names[k] for k in sorted(names))}")
     folders = [root / split / kind for kind in ("images", "masks")]
@@ -143,6 +158,21 @@ def read_masks(root: Path, split: str, ignored: int) -> Pairs:
             raise BadInput(f"no folder {folder}; expected {split}/images and {split}/masks in {root}")
     pairs = matched(_files(folders[0]), folders[1], folders[0])
     return Pairs(pairs, label_table(len(names), (ignored,)), tuple(names[k] for k in sorted(names)))
+
+
+def warn_of_one_class(data: Pairs, ignored: int) -> None:
+    """Say so where the first masks hold a single class beside the value to ignore: masks of 0 and 255, it may be."""
+    counts = np.zeros(256, np.int64)
+    for _, mask in data.pairs[:LOOKED_AT]:
+        counts += np.bincount(read_mask(mask, data.table).numpy().ravel(), minlength=256)
+    present = np.flatnonzero(counts[:VOID])
+    if len(present) == 1 and counts[VOID] and len(data.class_names) > 1:
+        share = 100 * counts[VOID] / counts.sum()
+        print(
+            f"warning: the first masks hold no class but {data.class_names[present[0]]}; {share:.0f} % of their pixels "
+            f"are data.ignore_index={ignored} and do not count. If that is a class, set data.ignore_index to another",
+            file=sys.stderr,
+        )
 
 
 class RandomScale(v2.Transform):
@@ -209,7 +239,7 @@ class PairBatches:
     Test images stay whole; a batch of them is of one size.
     """
 
-    spacing: tuple[float, ...] | None = None
+    spacings: Sequence[Sequence[float]] | None = None
 
     def __init__(
         self, data: Pairs, spec: ImageSpec, config: DataConfig, process: Process, *, training: bool, seed: int = 0
@@ -276,10 +306,14 @@ def read_batches(
         data = read_masks(root, split, config.ignore_index)
     data = Pairs(data.pairs[chosen(len(data.pairs), config, training)], data.table, data.class_names)
     batches = PairBatches(data, spec, config, process, training=training, seed=seed)
+    if training and process.is_main and config.name == "masks":
+        warn_of_one_class(data, config.ignore_index)
     return batches, len(data.class_names)
 
 
 def _check(config: DataConfig, process: Process) -> None:
+    if not 0 <= config.ignore_index <= 255:
+        raise BadInput(f"data.ignore_index must be a value of a mask, 0 to 255, got {config.ignore_index}")
     if config.augment not in ("none", "flip", "scale_flip"):
         raise BadInput(f"data.augment must be none, flip or scale_flip for {config.name}, got {config.augment}")
     if config.patch_size is None and (config.augment == "scale_flip" or config.batch_size > process.world_size):

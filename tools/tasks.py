@@ -92,8 +92,8 @@ def build_task(
     else:
         criterion, test = pixels, PixelLoss(VOID)
     if config.data.name in volume_data.NAMES:
-        spacing = batches.spacing if distances else None
-        return Task(DICE, criterion, test, lambda training: DiceTally(names, VOID, spacing), inference)
+        spacings = batches.spacings if distances else None
+        return Task(DICE, criterion, test, lambda training: DiceTally(names, VOID, spacings), inference)
     return Task(MIOU, criterion, test, lambda training: PixelTally(names, VOID, process), inference)
 
 

@@ -4,16 +4,16 @@
     python tools/validate.py --config CONFIG --model mdeq_small.in1k data.root=DIR --steps 1 2 4 8 16
     python tools/validate.py --record mdeq/weights/NAME.json data.root=DIR
 
-Without --config, the config beside the checkpoint is read. With --steps, the accuracy and residual at each number of
-solver steps are printed beside those of the explicit twin (the same f applied that many times), and saved as steps.csv
-and steps.png. With --record FILE the figure of a release is derived again from the weights beside its record; if it
-differs the exit code is 1.
+Without --config, the config beside the checkpoint is read; for a --model without one, volumes are prepared as those of
+its training. With --steps, the accuracy and residual at each number of solver steps are printed beside those of the
+explicit twin (the same f applied that many times), and saved as steps.csv and steps.png. With --record FILE the figure
+of a release is derived again from the weights beside its record; if it differs the exit code is 1.
 """
 
 import argparse
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from tqdm import tqdm
 
-from tools import build, segmentation_data
+from tools import build, segmentation_data, volume_data
 from tools.batches import Batches, Process
 from tools.checkpoint import CONFIG_FILE, check_folder, make_folder
-from tools.config import BadInput, TrainConfig, load_config, split_overrides
+from tools.config import BadInput, DataConfig, TrainConfig, load_config, split_overrides
 from tools.engine import evaluate
 from tools.inference import MultiScale
+from tools.pretrained import recorded_config
 from tools.recheck import compared, read_release, release_config
 from tools.report import Parser, headline_lines, program, result_lines
 from tools.results import evaluation, write_results
 from tools.steps import save_table, step_lines, steps_table
-from tools.tasks import DICE, Headline, Task, build_task, check_task
+from tools.tasks import Headline, Task, build_task, check_task
+from tools.volumes import Preprocessing
 
 HERE = Path()
 """What --record stands for without a file: the results.json of the folder."""
@@ -83,11 +85,26 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
     config = load_config(path, overrides)
     if arguments.model is not None:
         config.model = dataclasses.replace(config.model, name=arguments.model)
+        if path is None:
+            config.data = as_recorded(config.data, arguments.model, overrides)
     if checkpoint is not None:
         config.model = dataclasses.replace(config.model, checkpoint=str(checkpoint), pretrained=False)
     elif arguments.model is not None or config.model.checkpoint is None:
         config.model = dataclasses.replace(config.model, pretrained=True)
     return arguments, config
+
+
+def as_recorded(data: DataConfig, model: str, overrides: Sequence[str]) -> DataConfig:
+    """Return settings of data with what was done to the volumes of a model's training, where nothing else is said."""
+    record = recorded_config(model).get("preprocessing")
+    if record is None or data.name not in volume_data.NAMES:
+        return data
+    done = Preprocessing.of_record(record)
+    values = dict(normalise=done.normalise, patch_size=list(done.patch_size) or None)
+    if data.name == "nifti":
+        values |= dict(spacing=None if done.spacing is None else list(done.spacing), orientation=done.orientation)
+    said = {word.partition("=")[0] for word in overrides}
+    return dataclasses.replace(data, **{key: value for key, value in values.items() if f"data.{key}" not in said})
 
 
 def load(config: TrainConfig, process: Process, *, subset: bool = False) -> tuple[torch.nn.Module, Batches]:
@@ -153,6 +170,11 @@ def main() -> None:
 
         return evaluate(model, batches, process, task, amp=amp, dtype=dtype, watch=watch, **kwargs)
 
+    labels = tuple(recorded_config(config.model.name).get("label_names") or ())
+    if config.model.pretrained and labels and batches.class_names and labels != batches.class_names and process.is_main:
+        print(
+            f"the classes of {config.model.name} are {', '.join(labels)}; those here {', '.join(batches.class_names)}"
+        )
     solver = model.deq.solver
     full = build_task(config, model, batches, process, distances=True)
     if arguments.scales or arguments.flip:
@@ -168,8 +190,6 @@ def main() -> None:
     lines = headline_lines(headline, result, twice, solver.max_steps, digits=2)
     top5 = f", top-5 {result['top5']:.2f} %" if "top5" in result else ""
     print("\n".join([f"{lines[0]}{top5}, loss {result['loss']:.4f}", *lines[1:], *result_lines(result)]))
-    if headline is DICE and batches.spacing is None:
-        print("HD95 left out: the spacings of the volumes differ; data.spacing=[MM,MM,MM] resamples them to one")
     checkpoint = arguments.checkpoint
     fresh = Path("runs") / f"validate_{config.model.name.replace('/', '_')}"
     beside = fresh if checkpoint is None else checkpoint if checkpoint.is_dir() else checkpoint.parent

@@ -21,14 +21,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from torch import Tensor
 from tqdm import tqdm
 
-from tools.batches import Process
+from tools.batches import Process, memory_for
 from tools.build import find_device
 from tools.checkpoint import check_folder, make_folder, write_atomically
 from tools.config import BadInput, split_overrides
 from tools.gallery import CAPTIONS, NEEDS_DATA, DataStudy, Subject
 from tools.page import Picture, page
 from tools.predict import gather
-from tools.predictors import Predictor, Settings, memory_for
+from tools.predictors import Predictor, Settings
 from tools.pretrained import load_trained
 from tools.report import Parser, program
 from tools.results import circumstances

@@ -28,13 +28,13 @@ _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation")
 class Volumes:
     """A split: prepared volumes `(C, *S)`, and for each a class or labels `(*S)` uint8.
 
-    `spacing` is that of all volumes in mm, or None where it is not known or they differ.
+    `spacings` are theirs in mm per voxel, None where they are not known.
     """
 
     images: Sequence[Tensor]
     labels: Sequence[Tensor]
     class_names: tuple[str, ...]
-    spacing: tuple[float, ...] | None = None
+    spacings: Sequence[tuple[float, ...]] | None = None
 
 
 def preprocessing(config: DataConfig, class_names: tuple[str, ...] = ()) -> Preprocessing:
@@ -108,7 +108,7 @@ def read_hippocampus(root: Path, split: str, pick: Pick, how: str) -> Volumes:
             voxels = checked_finite(torch.from_numpy(lut[code].astype(np.float32)), name)
             images.append(normalised(voxels.unsqueeze(0), how))
             labels.append(checked_labels(label, 3, name))
-    return Volumes(images, labels, ("background", "anterior", "posterior"), (1.0, 1.0, 1.0))
+    return Volumes(images, labels, ("background", "anterior", "posterior"), [(1.0, 1.0, 1.0)] * len(images))
 
 
 def read_npz(root: Path, pattern: str, split: str, pick: Pick) -> Volumes:
@@ -119,6 +119,8 @@ def read_npz(root: Path, pattern: str, split: str, pick: Pick) -> Volumes:
         names = tuple(map(str, _array(arrays, "classes", root).ravel())) if "classes" in arrays.files else ()
     if images.ndim != 4 or labels.size != len(images) or images.size == 0:
         raise BadInput(f"{root}: {split} has images {images.shape}, labels {labels.shape}, not (N, D, H, W), (N,)")
+    if images.shape[3] <= 4:
+        raise BadInput(f"{root}: {split} has images {images.shape}, which are no volumes but images with channels")
     for key, array in {f"{split}_images": images, **every}.items():
         if array.dtype.kind not in "biuf":
             raise BadInput(f"{root}: {key} are no numbers but {array.dtype}")
@@ -188,7 +190,7 @@ class VolumeBatches:
 
     def __init__(self, data: Volumes, config: DataConfig, process: Process, *, training: bool, seed: int = 0) -> None:
         self.data, self.config, self.process, self.training, self.seed = data, config, process, training, seed
-        self.class_names, self.spacing = data.class_names, data.spacing
+        self.class_names = data.class_names
         self.segmented = config.name in SEGMENTED
         self.size = tuple(config.patch_size)
         self.batch_size = shared_batch_size(config.batch_size, len(data.labels), process, training)
@@ -205,6 +207,16 @@ class VolumeBatches:
             groups[-1].append(index)
         return groups
 
+    @property
+    def spacings(self) -> list[tuple[float, ...]] | None:
+        if self.training or self.data.spacings is None:
+            return None
+        return [self.data.spacings[group[k]] for group in self.groups for k in self._places(group)]
+
+    def _places(self, batch: Sequence[int]) -> range:
+        """Return which samples of a batch are those of this process."""
+        return range(self.process.rank, len(batch), self.process.world_size)
+
     def __len__(self) -> int:
         return len(self.data.labels) // self.batch_size if self.training else len(self.groups)
 
@@ -216,7 +228,7 @@ class VolumeBatches:
                 batch = order[number * self.batch_size : (number + 1) * self.batch_size]
             else:
                 batch = self.groups[number]
-            places = range(self.process.rank, len(batch), self.process.world_size)
+            places = self._places(batch)
             seeds = [seed_of(self.seed, epoch, number + 1, place) for place in places]
             samples = [self._sample(batch[place], seed) for place, seed in zip(places, seeds)]
             if samples:

@@ -25,6 +25,8 @@ from tools.config import BadInput, optional
 
 NORMALISATIONS = ("zscore", "minmax", "none")
 ORIENTATIONS = ("RAS", "none")
+MOST_CLASSES = 255
+"""Labels are bytes, of which one stands for voxels that do not count."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,10 @@ def load_labels(path: str | Path, like: Volume, num_classes: int) -> Tensor:
 
 def checked_labels(data: np.ndarray, num_classes: int, name: str) -> Tensor:
     """Return label values as uint8, after checking that all are whole numbers from 0 to `num_classes` - 1."""
+    if data.dtype.kind not in "biuf":
+        raise BadInput(f"{name} has colours or complex numbers for labels ({data.dtype}); expected whole numbers")
+    if num_classes > MOST_CLASSES:
+        raise BadInput(f"{name}: labels are 8-bit numbers, {MOST_CLASSES} classes at most, got {num_classes}")
     values = np.unique(data)
     bad = values[~((values >= 0) & (values < num_classes) & (values == np.floor(values)))]
     if len(bad):
@@ -236,8 +242,9 @@ def prepare(volume: Volume, preprocessing: Preprocessing, labels: Tensor | None 
     """
     shape = _grid(volume, preprocessing)
     x = oriented(volume.voxels, volume, preprocessing.orientation)
-    if tuple(x.shape[1:]) != shape:
-        x = F.interpolate(x.unsqueeze(0), size=shape, mode="trilinear").squeeze(0)
+    if tuple(x.shape[1:]) != shape:  # axes that get shorter are smoothed first
+        resize = optional("monai.transforms", "volumes").Resize(shape, mode="trilinear", anti_aliasing=True)
+        x = resize(x.contiguous()).as_tensor()
     if labels is not None:
         labels = oriented(labels.unsqueeze(0), volume, preprocessing.orientation)
         if tuple(labels.shape[1:]) != shape:

@@ -68,6 +68,8 @@ class Backbone(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
+        if in_chans < 1:
+            raise ValueError(f"in_chans must be >= 1, got {in_chans}")
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.spatial_dims = spatial_dims
         self.in_chans = in_chans
@@ -177,7 +179,7 @@ class Backbone(nn.Module):
         """Return the model's output, or it and the `Equilibrium` it came from; arguments as in `solve`."""
         options = dict(z0=z0, solver=solver, unroll=unroll, jacobian_probes=jacobian_probes)
         features, equilibrium = self._features(x, **options)
-        return with_equilibrium(self._output(features, x), equilibrium, return_equilibrium)
+        return with_equilibrium(with_metadata(self._output(features, x), x), equilibrium, return_equilibrium)
 
     def forward_intermediates(
         self,
@@ -269,12 +271,30 @@ def feature_table(
 @torch.fx.wrap
 def checked_input(x: Tensor, spatial_dims: int, in_chans: int) -> Tensor:
     """Return x if a model can take it, else raise ValueError."""
+    x = without_metadata(x)
+    if not x.is_floating_point():
+        raise ValueError(f"expected an input of floating-point numbers, got {x.dtype}; scale and normalise it first")
     if x.ndim != spatial_dims + 2 or x.shape[1] != in_chans:
         axes = "H, W" if spatial_dims == 2 else "D, H, W"
         raise ValueError(f"expected an input (batch, {in_chans}, {axes}), got {tuple(x.shape)}")
     if not is_static(x) and min(x.shape[2:]) < MIN_SIZE:
         raise ValueError(f"every side of the input must be >= {MIN_SIZE}, got {tuple(x.shape[2:])}")
     return x
+
+
+def without_metadata(x: Tensor) -> Tensor:
+    """Return one of MONAI's tensors, which do more at every operation, as a plain one."""
+    return x.as_tensor() if hasattr(x, "copy_meta_from") else x
+
+
+@torch.fx.wrap
+def with_metadata(output: Tensor, x: Tensor) -> Tensor:
+    """Return an output as what the input x is: MONAI's tensors know where they lie and what was done to them."""
+    if not hasattr(x, "copy_meta_from"):
+        return output
+    result = type(x)(output)
+    result.copy_meta_from(x)
+    return result
 
 
 @torch.fx.wrap

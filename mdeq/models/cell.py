@@ -189,7 +189,9 @@ class MultiscaleCell(nn.Module):
         # Not the injection's dtype: under autocast that is the low-precision one.
         dtype = self.blocks[0].norm1.weight.dtype
         sizes = self.branch_sizes(injection.shape[2:])
-        return tuple(injection.new_zeros(injection.shape[0], c, *s, dtype=dtype) for c, s in zip(self.channels, sizes))
+        return tuple(
+            injection.new_zeros((injection.shape[0], c, *s), dtype=dtype) for c, s in zip(self.channels, sizes)
+        )
 
     def sample_masks(self, x: Tensor) -> State | None:
         """Return a dropout mask `(B, C_i, 1, ...)` per branch for a batch like x; None in eval mode or at rate 0."""

@@ -47,7 +47,7 @@ def inflate(weights: Mapping[str, Tensor], model: Backbone) -> dict[str, Tensor]
 
 def _centred(kernel: Tensor, depth: int) -> Tensor:
     """Return a kernel `(out, in, H, W)` in the middle slice of one of zeros `(out, in, depth, H, W)`."""
-    inflated = kernel.new_zeros(*kernel.shape[:2], depth, *kernel.shape[2:])
+    inflated = kernel.new_zeros((*kernel.shape[:2], depth, *kernel.shape[2:]))
     inflated[:, :, depth // 2] = kernel
     return inflated
 

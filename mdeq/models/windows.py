@@ -58,7 +58,7 @@ class WarmStart:
     def _start(self, windows: Tensor, places: Sequence[Place]) -> State:
         """Return the state to start from: what is known of each window, and zero."""
         size = [-(-s // stride) for s, stride in zip(windows.shape[2:], self.model.stem_stride)]
-        z0 = self.model.equilibrium.cell.zero_state(windows.new_zeros(len(windows), 1, *size))
+        z0 = self.model.equilibrium.cell.zero_state(windows.new_zeros((len(windows), 1, *size)))
         for k, place in enumerate(places):
             for i, seen in enumerate(self._seen.get(place[0].start, ())):
                 known = seen[_region(self._corner(place, i), z0[i].shape[2:])]

@@ -54,10 +54,10 @@ class Anderson(FixedPointSolver):
         batch, dim = z0.shape
         slots = max(min(self.history - 1, self.max_steps - 1), 0)
         return _History(
-            mixed=z0.new_empty(batch, slots + 1, dim),
-            dg=z0.new_empty(batch, slots, dim),
-            gram=z0.new_zeros(batch, slots, slots),
-            rhs=z0.new_zeros(batch, slots),
+            mixed=z0.new_empty((batch, slots + 1, dim)),
+            dg=z0.new_empty((batch, slots, dim)),
+            gram=z0.new_zeros((batch, slots, slots)),
+            rhs=z0.new_zeros((batch, slots)),
             last_g=z0,
         )
 

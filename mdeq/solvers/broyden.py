@@ -19,7 +19,7 @@ class _Directions:
     count: int = 0  # k, the same for all samples
 
     def take(self, index: Tensor) -> "_Directions":
-        d = self.d.new_empty(len(index), *self.d.shape[1:])
+        d = self.d.new_empty((len(index), *self.d.shape[1:]))
         d[:, : self.count] = self.d[:, : self.count][index]  # the rest is not yet written
         return _Directions(d, self.solve[index], self.scale[index], self.length[index], self.count)
 
@@ -60,10 +60,10 @@ class Broyden(FixedPointSolver):
         batch, dim = z0.shape
         slots = self.max_steps if self.history is None else min(self.history + 1, self.max_steps)
         return _Directions(
-            d=z0.new_empty(batch, slots, dim),
-            solve=z0.new_zeros(batch, slots, slots),
-            scale=z0.new_zeros(batch, slots),
-            length=z0.new_ones(batch, slots),
+            d=z0.new_empty((batch, slots, dim)),
+            solve=z0.new_zeros((batch, slots, slots)),
+            scale=z0.new_zeros((batch, slots)),
+            length=z0.new_ones((batch, slots)),
         )
 
     def direction(self, memory: _Directions, z: Tensor, g: Tensor) -> Tensor:
