@@ -25,6 +25,7 @@ from sklearn.datasets import load_digits
 from sklearn.utils import Bunch
 from torch import Tensor
 
+import tools.baseline
 import tools.convert
 import tools.export
 import tools.predict
@@ -43,6 +44,7 @@ from tools.report import program
 ROOT = Path(__file__).resolve().parent.parent
 TINY = Path(__file__).parent / "data" / "tiny.yaml"
 MAIN = {
+    "baseline": tools.baseline.main,
     "convert": tools.convert.main,
     "export": tools.export.main,
     "predict": tools.predict.main,

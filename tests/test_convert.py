@@ -93,6 +93,23 @@ def test_a_folder_of_a_run(tmp_path: Path) -> None:
     assert_same(local(tmp_path / "out"), model)
 
 
+def test_weights_of_a_run_in_bfloat16(tmp_path: Path) -> None:
+    """Half the size, rounded to the nearest, and still a run that can be evaluated."""
+    model = timm.create_model("test_mdeq", num_classes=3)
+    source = tmp_path / "run"
+    source.mkdir()
+    export(model, source, {"label_names": ["a", "b", "c"]})
+    (source / "config.yaml").write_text("model: {name: test_mdeq}\n")
+    run("convert", source, "--bf16", "--out", tmp_path / "out").ok()
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
+    assert all(torch.equal(after[key], value.bfloat16()) for key, value in before.items() if value.is_floating_point())
+    assert (tmp_path / "out" / "config.yaml").read_text() == (source / "config.yaml").read_text()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["label_names"] == ["a", "b", "c"]
+    again = local(tmp_path / "out")
+    assert again.classifier.weight.dtype == torch.float32
+    assert torch.equal(again.classifier.weight, model.classifier.weight.bfloat16().float())
+
+
 def test_native_weights_alone(tmp_path: Path) -> None:
     model = timm.create_model("test_mdeq", weight_norm=False, num_classes=0)
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
@@ -215,7 +232,7 @@ def test_damaged_weights_beside_a_config(tmp_path: Path) -> None:
 def test_a_folder_that_gives_another_model_is_not_kept(
     tmp_path: Path, released: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def damaged(model: nn.Module, folder: Path) -> None:
+    def damaged(model: nn.Module, folder: Path, record: Any) -> None:
         path = export(model, folder)
         weights: dict[str, Tensor] = load_file(path)
         weights["classifier.bias"] = weights["classifier.bias"] + 1

@@ -77,12 +77,28 @@ def digest_of(path: Path) -> str:
     """Return what `digest` says of a model with the weights of a file."""
     total = hashlib.sha256()
     for name, value in sorted(load_file(path).items()):
+        value = value.float() if value.dtype == torch.bfloat16 else value  # as a model has them
         total.update(name.encode() + value.numpy().tobytes())
     return total.hexdigest()
 
 
 def test_shipped_weights_are_small() -> None:
     assert sum(path.stat().st_size for path in weights.FOLDER.glob("*.safetensors")) <= 4 * 2**20
+    assert all(path.stat().st_size <= 16 * 2**20 for path in weights.FOLDER.glob("hub/*.safetensors"))
+
+
+def test_kept_weights_are_of_the_repository_alone(finished: Path, releases: Path) -> None:
+    """They lie where the package's files do not; the pattern of pyproject.toml has no subfolder."""
+    release = make_release(finished, releases, "--keep")
+    assert release.shipped == releases / "hub" / "test_mdeq.digits.safetensors"
+    assert local_file(release) == release.shipped
+    assert "not allowed with" in publish(finished, "--release", "test_mdeq.digits", "--keep", "--ship").refusal()
+    assert not list(releases.glob("*.safetensors"))
+    line = re.search(r"package-data\]\nmdeq = \[(.*)\]", (ROOT / "pyproject.toml").read_text())[1]
+    patterns = [word.strip(' "') for word in line.split(",")]
+    found = [path for pattern in patterns for path in (ROOT / "mdeq").glob(pattern)]
+    assert found
+    assert not any(path.parent.name == "hub" for path in found)
 
 
 def test_only_released_weights_have_a_repository() -> None:

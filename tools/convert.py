@@ -10,7 +10,8 @@ from the model's defaults are found likewise, and stand in config.json; afterwar
     timm.create_model("local-dir:DIR", pretrained=True)
 
 gives the model, as `hf-hub:` does once the folder is uploaded. With --inflate the 2D weights become those of the same
-model over volumes (`mdeq.inflate`), a start for training.
+model over volumes (`mdeq.inflate`), a start for training. With --bf16 they are rounded to bfloat16, half the size; the
+config.yaml of a run comes along, so that `tools/validate.py --checkpoint DIR --record` tells what they reach then.
 """
 
 import argparse
@@ -29,11 +30,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import timm
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import nn
 
 import mdeq
 from tools.build import known_model
-from tools.checkpoint import WEIGHTS_FILE, check_folder, export, read_weights, write_atomically
+from tools.checkpoint import (
+    CONFIG_FILE,
+    FORMAT,
+    WEIGHTS_FILE,
+    check_folder,
+    export,
+    read_json,
+    read_weights,
+    write_atomically,
+)
 from tools.config import BadInput, nearest
 from tools.report import Parser, program
 
@@ -52,6 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument("--tag", help="name of these weights, as in ARCHITECTURE.TAG; default: locuslab")
     parser.add_argument("--inflate", action="store_true", help="write the 3D model that has the 2D kernels inside")
+    parser.add_argument("--bf16", action="store_true", help="round the weights to bfloat16, and write them so")
     arguments = parser.parse_args()
     check_folder(arguments.out)
     if arguments.out.is_dir() and any(arguments.out.iterdir()):
@@ -100,14 +112,35 @@ def inflated(model: nn.Module) -> nn.Module:
     return volumes
 
 
-def write(model: nn.Module, folder: Path) -> None:
+def write(model: nn.Module, folder: Path, record: dict[str, Any]) -> None:
     """Write weights and configuration; without the argument that transformers would pass twice."""
-    export(model, folder)
+    export(model, folder, record)
     path = folder / "config.json"
     config = json.loads(path.read_text())
     config.get("model_args", {}).pop("num_classes", None)  # config.json has it outside of them as well
     text = json.dumps(config, indent=2) + "\n"
     write_atomically(path, lambda beside: beside.write_text(text))
+
+
+@torch.no_grad()
+def round_weights(model: nn.Module) -> None:
+    """Round all weights and statistics to bfloat16, in the precision that they are in."""
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(tensor.bfloat16())
+
+
+def narrow_file(path: Path) -> None:
+    """Write the weights of a file, which are rounded already, as bfloat16."""
+    weights = {key: x.bfloat16() if x.is_floating_point() else x for key, x in read_weights(path).items()}
+    write_atomically(path, lambda beside: save_file(weights, beside, metadata=FORMAT))
+
+
+def told(checkpoint: Path) -> dict[str, Any]:
+    """Return what the config.json of a run's folder says of the data."""
+    path = checkpoint / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    return {key: config[key] for key in ("label_names", "preprocessing") if key in config}
 
 
 @torch.no_grad()
@@ -131,6 +164,8 @@ def main() -> None:
     model, layout = load(arguments.checkpoint, arguments.model)
     if arguments.inflate:
         model = inflated(model)
+    if arguments.bf16:
+        round_weights(model)
     cfg = model.pretrained_cfg
     if layout in OFFICIAL:
         cfg.update(license="mit", origin_url=OFFICIAL[layout], tag=arguments.tag or "locuslab")
@@ -140,7 +175,11 @@ def main() -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
-        write(model, temporary)
+        write(model, temporary, told(arguments.checkpoint))
+        if arguments.bf16:
+            narrow_file(temporary / WEIGHTS_FILE)
+        if arguments.bf16 and (arguments.checkpoint / CONFIG_FILE).is_file():
+            shutil.copy(arguments.checkpoint / CONFIG_FILE, temporary)
         verify(model, temporary)
         temporary.chmod(0o755)
         os.replace(temporary, out)

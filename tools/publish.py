@@ -1,12 +1,13 @@
 """Publish weights on the Hub: model.safetensors, config.json and a model card made from the run's records.
 
     python tools/publish.py runs/NAME --repo ORG/NAME [--private] [--dry-run]
-    python tools/publish.py runs/NAME --release ARCHITECTURE.TAG [--ship]     add it to the package's releases
+    python tools/publish.py runs/NAME --release ARCHITECTURE.TAG [--ship | --keep]    add it to the package's releases
     python tools/publish.py --all [--runs DIR] [--dry-run]                    publish every release
     python tools/publish.py --readme                                          bring the README's table up to date
 
 A release is a record in mdeq/weights/, and with --ship the weights beside it: small ones, which the package then holds.
-Weights that are not shipped are looked for in DIR/ARCHITECTURE.TAG.
+With --keep the repository holds them, in mdeq/weights/hub/, but not the package: up to 16 MiB, published from there.
+Weights that are neither are looked for in DIR/ARCHITECTURE.TAG.
 """
 
 import argparse
@@ -37,6 +38,7 @@ from tools.results import ROOT, read_results
 RELEASES_FOLDER = ROOT / "mdeq" / "weights"
 TABLE_START, TABLE_END = "<!-- tools/publish.py --readme -->", "<!-- end of the table -->"
 MAX_SHIPPED = 4 * 2**20  # bytes, of all weights in the package
+MAX_KEPT = 16 * 2**20  # of a file in the repository
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("run", nargs="?", type=Path, help="folder of a finished run of tools/train.py")
     parser.add_argument("--repo", help="ORG/NAME; the name ends in the tag of the weights, as mdeq_tiny_cifar.cifar10")
     parser.add_argument("--release", metavar="ARCHITECTURE.TAG", help="make the run a release of the package")
-    parser.add_argument("--ship", action="store_true", help="with --release: put the weights into the package")
+    places = parser.add_mutually_exclusive_group()
+    places.add_argument("--ship", action="store_true", help="with --release: put the weights into the package")
+    places.add_argument("--keep", action="store_true", help="with --release: put them into the repository alone")
     parser.add_argument("--revision", help="with --release: the commit on the Hub that holds the weights")
     parser.add_argument("--all", action="store_true", help="publish every release")
     parser.add_argument("--readme", action="store_true", help="write the table of releases into the README")
@@ -220,7 +224,7 @@ def released(release: mdeq.Release, runs: Path | None) -> Publication:
 
 
 def make_release(run: Path, name: str, folder: Path, arguments: argparse.Namespace) -> list[Path]:
-    """Write the record of a release, with `--ship` its weights too; return the files."""
+    """Write the record of a release, with `--ship` or `--keep` its weights too; return the files."""
     content = publication(run, f"{mdeq.HUB_ORG}/{name}", arguments.seeds, arguments.note, arguments.stage)
     architecture, _, tag = name.partition(".")
     if architecture != content.config["architecture"] or not tag:
@@ -228,11 +232,15 @@ def make_release(run: Path, name: str, folder: Path, arguments: argparse.Namespa
     size = content.weights.stat().st_size
     folder.mkdir(exist_ok=True)
     written = [folder / f"{name}.json"]
-    if arguments.ship:
+    if arguments.ship or arguments.keep:
         others = sum(p.stat().st_size for p in folder.glob("*.safetensors") if p.stem != name)
-        if others + size > MAX_SHIPPED:
+        if arguments.ship and others + size > MAX_SHIPPED:
             raise BadInput(f"{size:,} bytes are too many to ship: with the others at most {MAX_SHIPPED:,}")
-        written.insert(0, folder / f"{name}.safetensors")
+        if arguments.keep and size > MAX_KEPT:
+            raise BadInput(f"{size:,} bytes are too many to keep: at most {MAX_KEPT:,}")
+        place = folder / "hub" if arguments.keep else folder
+        place.mkdir(exist_ok=True)
+        written.insert(0, place / f"{name}.safetensors")
         data = content.weights.read_bytes()
         write_atomically(written[0], lambda path: path.write_bytes(data))
     record = {

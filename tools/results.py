@@ -107,8 +107,13 @@ def write_results(folder: Path, **sections: Any) -> None:
     """Put sections (`training`, `evaluation`) into the results.json of a folder; others stay as they are."""
     path = folder / RESULTS_FILE
     record = read_results(folder) if path.exists() else {}
-    text = json.dumps(_finite({**record, **sections}), indent=2, allow_nan=False) + "\n"
+    text = as_json({**record, **sections})
     write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def as_json(record: dict[str, Any]) -> str:
+    """Return a record as text, with null for numbers that JSON has no word for."""
+    return json.dumps(_finite(record), indent=2, allow_nan=False) + "\n"
 
 
 def _finite(value: Any) -> Any:

@@ -1,7 +1,8 @@
 """Released weights: which `architecture.tag` has some, where they lie, and how they come here whole.
 
 A release is a record `mdeq/weights/NAME.json`, which tools/publish.py makes. Small weights lie beside their record and
-need no network. The others come from the Hub, by commit, and count only with the sha256 of the record.
+need no network; larger ones lie in `mdeq/weights/hub/`, which installed packages lack. What is not there comes from the
+Hub, by commit, and counts only with the sha256 of the record.
 """
 
 import dataclasses
@@ -76,8 +77,9 @@ class Release:
 
     @property
     def shipped(self) -> Path:
-        """Where the weights lie if they came with the package."""
-        return self.folder / f"{self.name}.safetensors"
+        """Where the weights lie if they came with the package, or with its repository (the folder `hub`)."""
+        file = f"{self.name}.safetensors"
+        return self.folder / (f"hub/{file}" if (self.folder / "hub" / file).is_file() else file)
 
     @property
     def cfg(self) -> dict[str, Any]:

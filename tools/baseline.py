@@ -1,0 +1,132 @@
+r"""Train an explicit network of timm by the recipe of a config, to stand beside a model of this package.
+
+    python tools/baseline.py configs/cifar10/mdeq_tiny_cifar_cpu.yaml --channels 16 32 48 64 --small-images \
+        data.root=DIR
+
+Data, batches, optimiser, schedule and seed are those of the config; what belongs to an equilibrium is left out. ResNets
+have stems for images of 224: with --small-images the first convolution keeps the size and nothing is pooled after it.
+Prints accuracy, parameters and minutes, and saves them as baseline.json.
+"""
+
+import argparse
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import timm
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mdeq import Equilibrium
+from tools import build
+from tools.batches import seed_everything
+from tools.checkpoint import check_folder, make_folder, write_atomically
+from tools.config import BadInput, DEQConfig, TrainConfig, load_config, split_overrides
+from tools.engine import Trainer, evaluate, train_epoch
+from tools.optim import build_optimizer, build_scheduler
+from tools.report import Parser, program
+from tools.results import as_json, circumstances
+from tools.tasks import CLASSIFICATION
+
+
+class Explicit(nn.Module):
+    """A network in the place of a model of this package: there is no equilibrium to tell of."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net, self.num_classes = net, net.num_classes
+
+    def forward(self, x: Tensor, *, return_equilibrium: bool = False, **options: Any) -> Any:
+        logits = self.net(x)
+        return (logits, Equilibrium((), None)) if return_equilibrium else logits
+
+
+def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
+    parser = Parser(description=__doc__)
+    parser.add_argument("config", type=Path, help="YAML file of a classification of images")
+    parser.add_argument("--net", default="resnet10t", help="a name of timm (default: %(default)s)")
+    parser.add_argument("--channels", type=int, nargs="+", help="of a ResNet's stages; default: the network's own")
+    parser.add_argument("--small-images", action="store_true", help="a stem that keeps the size, for images of 32")
+    parser.add_argument("--out", type=Path, default=Path("runs") / "baseline", help="folder for baseline.json")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the config")
+    overrides, rest = split_overrides(sys.argv[1:])
+    arguments = parser.parse_args(rest)
+    if arguments.overrides:
+        raise BadInput(f"expected key=value, got {arguments.overrides[0]}")
+    check_folder(arguments.out)
+    config = load_config(arguments.config, overrides)
+    if config.task != "classification" or config.data.mixup or config.data.cutmix or config.optim.ema_decay:
+        raise BadInput("a baseline is for the classification of images, without mixup, cutmix and optim.ema_decay")
+    return arguments, config
+
+
+def build_net(name: str, num_classes: int, channels: list[int] | None, small_images: bool) -> nn.Module:
+    """Return a network of timm.
+
+    Raises:
+        BadInput: for an unknown one, or one that these settings are not for.
+    """
+    options = {} if channels is None else {"channels": channels}
+    try:
+        net = timm.create_model(name, num_classes=num_classes, **options)
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise BadInput(f"--net {name}: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
+    if small_images:
+        first = next((m for m in net.modules() if isinstance(m, nn.Conv2d)), None)
+        if first is None or not isinstance(getattr(net, "maxpool", None), nn.Module):
+            raise BadInput(f"--small-images is for ResNets, got {name}")
+        first.stride, net.maxpool = (1, 1), nn.Identity()
+    return net
+
+
+def main() -> None:
+    arguments, config = parse_arguments()
+    process = build.start_process(config.run)
+    # The model of the config says what images look like to it; the network sees the same.
+    spec = build.image_spec(build.build_model(config.model, None, for_training=True), config.data.image_size)
+    train, classes = build.build_split(config, spec, process, training=True)
+    test, _ = build.build_split(config, spec, process, training=False)
+    classes = config.data.num_classes or classes
+    if classes is None:
+        raise BadInput("set data.num_classes: these data do not say how many classes they have")
+    seed_everything(config.run.seed)
+    model = Explicit(build_net(arguments.net, classes, arguments.channels, arguments.small_images)).to(process.device)
+    optimizer = build_optimizer(dataclasses.replace(config.optim, layer_decay=None), model)
+    trainer = Trainer(
+        model=model,
+        bare=model,
+        optimizer=optimizer,
+        scheduler=build_scheduler(config.optim, optimizer, config.run.epochs, len(train)),
+        task=CLASSIFICATION,
+        criterion=nn.CrossEntropyLoss(label_smoothing=config.optim.label_smoothing),
+        optim=config.optim,
+        deq=DEQConfig(),
+        process=process,
+        seed=config.run.seed,
+        scaler=torch.amp.GradScaler(process.device.type, enabled=False),
+        amp=build.autocast(config.run, process),
+    )
+    parameters, start = sum(p.numel() for p in model.parameters()), time.monotonic()
+    with tqdm(total=config.run.epochs * len(train), unit="step", disable=not config.run.progress, leave=False) as bar:
+        for epoch in range(config.run.epochs):
+            train_epoch(trainer, train, epoch, after_step=lambda done, loss: bar.update() or True)
+    minutes = (time.monotonic() - start) / 60
+    result = evaluate(model, test, process, CLASSIFICATION)
+    told = f"{arguments.net}, {parameters:,} parameters, {config.run.epochs} epochs in {minutes:.1f} minutes"
+    print(f"{told}: test accuracy {result['top1']:.2f} %, loss {result['loss']:.4f}")
+    record = dict(
+        net=arguments.net, channels=arguments.channels, parameters=parameters, minutes=minutes, metrics=result,
+        seed=config.run.seed, epochs=config.run.epochs, **circumstances(process.device),
+    )  # fmt: skip
+    make_folder(arguments.out)
+    write_atomically(arguments.out / "baseline.json", lambda path: path.write_text(as_json(record)))
+    print(f"saved: {arguments.out / 'baseline.json'}")
+
+
+if __name__ == "__main__":
+    program(main)
