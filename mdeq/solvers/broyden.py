@@ -39,7 +39,8 @@ class Broyden(FixedPointSolver):
         history: secant pairs that are kept; when full, all are forgotten and the iteration restarts from -I, since a
             pair depends on its predecessors and overwriting the oldest one is unsound. `None` keeps all of them.
         line_search: most halvings of a step in search of sufficient decrease (Armijo) of the absolute residual; 0 takes
-            unit steps. Samples whose step was good are not changed, but each halving evaluates f on the batch.
+            unit steps. Samples whose step was good are not changed, but each halving evaluates f on the batch, and
+            whether one is due is a look at values that waits for the device.
 
     Reference:
         Kelley 1995, Iterative Methods for Linear and Nonlinear Equations, section 7.3.
