@@ -192,15 +192,15 @@ def test_memory_of_a_solver() -> None:
 
 @pytest.mark.parametrize("settings", [{"bf16": True}, {"channels_last": True}])
 def test_training_part_in_other_settings(settings: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference stays in float64; a model without weights is as good here."""
+    """The reference stays in float64."""
     monkeypatch.setattr(comparison, "BACKWARD_STEPS", (2,))
     monkeypatch.setattr(comparison, "measured_peak", lambda *_: 1.0)
     b = bench(**settings)
     with b.precision():
-        rows = comparison.training_part(b, [], "test_mdeq:16:2")
+        rows = comparison.training_part(b, [], "mdeq_tiny_cifar.cifar10:16:2")
     errors = [row["gradient_error"] for row in rows if "gradient_error" in row]
     assert len(errors) == 7
-    assert all(0 < error < math.inf for error in errors)  # of random weights that are far from their equilibrium
+    assert all(0 < error < 2 for error in errors)
 
 
 def test_growth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
