@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 import timm
 import torch
 import yaml
-from helpers import ROOT, publish, train, validate
+from helpers import ROOT, publish, run, train, validate
 from hub_client import digest
 from hub_server import TOKEN, Hub, serving
 from huggingface_hub.errors import OfflineModeIsEnabled
@@ -26,7 +27,7 @@ import mdeq
 from mdeq.models import weights
 from mdeq.models.weights import DEFAULT_ORG, Release, WeightsError, local_file, with_releases
 from tools.card import model_card
-from tools.publish import TABLE_END, TABLE_START, with_table
+from tools.publish import TABLE_END, TABLE_START, shipped_files, with_table
 
 # The whole of the architecture, as a released tag has it.
 WORDS = ("model.kwargs={}", "model.kwargs.dropout=0.1", "model.solver.max_steps=3", "data.image_size=32")
@@ -83,22 +84,24 @@ def digest_of(path: Path) -> str:
 
 
 def test_shipped_weights_are_small() -> None:
-    assert sum(path.stat().st_size for path in weights.FOLDER.glob("*.safetensors")) <= 4 * 2**20
-    assert all(path.stat().st_size <= 16 * 2**20 for path in weights.FOLDER.glob("hub/*.safetensors"))
+    assert sum(path.stat().st_size for path in shipped_files(weights.FOLDER)) <= 4 * 2**20
+    assert all(path.stat().st_size <= 16 * 2**20 for path in weights.FOLDER.glob("*.bf16.safetensors"))
 
 
-def test_kept_weights_are_of_the_repository_alone(finished: Path, releases: Path) -> None:
-    """They lie where the package's files do not; the pattern of pyproject.toml has no subfolder."""
-    release = make_release(finished, releases, "--keep")
-    assert release.shipped == releases / "hub" / "test_mdeq.digits.safetensors"
+def test_kept_weights_are_of_the_repository_alone(finished: Path, releases: Path, tmp_path: Path) -> None:
+    assert "is float32; --keep takes" in publish(finished, "--release", "test_mdeq.digits", "--keep").refusal()
+    run("convert", finished, "--bf16", "--out", tmp_path / "narrow").ok()
+    assert "has no evaluation" in publish(tmp_path / "narrow", "--release", "test_mdeq.digits", "--keep").refusal()
+    assert "test_mdeq" in validate("--checkpoint", tmp_path / "narrow", "--record").ok()
+    release = make_release(tmp_path / "narrow", releases, "--keep")
+    assert release.shipped == releases / "test_mdeq.digits.bf16.safetensors"
+    assert release.size == release.shipped.stat().st_size
     assert local_file(release) == release.shipped
+    assert shipped_files(releases) == []
     assert "not allowed with" in publish(finished, "--release", "test_mdeq.digits", "--keep", "--ship").refusal()
-    assert not list(releases.glob("*.safetensors"))
-    line = re.search(r"package-data\]\nmdeq = \[(.*)\]", (ROOT / "pyproject.toml").read_text())[1]
-    patterns = [word.strip(' "') for word in line.split(",")]
-    found = [path for pattern in patterns for path in (ROOT / "mdeq").glob(pattern)]
-    assert found
-    assert not any(path.parent.name == "hub" for path in found)
+    # What setuptools leaves out has this name.
+    line = re.search(r"exclude-package-data\].*\nmdeq = \[\"(.*)\"\]", (ROOT / "pyproject.toml").read_text())[1]
+    assert fnmatch(f"weights/{release.shipped.name}", line)
 
 
 def test_only_released_weights_have_a_repository() -> None:

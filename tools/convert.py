@@ -38,6 +38,7 @@ from tools.build import known_model
 from tools.checkpoint import (
     CONFIG_FILE,
     FORMAT,
+    RESULTS_FILE,
     WEIGHTS_FILE,
     check_folder,
     export,
@@ -47,6 +48,7 @@ from tools.checkpoint import (
 )
 from tools.config import BadInput, nearest
 from tools.report import Parser, program
+from tools.results import read_results, write_results
 
 OFFICIAL = {
     "MDEQ-Vision": "https://github.com/locuslab/deq",
@@ -180,6 +182,9 @@ def main() -> None:
             narrow_file(temporary / WEIGHTS_FILE)
         if arguments.bf16 and (arguments.checkpoint / CONFIG_FILE).is_file():
             shutil.copy(arguments.checkpoint / CONFIG_FILE, temporary)
+            if (arguments.checkpoint / RESULTS_FILE).is_file():  # what the weights reached is no longer theirs
+                training = read_results(arguments.checkpoint).get("training")
+                write_results(temporary, **({} if training is None else {"training": training}))
         verify(model, temporary)
         temporary.chmod(0o755)
         os.replace(temporary, out)

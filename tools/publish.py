@@ -6,7 +6,7 @@
     python tools/publish.py --readme                                          bring the README's table up to date
 
 A release is a record in mdeq/weights/, and with --ship the weights beside it: small ones, which the package then holds.
-With --keep the repository holds them, in mdeq/weights/hub/, but not the package: up to 16 MiB, published from there.
+With --keep the repository holds them, but not the package: those of `tools/convert.py --bf16`, up to 16 MiB.
 Weights that are neither are looked for in DIR/ARCHITECTURE.TAG.
 """
 
@@ -25,6 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import timm
+import torch
 from huggingface_hub import HfApi
 
 import mdeq
@@ -233,14 +234,14 @@ def make_release(run: Path, name: str, folder: Path, arguments: argparse.Namespa
     folder.mkdir(exist_ok=True)
     written = [folder / f"{name}.json"]
     if arguments.ship or arguments.keep:
-        others = sum(p.stat().st_size for p in folder.glob("*.safetensors") if p.stem != name)
+        others = sum(p.stat().st_size for p in shipped_files(folder) if p.stem != name)
         if arguments.ship and others + size > MAX_SHIPPED:
             raise BadInput(f"{size:,} bytes are too many to ship: with the others at most {MAX_SHIPPED:,}")
         if arguments.keep and size > MAX_KEPT:
             raise BadInput(f"{size:,} bytes are too many to keep: at most {MAX_KEPT:,}")
-        place = folder / "hub" if arguments.keep else folder
-        place.mkdir(exist_ok=True)
-        written.insert(0, place / f"{name}.safetensors")
+        if arguments.keep and any(x.dtype == torch.float32 for x in read_weights(content.weights).values()):
+            raise BadInput(f"{content.weights} is float32; --keep takes what tools/convert.py --bf16 makes of it")
+        written.insert(0, folder / f"{name}{'.bf16' if arguments.keep else ''}.safetensors")
         data = content.weights.read_bytes()
         write_atomically(written[0], lambda path: path.write_bytes(data))
     record = {
@@ -253,6 +254,11 @@ def make_release(run: Path, name: str, folder: Path, arguments: argparse.Namespa
     }
     write_atomically(written[-1], lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
     return written
+
+
+def shipped_files(folder: Path) -> list[Path]:
+    """Return the weights that the package holds, of those that the repository does."""
+    return [path for path in sorted(folder.glob("*.safetensors")) if not path.stem.endswith(".bf16")]
 
 
 def with_table(text: str) -> str:

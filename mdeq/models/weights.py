@@ -1,8 +1,8 @@
 """Released weights: which `architecture.tag` has some, where they lie, and how they come here whole.
 
 A release is a record `mdeq/weights/NAME.json`, which tools/publish.py makes. Small weights lie beside their record and
-need no network; larger ones lie in `mdeq/weights/hub/`, which installed packages lack. What is not there comes from the
-Hub, by commit, and counts only with the sha256 of the record.
+need no network; larger ones do so in bfloat16, as `NAME.bf16.safetensors`, which installed packages lack. What is not
+there comes from the Hub, by commit, and counts only with the sha256 of the record.
 """
 
 import dataclasses
@@ -77,9 +77,9 @@ class Release:
 
     @property
     def shipped(self) -> Path:
-        """Where the weights lie if they came with the package, or with its repository (the folder `hub`)."""
-        file = f"{self.name}.safetensors"
-        return self.folder / (f"hub/{file}" if (self.folder / "hub" / file).is_file() else file)
+        """Where the weights lie if they came with the package, or with its repository (those in bfloat16)."""
+        kept = self.folder / f"{self.name}.bf16.safetensors"
+        return kept if kept.is_file() else self.folder / f"{self.name}.safetensors"
 
     @property
     def cfg(self) -> dict[str, Any]:
