@@ -49,3 +49,8 @@ def channel_mask(x: Tensor, channels: int, p: float) -> Tensor:
     """Return an inverted-dropout mask `(B, channels, 1, ...)` of rate p for the batch, rank, device and dtype of x."""
     keep = x.new_full((x.shape[0], channels, *(1 for _ in x.shape[2:])), 1 - p)
     return torch.bernoulli(keep) / (1 - p)
+
+
+def without_metadata(x: Tensor) -> Tensor:
+    """Return one of MONAI's tensors, which do more at every operation, as a plain one."""
+    return x.as_tensor() if hasattr(x, "copy_meta_from") else x

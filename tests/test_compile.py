@@ -53,6 +53,16 @@ def test_gradients_and_penalty_are_those_of_the_plain_cell(gradient: str) -> Non
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 
 
+def test_many_models_are_compiled_in_one_process() -> None:
+    """PyTorch counts the graphs of all models together."""
+    for _ in range(8):
+        model = small()
+        mdeq.compile_cell(model, backend="eager")
+        with torch.no_grad():
+            for batch in (3, 17, 1):
+                model(torch.randn(batch, 3, 16, 16))
+
+
 def test_another_model_is_refused() -> None:
     with pytest.raises(TypeError, match="takes a model of this package, got Linear"):
         mdeq.compile_cell(nn.Linear(2, 2))

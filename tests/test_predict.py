@@ -284,14 +284,14 @@ def test_evaluations_of_a_line_search_are_counted(classifier: tuple[Path, nn.Mod
         (RuntimeError("shapes do not match"), False),
     ],
 )
-@pytest.mark.parametrize("stage", ["volumes.prepare", "whole"])
+@pytest.mark.parametrize("stage", ["volumes.prepare", "whole", "volumes.restore"])
 def test_an_input_beyond_memory_keeps_no_other_from_its_prediction(
     stage: str, failure: Exception, caught: bool, volume_segmenter: tuple[Path, nn.Module], tmp_path: Path
 ) -> None:
     """What was predicted has its row, whatever went wrong after it."""
     small = write_volume(tmp_path / "a.nii.gz", voxels(16, 16, 16), np.eye(4))
     large = write_volume(tmp_path / "b.nii.gz", voxels(24, 16, 24), np.eye(4))
-    inner = {"volumes.prepare": volumes.prepare, "whole": whole}[stage]
+    inner = {"volumes.prepare": volumes.prepare, "whole": whole, "volumes.restore": volumes.restore}[stage]
 
     def lacking(*words: Any, **options: Any) -> Any:
         if any(getattr(word, "shape", (0,))[-1] == 24 for word in words):
@@ -308,7 +308,8 @@ def test_an_input_beyond_memory_keeps_no_other_from_its_prediction(
         said = predict(*words)
     assert said.code == 2
     first, last = said.err.splitlines()
-    assert first.startswith(f"error: {large} does not fit into memory; make ")
+    assert first.startswith(f"error: {large}")
+    assert "does not fit into memory; make " in first
     assert last == "error: 1 of 2 inputs have no prediction, see above"
     assert [bool(row["error"]) for row in table(tmp_path / "out")] == [False, True]
 

@@ -131,7 +131,14 @@ def test_masks_of_0_and_255_are_suspicious(tmp_path: Path, capsys: pytest.Captur
     batches(data("masks", tmp_path), training=True)
     said = capsys.readouterr().err
     assert said.startswith("warning: the first masks hold no class but left; 3")
-    assert "data.ignore_index=255" in said
+    assert "give it its number in classes.txt (255 NAME)" in said
+    (tmp_path / "classes.txt").write_text("0 background\n255 cell\n")  # as it says
+    with pytest.raises(BadInput, match=r"expected 2 to 255 classes .* beside data\.ignore_index=255, got 0 background"):
+        batches(data("masks", tmp_path), training=True)
+    found = batches(data("masks", tmp_path, ignore_index=254), training=False)
+    assert found.class_names == ("background", "cell")
+    assert torch.equal(gather(found)[0][1][0], torch.from_numpy(picture(0)[1] > 1).long())
+    assert capsys.readouterr().err == ""
     masks(tmp_path)
     batches(data("masks", tmp_path), training=True)
     assert capsys.readouterr().err == ""
@@ -144,7 +151,7 @@ def test_two_masks_of_one_name(tmp_path: Path) -> None:
 
 
 def test_images_are_read_as_for_prediction(tmp_path: Path) -> None:
-    """On white where they are transparent, and turned as their EXIF says; so is a mask."""
+    """On white where they are transparent, and turned as their EXIF says; so is a mask, which has to say the same."""
     image, mask = picture(0)
     glass = Image.fromarray(np.dstack([image, np.where(mask == 2, 0, 255).astype(np.uint8)]))
     glass.save(tmp_path / "glass.png")
@@ -157,6 +164,16 @@ def test_images_are_read_as_for_prediction(tmp_path: Path) -> None:
         Image.fromarray(array).save(tmp_path / name, exif=exif)
     assert tuple(read_image(tmp_path / "image.png", 3).shape[1:]) == SIZE[::-1]
     assert np.array_equal(read_mask(tmp_path / "mask.png", label_table(3, (VOID,))).numpy(), np.rot90(mask, -1))
+    root = masks(tmp_path / "set")
+    Image.fromarray(image).save(root / "val/images/0.png", exif=exif)
+    with pytest.raises(BadInput, match=r"0\.png is to be turned by its EXIF, and its mask .*0\.png is not"):
+        gather(batches(data("masks", root), training=False))
+
+
+def test_pixels_that_are_neither_grey_nor_colours(tmp_path: Path) -> None:
+    Image.new("LAB", (20, 20)).save(tmp_path / "lab.tif")
+    with pytest.raises(BadInput, match="pixels LAB are neither grey nor RGB"):
+        read_image(tmp_path / "lab.tif", 1)
 
 
 def test_class_that_is_ignored_by_its_number(tmp_path: Path) -> None:
@@ -337,9 +354,12 @@ def test_bad_folders_of_pairs(tmp_path: Path) -> None:
     (root / "val/masks/3.png").unlink()
     with pytest.raises(BadInput, match="has no mask of its name"):
         batches(data("masks", root), training=False)
-    for text in ("0 a\n2 b\n", "", "1 a\n2 b\n"):
+    (root / "classes.txt").write_text("0 a\n2 b\n")
+    with pytest.raises(BadInput, match="label value 1, which is no class"):
+        batches(data("masks", root), training=True)
+    for text in ("", "0 a\n", "0 a\n256 b\n"):
         (root / "classes.txt").write_text(text)
-        with pytest.raises(BadInput, match="numbered from 0"):
+        with pytest.raises(BadInput, match="expected 2 to 255 classes numbered 0 to 255"):
             batches(data("masks", root), training=True)
     (root / "classes.txt").write_text("0 a b\n1 a b\n2 c\n")
     with pytest.raises(BadInput, match="two classes have the same name: a b, a b, c"):

@@ -229,6 +229,11 @@ def test_tensors_of_monai(spatial_dims: int, solver: mdeq.FixedPointSolver) -> N
     found, equilibrium = model(known, return_equilibrium=True)
     assert torch.equal(found.as_tensor(), model(x))
     assert all(type(z) is torch.Tensor for z in equilibrium.state)
+    again = model(known, z0=tuple(MetaTensor(z) for z in equilibrium.state), return_equilibrium=True)[1]
+    assert all(type(z) is torch.Tensor for z in again.state)
+    warm = mdeq.WarmStart(model)
+    warm(known[:1], [[slice(0, 1), slice(0, 1), *(slice(0, n) for n in x.shape[2:])]])
+    assert all(type(z) is torch.Tensor for z in warm._seen[0])
     deq = mdeq.DEQ(solver, mdeq.ImplicitGradient())  # any f over such tensors
     assert deq(lambda z: (0.5 * z[0] + 1,), (MetaTensor(torch.zeros(2, 3)),)).state[0].shape == (2, 3)
 

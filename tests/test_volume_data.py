@@ -22,6 +22,8 @@ from tools.volumes import (
     normalised,
     padded,
     prepare,
+    prepared_spacing,
+    resized,
     restore,
     save_labels,
     unpadded,
@@ -478,6 +480,45 @@ def test_resampling_to_fewer_voxels_averages() -> None:
     assert tuple(x.shape) == (1, 8, 16, 16)
     assert float(x[:, 2:-2].mean()) == pytest.approx(0.25, abs=0.05)
     assert float(x[:, 2:-2].std()) < 0.05
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (1.5, 0.25, 0.5), (0.2, 2.0, 0.5)])
+def test_resampling_keeps_a_constant_up_to_the_border(spacing: tuple[float, ...]) -> None:
+    volume = Volume(torch.full((1, 20, 21, 22), -1000.0), np.diag([0.5, 0.5, 0.5, 1.0]))
+    x, _ = prepare(volume, Preprocessing(spacing, "none", "none"))
+    torch.testing.assert_close(x, torch.full_like(x, -1000.0), rtol=1e-5, atol=0)
+    assert torch.equal(prepare(volume, Preprocessing(spacing, "none"))[0], torch.zeros_like(x))
+
+
+def test_resampling_is_linear_and_keeps_places() -> None:
+    """A ramp along every axis stays one, at the places of the new voxels' middles; finer, it is what PyTorch makes."""
+    ramps = torch.stack(
+        torch.meshgrid(*(torch.arange(n, dtype=torch.float32) + 0.5 for n in (24, 16, 20)), indexing="ij")
+    )
+    coarse = resized(ramps, (8, 8, 10))
+    for axis, (factor, n) in enumerate(((3, 8), (2, 8), (2, 10))):
+        line = coarse[axis].movedim(axis, -1)[4, 4]
+        expected = factor * (torch.arange(n) + 0.5)
+        torch.testing.assert_close(line[1:-1], expected[1:-1], rtol=1e-5, atol=1e-4)
+    finer = torch.nn.functional.interpolate(ramps[None], size=(30, 16, 41), mode="trilinear")[0]
+    torch.testing.assert_close(resized(ramps, (30, 16, 41)), finer, rtol=1e-5, atol=1e-4)
+
+
+def test_small_voxels_and_other_units(tmp_path: Path) -> None:
+    """500 micron are half a millimetre; voxels of a thousandth of one keep their size, and their side."""
+    array = blob((16, 17, 18))[0]
+    for unit, mm in (("micron", 0.5), ("mm", 500.0), ("unknown", 500.0), ("meter", 500_000.0)):
+        image = nibabel.Nifti1Image(array, np.diag([500.0, 500.0, 500.0, 1.0]))
+        image.header.set_xyzt_units(unit)
+        nibabel.save(image, tmp_path / "x.nii")
+        assert load_volume(tmp_path / "x.nii").spacing == pytest.approx((mm,) * 3)
+    affine = np.diag([4e-4, 4e-4, 4e-4, 1.0])
+    volume = load_volume(save_nifti(tmp_path / "y.nii", array, affine))
+    assert prepared_spacing(volume, Preprocessing()) == (4e-4,) * 3
+    label = blob((16, 17, 18))[1]
+    load_labels(save_nifti(tmp_path / "same.nii", label, affine), volume, 3)
+    with pytest.raises(BadInput, match="their affines differ"):
+        load_labels(save_nifti(tmp_path / "mirrored.nii", label, affine * [-1, 1, 1, 1]), volume, 3)
 
 
 def test_spacings_follow_the_order_of_the_test_split(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mdeq import Equilibrium
-from tools import build
+from tools import build, volume_data
 from tools.batches import seed_everything
 from tools.checkpoint import check_folder, make_folder, write_atomically
 from tools.config import BadInput, DEQConfig, TrainConfig, load_config, split_overrides
@@ -62,18 +62,23 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
     config = load_config(arguments.config, overrides)
     if config.task != "classification" or config.data.mixup or config.data.cutmix or config.optim.ema_decay:
         raise BadInput("a baseline is for the classification of images, without mixup, cutmix and optim.ema_decay")
+    if config.data.name in volume_data.NAMES:
+        raise BadInput(f"a baseline is for the classification of images, {config.data.name} is of volumes")
     return arguments, config
 
 
-def build_net(name: str, num_classes: int, channels: list[int] | None, small_images: bool) -> nn.Module:
-    """Return a network of timm.
+def build_net(
+    name: str, num_classes: int, size: tuple[int, int, int], channels: list[int] | None, small_images: bool
+) -> nn.Module:
+    """Return a network of timm for images of a size (channels, height, width).
 
     Raises:
         BadInput: for an unknown one, or one that these settings are not for.
     """
     options = {} if channels is None else {"channels": channels}
     try:
-        net = timm.create_model(name, num_classes=num_classes, **options)
+        net = timm.create_model(name, num_classes=num_classes, in_chans=size[0], **options)
+        net.eval()(torch.zeros(1, *size))
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise BadInput(f"--net {name}: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
     if small_images:
@@ -95,7 +100,8 @@ def main() -> None:
     if classes is None:
         raise BadInput("set data.num_classes: these data do not say how many classes they have")
     seed_everything(config.run.seed)
-    model = Explicit(build_net(arguments.net, classes, arguments.channels, arguments.small_images)).to(process.device)
+    net = build_net(arguments.net, classes, spec.size, arguments.channels, arguments.small_images)
+    model = Explicit(net).to(process.device)
     optimizer = build_optimizer(dataclasses.replace(config.optim, layer_decay=None), model)
     trainer = Trainer(
         model=model,

@@ -180,7 +180,7 @@ def main() -> None:
         write(model, temporary, told(arguments.checkpoint))
         if arguments.bf16:
             narrow_file(temporary / WEIGHTS_FILE)
-        if arguments.bf16 and (arguments.checkpoint / CONFIG_FILE).is_file():
+        if arguments.bf16 and not arguments.inflate and (arguments.checkpoint / CONFIG_FILE).is_file():
             shutil.copy(arguments.checkpoint / CONFIG_FILE, temporary)
             if (arguments.checkpoint / RESULTS_FILE).is_file():  # what the weights reached is no longer theirs
                 training = read_results(arguments.checkpoint).get("training")

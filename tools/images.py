@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from tools.config import BadInput
@@ -36,6 +36,12 @@ def _open(source: Source) -> Image.Image:
         raise BadInput(f"cannot read image {name_of(source)}: {reason}") from None
 
 
+def exif_orientation(source: Source) -> int:
+    """Return how a file is to be turned, by the numbers of EXIF; 1 for not at all."""
+    with Image.open(source if isinstance(source, Path) else io.BytesIO(source[1])) as file:
+        return int(file.getexif().get(ExifTags.Base.Orientation, 1))
+
+
 def read_picture(source: Source, in_chans: int) -> Image.Image:
     """Return an image in grey (`in_chans` 1) or colour (3), 8 bits a channel.
 
@@ -47,7 +53,11 @@ def read_picture(source: Source, in_chans: int) -> Image.Image:
     """
     if in_chans not in (1, 3):
         raise BadInput(f"image files have 1 or 3 channels, the model takes {in_chans} (model.kwargs.in_chans)")
-    return _opaque(_eight_bits(_open(source), name_of(source))).convert("L" if in_chans == 1 else "RGB")
+    image = _eight_bits(_open(source), name_of(source))
+    try:
+        return _opaque(image).convert("L" if in_chans == 1 else "RGB")
+    except ValueError:
+        raise BadInput(f"cannot read image {name_of(source)}: pixels {image.mode} are neither grey nor RGB") from None
 
 
 def read_image(source: Source, in_chans: int) -> Tensor:

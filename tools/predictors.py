@@ -167,16 +167,16 @@ class Predictor:
         Raises:
             BadInput: if memory runs out.
         """
-        x = torch.stack([sample.x for sample in samples])
-        shape = x.shape[2:]
-        if self.is_3d:
-            x = volumes.padded(x, self.least)
         options = "--batch-size or --patch" if self.dense else "--batch-size or --size"
         with memory_for(str(samples[0].path), "--batch-size" if self.is_3d and not self.dense else options):
+            x = torch.stack([sample.x for sample in samples])
+            shape = x.shape[2:]
+            if self.is_3d:
+                x = volumes.padded(x, self.least)
             logits, solves = self.inference(self.model, x.to(self.settings.device), solver=self.solver)
-        if self.dense and self.is_3d:
-            logits = volumes.unpadded(logits, shape)
-        logits = logits.cpu()
+            if self.dense and self.is_3d:
+                logits = volumes.unpadded(logits, shape)
+            logits = logits.cpu()
         results = []
         for k, sample in enumerate(samples):
             solve = solve_record(solves, k if len(samples) > 1 else None)
@@ -185,7 +185,13 @@ class Predictor:
                 results.append(dataclasses.replace(result, error=f"{sample.path}: the model's output is not finite"))
                 continue
             finish = self._classes if not self.dense else self._volume_labels if self.is_3d else self._image_labels
-            results.append(finish(sample, logits[k], result))
+            try:
+                with memory_for(
+                    f"{sample.path}, with scores of {logits.shape[1]} classes on its own grid,", "the file"
+                ):
+                    results.append(finish(sample, logits[k], result))
+            except BadInput as error:
+                results.append(dataclasses.replace(result, error=str(error)))
         return results
 
     def _classes(self, sample: Sample, logits: Tensor, result: Result) -> Result:

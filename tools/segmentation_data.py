@@ -30,7 +30,7 @@ from tools.batches import (
     split_name,
 )
 from tools.config import BadInput, DataConfig
-from tools.images import Source, name_of, read_image, read_mask
+from tools.images import Source, exif_orientation, name_of, read_image, read_mask
 
 NAMES = ("camvid", "cityscapes", "masks")
 
@@ -148,8 +148,11 @@ def read_masks(root: Path, split: str, ignored: int) -> Pairs:
     path = root / "classes.txt"
     names = _read_classes(path)
     names.pop(ignored, None)
-    if sorted(names) != list(range(len(names))) or not names or len(names) > VOID:
-        raise BadInput(f"{path}: the classes must be numbered from 0 on (the one to ignore last), got {sorted(names)}")
+    if len(names) < 2 or max(names) > 255 or len(names) > VOID:
+        raise BadInput(
+            f"{path}: expected 2 to {VOID} classes numbered 0 to 255 beside data.ignore_index={ignored}, got "
+            f"{', '.join(f'{k} {names[k]}' for k in sorted(names)[:8]) or 'none'}"
+        )
     if len(set(names.values())) < len(names):
         raise BadInput(f"{path}: two classes have the same name: {', '.join(names[k] for k in sorted(names))}")
     folders = [root / split / kind for kind in ("images", "masks")]
@@ -157,7 +160,10 @@ def read_masks(root: Path, split: str, ignored: int) -> Pairs:
         if not folder.is_dir():
             raise BadInput(f"no folder {folder}; expected {split}/images and {split}/masks in {root}")
     pairs = matched(_files(folders[0]), folders[1], folders[0])
-    return Pairs(pairs, label_table(len(names), (ignored,)), tuple(names[k] for k in sorted(names)))
+    table = np.full(256, -1)
+    table[sorted(names)] = np.arange(len(names))  # numbers may have gaps, as those of masks of 0 and 255
+    table[ignored] = VOID
+    return Pairs(pairs, table, tuple(names[k] for k in sorted(names)))
 
 
 def warn_of_one_class(data: Pairs, ignored: int) -> None:
@@ -170,7 +176,8 @@ def warn_of_one_class(data: Pairs, ignored: int) -> None:
         share = 100 * counts[VOID] / counts.sum()
         print(
             f"warning: the first masks hold no class but {data.class_names[present[0]]}; {share:.0f} % of their pixels "
-            f"are data.ignore_index={ignored} and do not count. If that is a class, set data.ignore_index to another",
+            f"are data.ignore_index={ignored} and do not count. If that is a class, give it its number in classes.txt "
+            f"({ignored} NAME) and set data.ignore_index to a value that no mask has",
             file=sys.stderr,
         )
 
@@ -220,6 +227,11 @@ class PairDataset(Dataset):
         index, seed = key
         source, mask_source = self.data.pairs[index]
         image, mask = read_image(source, self.in_chans), read_mask(mask_source, self.data.table)
+        if exif_orientation(source) != exif_orientation(mask_source):
+            raise BadInput(
+                f"image {name_of(source)} is to be turned by its EXIF, and its mask {name_of(mask_source)} is not, or "
+                "otherwise; save both the way up that they are seen"
+            )
         if image.shape[1:] != mask.shape:
             sizes = [f"{x.shape[-1]}x{x.shape[-2]}" for x in (image, mask)]
             raise BadInput(f"image {name_of(source)} is {sizes[0]}, its mask {name_of(mask_source)} {sizes[1]}")

@@ -25,6 +25,8 @@ from tools.config import BadInput, optional
 
 NORMALISATIONS = ("zscore", "minmax", "none")
 ORIENTATIONS = ("RAS", "none")
+UNITS = {"meter": 1e3, "micron": 1e-3}
+"""Units of length in NIfTI files in mm; a file that names none is in mm."""
 MOST_CLASSES = 255
 """Labels are bytes, of which one stands for voxels that do not count."""
 
@@ -81,7 +83,8 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 class Volume:
     """Voxels `(C, *S)` float32 in the axes of their file, the affine `(4, 4)` from voxels to mm, and a name.
 
-    `header` is the file's, which label volumes take the place in space from; None for voxels of no file.
+    `header` is the file's, which label volumes take the place in space from; None for voxels of no file. `unit` is that
+    of the affine in mm.
     """
 
     voxels: Tensor
@@ -89,6 +92,7 @@ class Volume:
     name: str = "volume"
     has_affine: bool = True
     header: Any = None
+    unit: float = 1.0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -97,7 +101,7 @@ class Volume:
     @property
     def spacing(self) -> tuple[float, ...]:
         """Mm per voxel along each axis of the file."""
-        return tuple(float(s) for s in np.sqrt((self.affine[:3, :3] ** 2).sum(axis=0)))
+        return tuple(self.unit * float(s) for s in np.sqrt((self.affine[:3, :3] ** 2).sum(axis=0)))
 
 
 def _open(path: Path) -> tuple[Any, np.ndarray]:
@@ -132,11 +136,13 @@ def load_volume(path: str | Path, in_chans: int = 1) -> Volume:
     if channels != in_chans:
         shape = "x".join(map(str, data.shape))
         raise BadInput(f"{path} is {data.ndim}-D ({shape}), {channels} channel(s); the model takes {in_chans}")
-    voxels = torch.from_numpy(np.ascontiguousarray(data, dtype=np.float32)).reshape(*data.shape[:3], channels)
+    with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and said below
+        voxels = torch.from_numpy(np.ascontiguousarray(data, dtype=np.float32)).reshape(*data.shape[:3], channels)
     checked_finite(voxels, str(path))
     known = any(int(file.header[code]) > 0 for code in ("sform_code", "qform_code") if code in file.header)
     voxels = voxels.permute(3, 0, 1, 2).contiguous()
-    return Volume(voxels, np.asarray(file.affine), str(path), known, file.header)
+    unit = UNITS.get(file.header.get_xyzt_units()[0], 1.0) if hasattr(file.header, "get_xyzt_units") else 1.0
+    return Volume(voxels, np.asarray(file.affine), str(path), known, file.header, unit)
 
 
 def checked_finite(voxels: Tensor, name: str) -> Tensor:
@@ -159,7 +165,7 @@ def load_labels(path: str | Path, like: Volume, num_classes: int) -> Tensor:
         data = data[..., 0]
     if data.shape != like.shape:
         raise BadInput(f"{path} has the shape {data.shape}, its image {like.name} {like.shape}")
-    if like.has_affine and not np.allclose(file.affine, like.affine, atol=1e-2):
+    if like.has_affine and not np.allclose(file.affine, like.affine, atol=1e-2 * np.abs(like.affine[:3, :3]).max()):
         raise BadInput(f"{path} lies elsewhere in space than its image {like.name}: their affines differ")
     return checked_labels(data, num_classes, str(path))
 
@@ -222,9 +228,9 @@ def _resampled_shape(shape: Sequence[int], spacing: Sequence[float], target: Seq
 
 
 def prepared_spacing(volume: Volume, preprocessing: Preprocessing) -> tuple[float, ...]:
-    """Return the mm per voxel of the prepared volume, to a thousandth."""
+    """Return the mm per voxel of the prepared volume, to four digits."""
     order, _ = _axes(volume, preprocessing.orientation)
-    return tuple(round(s, 3) for s in preprocessing.spacing or [volume.spacing[axis] for axis in order])
+    return tuple(float(f"{s:.4g}") for s in preprocessing.spacing or [volume.spacing[axis] for axis in order])
 
 
 def _grid(volume: Volume, preprocessing: Preprocessing) -> tuple[int, ...]:
@@ -232,6 +238,18 @@ def _grid(volume: Volume, preprocessing: Preprocessing) -> tuple[int, ...]:
     order, _ = _axes(volume, preprocessing.orientation)
     shape, spacing = ([values[axis] for axis in order] for values in (volume.shape, volume.spacing))
     return _resampled_shape(shape, spacing, preprocessing.spacing)
+
+
+def resized(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return x `(C, *S)` with other axes, linearly; those that get shorter are averaged over what a voxel then covers.
+
+    PyTorch does so for images: it is done over the last two axes, and then over the first.
+    """
+    depth, height, width = shape
+    options = dict(mode="bilinear", antialias=True)
+    x = F.interpolate(x.transpose(0, 1), size=(height, width), **options)  # (D, C, H, W)
+    x = F.interpolate(x.permute(2, 1, 0, 3), size=(depth, width), **options)  # (H, C, D, W)
+    return x.permute(1, 2, 0, 3)
 
 
 def prepare(volume: Volume, preprocessing: Preprocessing, labels: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -242,9 +260,8 @@ def prepare(volume: Volume, preprocessing: Preprocessing, labels: Tensor | None 
     """
     shape = _grid(volume, preprocessing)
     x = oriented(volume.voxels, volume, preprocessing.orientation)
-    if tuple(x.shape[1:]) != shape:  # axes that get shorter are smoothed first
-        resize = optional("monai.transforms", "volumes").Resize(shape, mode="trilinear", anti_aliasing=True)
-        x = resize(x.contiguous()).as_tensor()
+    if tuple(x.shape[1:]) != shape:
+        x = resized(x, shape)
     if labels is not None:
         labels = oriented(labels.unsqueeze(0), volume, preprocessing.orientation)
         if tuple(labels.shape[1:]) != shape:

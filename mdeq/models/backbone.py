@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from ..deq import DEQ, Equilibrium
 from ..gradients import GradientSpec
-from ..layers import BATCH_NORM, CONV, SpatialDims, conv
+from ..layers import BATCH_NORM, CONV, SpatialDims, conv, without_metadata
 from ..solvers import FixedPointSolver, SolverSpec, is_static
 from ..state import State
 from .cell import MultiscaleCell
@@ -280,11 +280,6 @@ def checked_input(x: Tensor, spatial_dims: int, in_chans: int) -> Tensor:
     if not is_static(x) and min(x.shape[2:]) < MIN_SIZE:
         raise ValueError(f"every side of the input must be >= {MIN_SIZE}, got {tuple(x.shape[2:])}")
     return x
-
-
-def without_metadata(x: Tensor) -> Tensor:
-    """Return one of MONAI's tensors, which do more at every operation, as a plain one."""
-    return x.as_tensor() if hasattr(x, "copy_meta_from") else x
 
 
 @torch.fx.wrap

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..deq import DEQ, Equilibrium
 from ..gradients import PhantomGradient
+from ..layers import without_metadata
 from ..solvers import FixedPointSolver
 from ..state import State
 from .cell import Injection, Kernels, MultiscaleCell
@@ -82,12 +83,13 @@ class MultiscaleDEQ(nn.Module):
         jacobian_probes: int = 0,
     ) -> Equilibrium:
         """Return the equilibrium for an injection into branch 0; other arguments as in `DEQ.forward`."""
+        injection = without_metadata(injection)
         start = self.cell.zero_state(injection)
         if z0 is not None:
             given = [tuple(z.shape) for z in z0] if isinstance(z0, (tuple, list)) else type(z0).__name__
             if given != [tuple(z.shape) for z in start]:
                 raise ValueError(f"z0 must have shapes {[tuple(z.shape) for z in start]}, got {given}")
-            start = tuple(z.to(s) for z, s in zip(z0, start))
+            start = tuple(without_metadata(z).to(s) for z, s in zip(z0, start))
         # With everything upstream frozen no backward solve is due, although f(z) depends on z.
         learns = injection.requires_grad or any(p.requires_grad for p in self.cell.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
@@ -118,5 +120,5 @@ def compile_cell(model: nn.Module, **options: Any) -> None:
     dynamo = torch._dynamo.config  # loaded now, with what is below: it takes a while, and few need it
     torch._functorch.config.donated_buffer = False
     limit = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"
-    setattr(dynamo, limit, max(getattr(dynamo, limit), 24))
+    setattr(dynamo, limit, getattr(dynamo, limit) + 16)  # counted over all models, since it is per function
     layer.cell.compile(fullgraph=True, **options)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..layers import without_metadata
 from ..solvers import FixedPointSolver, SolveStats
 from ..state import State
 from .segmenter import MDEQSegmenter
@@ -41,6 +42,7 @@ class WarmStart:
     @torch.no_grad()
     def __call__(self, windows: Tensor, places: Sequence[Place]) -> Tensor:
         """Return logits for windows `(B, C, *S)` of one size, and keep their equilibria."""
+        windows = without_metadata(windows)
         for place in places:
             if all(axis.start == 0 for axis in place[2:]):
                 self._seen.pop(place[0].start, None)
