@@ -515,7 +515,7 @@ def test_size_of_a_volume_is_refused(volume_segmenter: tuple[Path, nn.Module], t
 
 
 def test_official_segmenters_have_the_names_of_cityscapes(tmp_path: Path) -> None:
-    model = timm.create_model("mdeq_tiny_seg", **TINY)
+    model = timm.create_model("mdeq_tiny_seg", num_classes=19, **TINY)
     named = [
         _label_names(model, config) for config in ({}, {"pretrained_cfg": {"tag": "locuslab"}}, {"num_classes": 19})
     ]

@@ -123,13 +123,14 @@ def _config_of(name: str, model: nn.Module) -> dict[str, Any]:
 def _label_names(model: nn.Module, config: dict[str, Any]) -> tuple[str, ...]:
     """Return a name for every class: those of config.json, those known of the data, else numbers."""
     tag = str(config.get("pretrained_cfg", {}).get("tag") or "")  # of the weights; the model's own may be of others
-    names = config.get("label_names") or model.pretrained_cfg.get("label_names") or ()
+    known = model.pretrained_cfg.get("label_names") or ()  # those of released weights, if it has as many classes
+    names = config.get("label_names") or (known if len(known) == model.num_classes else ())
     if isinstance(names, dict):  # timm allows a dictionary by number
         names = [names.get(str(k), names.get(k, f"class {k}")) for k in range(model.num_classes)]
     of_official = not config or tag == "locuslab"
     if of_official and isinstance(model, mdeq.MDEQSegmenter) and model.num_classes == len(CITYSCAPES_CLASSES):
         tag = "cityscapes"  # which the official segmenters were trained on
-    if not names and tag in DATASETS:
+    if not names and tag in DATASETS and len(DATASETS[tag].labels) == model.num_classes:
         names = DATASETS[tag].labels
     if not names and "in1k" in tag and model.num_classes == 1000:
         names = [ImageNetInfo().index_to_description(k) for k in range(1000)]
