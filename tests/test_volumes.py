@@ -28,7 +28,7 @@ def test_registered() -> None:
     assert timm.list_models(module="volumes") == sorted([*CLASSIFIERS, *SEGMENTERS])
     assert set(mdeq.list_models()) == {n for m in ("mdeq", "segmenter", "volumes") for n in timm.list_models(module=m)}
     assert mdeq.list_models("*3d*seg") == SEGMENTERS
-    assert sorted(mdeq.list_models(pretrained=True)) == timm.list_models("*mdeq*", pretrained=True)
+    assert sorted(mdeq.list_models(pretrained=True)) == timm.list_models("*deq*", pretrained=True)
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS + SEGMENTERS)
