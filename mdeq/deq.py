@@ -41,14 +41,16 @@ class _FlatFn:
             self.take = lambda index: _FlatFn(fn.take(index), layout, inner, outer)
         if hasattr(fn, "tensors"):
             self.tensors = fn.tensors
-        if hasattr(fn, "eager"):
-            self.eager = lambda: _FlatFn(fn.eager(), layout, inner, outer)
 
     def __call__(self, z: Tensor) -> Tensor:
         f_z = self.layout.flatten(self.fn(self.layout.unflatten(z.to(self.inner))), self.outer)
         if f_z.shape != z.shape:
             raise ValueError(f"f must keep the batch size, {z.shape[0]}, got {f_z.shape[0]}")
         return f_z
+
+    def eager(self) -> "_FlatFn":
+        """Return the map as it is where parts of it were compiled."""
+        return _FlatFn(self.fn.eager(), self.layout, self.inner, self.outer) if hasattr(self.fn, "eager") else self
 
 
 def _flatten(fn: StateFn, state: State) -> tuple[_FlatFn, Tensor]:
@@ -117,9 +119,7 @@ class DEQ(nn.Module):
         else:
             gradient = build_gradient(self.gradient)
             z, stats, record = gradient.solve(flat, z_start, forward_solver, training=self.training)
-        penalty = None
-        if jacobian_probes > 0:
-            penalty = jacobian_frobenius(flat.eager() if hasattr(flat, "eager") else flat, z, jacobian_probes)
+        penalty = jacobian_frobenius(flat.eager(), z, jacobian_probes) if jacobian_probes > 0 else None
         return Equilibrium(flat.layout.unflatten(z.to(flat.inner)), stats, penalty, record)
 
     @staticmethod

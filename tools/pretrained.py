@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
 from timm.data import ImageNetInfo
 from torch import nn
 
@@ -51,7 +50,7 @@ def load_trained(name: str) -> Trained:
         model, config = _from_path(path)
     else:
         model = build_model(ModelConfig(name=known_model(name), pretrained=True), None, for_training=False)
-        config = _config_of(name, model)
+        config = recorded_config(name)
     if not isinstance(model, mdeq.MDEQ | mdeq.MDEQSegmenter):
         raise BadInput(f"{name} is a {type(model).__name__}, which is no model of this package")
     if model.num_classes < 1:
@@ -108,16 +107,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise BadInput(f"{path} is damaged: expected an object")
     return config
-
-
-def _config_of(name: str, model: nn.Module) -> dict[str, Any]:
-    """Return the config.json of a model that was loaded by its name."""
-    if name.startswith("hf-hub:"):
-        repo, _, revision = name.removeprefix("hf-hub:").partition("@")
-        with mdeq.hub_errors(repo, revision or None):  # the model came from there: the file is in the cache
-            return _read_json(Path(hf_hub_download(repo, "config.json", revision=revision or None)))
-    release = mdeq.RELEASES.get(f"{name.partition('.')[0]}.{model.pretrained_cfg.get('tag')}")
-    return {} if release is None else dict(release.config)
 
 
 def _label_names(model: nn.Module, config: dict[str, Any]) -> tuple[str, ...]:
