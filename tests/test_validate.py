@@ -19,8 +19,9 @@ from torch import Tensor
 
 from mdeq import Broyden, Picard
 from mdeq.models import MDEQ
+from tools.card import steps_table
 from tools.engine import evaluate
-from tools.steps import columns, save_table
+from tools.steps import columns, read_table, save_table
 from tools.tasks import TOP1
 
 # timm's readers leave it to the garbage collector to close an image file.
@@ -106,9 +107,31 @@ def test_a_record_is_derived_again(trained: Path, release: Path) -> None:
     assert not list(release.parent.glob("results.json"))
 
 
+def test_steps_go_into_a_record(trained: Path, release: Path) -> None:
+    """The table of a part of the split, spread over it; a figure that differs leaves the record as it was."""
+    before = json.loads(release.read_text())
+    out = validate("--record", release, "--steps", 1, 2, 4, "--samples", 30).ok()
+    assert f"saved: {release}" in out
+    after = json.loads(release.read_text())
+    table = after["card"].pop("steps")
+    assert before["card"].pop("steps") == []
+    assert after == before
+    assert [(row["steps"], row["samples"], row["evaluations"]) for row in table] == [(1, 30, 2), (2, 30, 3), (4, 30, 5)]
+    folder = release.parent / "table"
+    validate("--checkpoint", trained, "--steps", 1, 2, 4, "--samples", 30, "--out", folder).ok()
+    assert read_table(folder / "steps.csv") == table
+    assert "On 30 samples spread over the test split" in "\n".join(steps_table(table, "top1"))
+    change(release, 1.0)
+    text = release.read_text()
+    assert validate("--record", release, "--steps", 1).code == 1
+    assert release.read_text() == text
+
+
 def test_records_that_cannot_be_checked(release: Path, tmp_path: Path) -> None:
     assert "--model" in validate("--record", release, "--model", "test_mdeq").refusal()
-    assert "--steps" in validate("--record", release, "--steps", "2").refusal()
+    assert "--samples" in validate("--record", release, "--samples", "2").refusal()
+    assert "--samples" in validate("--record", release, "--steps", "2", "--samples", "0").refusal()
+    assert "--out" in validate("--record", release, "--steps", "2", "--out", tmp_path).refusal()
     assert "model.solver.max_steps=9" in validate("--record", release, "model.solver.max_steps=9").refusal()
     assert "nowhere.json" in validate("--record", tmp_path / "nowhere.json").refusal()
     for text in ("{", "[]", "{}", '{"sha256": "", "size": 1, "card": {"evaluation": 1}}'):

@@ -25,12 +25,12 @@ from tqdm import tqdm
 from mdeq import Equilibrium
 from tools import build, volume_data
 from tools.batches import seed_everything
-from tools.checkpoint import check_folder, make_folder, write_atomically
+from tools.checkpoint import check_folder, make_folder
 from tools.config import BadInput, DEQConfig, TrainConfig, load_config, split_overrides
 from tools.engine import Trainer, evaluate, train_epoch
 from tools.optim import build_optimizer, build_scheduler
 from tools.report import Parser, program
-from tools.results import as_json, circumstances
+from tools.results import circumstances, write_json
 from tools.tasks import CLASSIFICATION
 
 
@@ -130,7 +130,7 @@ def main() -> None:
         seed=config.run.seed, epochs=config.run.epochs, **circumstances(process.device),
     )  # fmt: skip
     make_folder(arguments.out)
-    write_atomically(arguments.out / "baseline.json", lambda path: path.write_text(as_json(record)))
+    write_json(arguments.out / "baseline.json", record)
     print(f"saved: {arguments.out / 'baseline.json'}")
 
 

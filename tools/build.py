@@ -20,6 +20,7 @@ from tools.batches import Batches, ImageSpec, Process
 from tools.checkpoint import load_weights, read_json
 from tools.config import BadInput, DataConfig, ModelConfig, RunConfig, TrainConfig, nearest
 from tools.data import build_batches
+from tools.tasks import check_task
 
 _UNUSABLE = (
     TypeError, ValueError, RuntimeError, OSError, AssertionError, AttributeError, LookupError, ArithmeticError,
@@ -191,6 +192,18 @@ def build_split(
             "optim.accumulate"
         )
     return build_batches(config.data, spec, process, training=training, seed=config.run.seed)
+
+
+def build_test_split(config: TrainConfig, model: nn.Module, process: Process, *, subset: bool = False) -> Batches:
+    """Return the test split of a config for a model, which has its classes or, if it is said to be a subset, fewer.
+
+    Raises:
+        BadInput: for missing data, or data that are not of the model's kind.
+    """
+    check_task(config, model)
+    batches, found = build_split(config, image_spec(model, config.data.image_size), process, training=False)
+    check_classes(model, found, "the test split", exactly=not subset)
+    return batches
 
 
 def check_classes(model: nn.Module, found: int | None, origin: str, *, exactly: bool = False) -> None:

@@ -8,6 +8,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from mdeq import SolveStatus
 from tools.segmentation_data import CAMVID_CLASSES, CITYSCAPES_CLASSES
+from tools.steps import ALL
 
 
 @dataclass(frozen=True)
@@ -236,15 +237,17 @@ def _release_row(name: str, record: Mapping[str, Any]) -> list[str]:
 
 
 def steps_table(rows: Sequence[Mapping[str, Any]], metric: str) -> list[str]:
-    """Return the section of accuracy against steps, from the rows of a steps.csv."""
+    """Return the section of accuracy against steps, from its rows."""
     if not rows:
         return ["The metric against the number of solver steps was not measured."]
     columns = [c for c in ("steps", metric, "evaluations", "residual_mean", f"twin_{metric}") if c in rows[0]]
-    body = [[f"{float(row[c]):.4g}" for c in columns] for row in rows]
+    body = [[_number(row[c], ".4g") for c in columns] for row in rows]
+    samples = rows[0].get("samples", ALL)
+    where = "the whole test split" if samples == ALL else f"{samples} samples spread over the test split"
     return [
         "### Against the number of solver steps",
         _table([c.replace("_", " ") for c in columns], body),
-        "`twin`: f applied as often without a solver.",
+        f"On {where}. `twin`: f applied as often without a solver, the explicit twin of shared weights.",
     ]
 
 

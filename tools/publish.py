@@ -11,7 +11,6 @@ Weights that are neither are looked for in DIR/ARCHITECTURE.TAG.
 """
 
 import argparse
-import csv
 import dataclasses
 import hashlib
 import json
@@ -34,7 +33,8 @@ from tools.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_json, read_weights,
 from tools.config import BadInput, config_yaml, load_config
 from tools.recheck import read_release
 from tools.report import Parser, program
-from tools.results import ROOT, read_results
+from tools.results import ROOT, read_results, write_json
+from tools.steps import STEPS_FILE, read_table
 
 RELEASES_FOLDER = ROOT / "mdeq" / "weights"
 TABLE_START, TABLE_END = "<!-- tools/publish.py --readme -->", "<!-- end of the table -->"
@@ -126,7 +126,7 @@ def record_of(
         **_results(run),
         "stages": [] if stage is None else _stages(stage),
         "seeds": [_seed(folder) for folder in (run, *seeds)],
-        "steps": _steps(run),
+        "steps": read_table(run / STEPS_FILE) if (run / STEPS_FILE).exists() else [],
         "notes": list(notes),
         "config": config_yaml(config),
     }
@@ -151,14 +151,6 @@ def _seed(run: Path) -> dict[str, Any]:
     results = _results(run)
     evaluation = results["evaluation"]
     return {"seed": results["training"]["seed"], "value": evaluation["metrics"][evaluation["metric"]]}
-
-
-def _steps(run: Path) -> list[dict[str, str]]:
-    path = run / "steps.csv"
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def config_of(run: Path, name: str, data: str) -> dict[str, Any]:
@@ -252,7 +244,7 @@ def make_release(run: Path, name: str, folder: Path, arguments: argparse.Namespa
         "config": content.config,
         "card": content.record,
     }
-    write_atomically(written[-1], lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
+    write_json(written[-1], record, indent=1)
     return written
 
 

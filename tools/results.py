@@ -107,19 +107,21 @@ def write_results(folder: Path, **sections: Any) -> None:
     """Put sections (`training`, `evaluation`) into the results.json of a folder; others stay as they are."""
     path = folder / RESULTS_FILE
     record = read_results(folder) if path.exists() else {}
-    text = as_json({**record, **sections})
+    write_json(path, {**record, **sections})
+
+
+def write_json(path: Path, record: dict[str, Any], indent: int = 2) -> None:
+    """Write a record, with null for numbers that JSON has no word for."""
+    text = json.dumps(_finite(record), indent=indent, allow_nan=False) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text))
-
-
-def as_json(record: dict[str, Any]) -> str:
-    """Return a record as text, with null for numbers that JSON has no word for."""
-    return json.dumps(_finite(record), indent=2, allow_nan=False) + "\n"
 
 
 def _finite(value: Any) -> Any:
     """Return a record with null for numbers that JSON has no word for."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

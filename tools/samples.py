@@ -1,4 +1,4 @@
-"""A small part of a test split for tools/visualize.py: the settings of the data, and samples spread over the split."""
+"""A small part of a test split: samples spread over it, and the settings of the data of a model."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -9,10 +9,10 @@ from torch import nn
 
 import mdeq
 from tools.batches import Batch, Batches, Process
+from tools.build import build_test_split
 from tools.checkpoint import CONFIG_FILE
 from tools.config import BadInput, TrainConfig, load_config, parse_config
 from tools.studies import Watch
-from tools.validate import build_test_split
 
 TOGETHER = 8
 """Samples that are solved for at once."""
@@ -49,7 +49,7 @@ def data_config(name: str, model: nn.Module, overrides: Sequence[str]) -> TrainC
 def read_part(
     config: TrainConfig, model: nn.Module, overrides: Sequence[str], count: int, process: Process, watch: Watch
 ) -> "Part":
-    """Return samples of the test split of a config; raises as `validate.build_test_split` does."""
+    """Return samples of the test split of a config; raises as `build.build_test_split` does."""
     told = any(word.startswith("data.num_classes=") for word in overrides)  # else the number is that of a training
     return Part(build_test_split(config, model, process, subset=told), count, watch)
 
@@ -61,9 +61,10 @@ class Part:
         whole: the split, in batches of one sample.
         count: samples to take; all, if there are no more.
         watch: shows how far the reading is.
+        together: samples of one shape that are given, and so solved for, at once.
     """
 
-    def __init__(self, whole: Batches, count: int, watch: Watch) -> None:
+    def __init__(self, whole: Batches, count: int, watch: Watch, together: int = TOGETHER) -> None:
         self.class_names, self.spacings = whole.class_names, None
         count = min(count, len(whole))
         places = {k * len(whole) // count for k in range(count)}
@@ -72,7 +73,7 @@ class Part:
             self.samples += [sample] if number in places else []
             if len(self.samples) == count:
                 break
-        self.batches = list(_joined(self.samples))
+        self.batches = list(_joined(self.samples, together))
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -81,12 +82,12 @@ class Part:
         yield from self.batches[start:]
 
 
-def _joined(samples: Sequence[Batch]) -> Iterator[Batch]:
-    """Yield samples that follow each other and have one shape together, up to `TOGETHER` of them."""
+def _joined(samples: Sequence[Batch], together: int) -> Iterator[Batch]:
+    """Yield samples that follow each other and have one shape together, up to so many of them."""
     waiting: list[Batch] = []
     for sample in [*samples, None]:
         changed = sample is None or (waiting and waiting[0][0].shape != sample[0].shape)
-        if waiting and (changed or len(waiting) == TOGETHER):
+        if waiting and (changed or len(waiting) == together):
             yield torch.cat([x for x, _ in waiting]), torch.cat([y for _, y in waiting])
             waiting = []
         waiting += [] if sample is None else [sample]

@@ -10,18 +10,27 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from mdeq import Picard
-from tools.checkpoint import make_folder, write_atomically
+from tools.checkpoint import make_folder, read_json, write_atomically
+from tools.results import write_json
 from tools.tasks import Headline
 
-RESIDUAL_COLUMNS = ["residual_mean", "residual_q0.5", "residual_q0.9", "evaluations"]
+SOLVER_COLUMNS = ["residual_mean", "residual_q0.5", "residual_q0.9", "evaluations"]
+STEPS_FILE = "steps.csv"
+ALL = "all"
+"""The number of samples where they are the whole split."""
+
+Row = dict[str, Any]
+"""A row of steps.csv; all but `samples` are numbers."""
 
 
 def columns(headline: Headline) -> list[str]:
     """Return the columns of steps.csv."""
-    return ["steps", headline.key, *RESIDUAL_COLUMNS, f"twin_{headline.key}", "twin_residual_mean"]
+    return ["steps", headline.key, *SOLVER_COLUMNS, f"twin_{headline.key}", "twin_residual_mean", "samples"]
 
 
-def steps_table(model: Any, steps: Sequence[int], run: Any, headline: Headline) -> list[dict[str, float]]:
+def steps_table(
+    model: Any, steps: Sequence[int], run: Any, headline: Headline, samples: int | None = None
+) -> list[Row]:
     """Return score and residual at each number of solver steps, and those of f applied as often.
 
     Args:
@@ -29,6 +38,7 @@ def steps_table(model: Any, steps: Sequence[int], run: Any, headline: Headline) 
         steps: numbers of steps.
         run: `run(label, **options)` returns the results of an evaluation, see `engine.evaluate`.
         headline: the score.
+        samples: how many of the split these are; None if all.
     """
     rows, key = [], headline.key
     for count in sorted(set(steps)):
@@ -36,12 +46,13 @@ def steps_table(model: Any, steps: Sequence[int], run: Any, headline: Headline) 
         twin = run(f"{count} times f", unroll=count)
         picard = Picard(max_steps=count, tol=0.0, divergence_factor=float("inf"))
         plain = run(f"{count} times f, residual", solver=picard, last_iterate=True)
-        row = {"steps": count, **row, f"twin_{key}": twin[key], "twin_residual_mean": plain["residual_mean"]}
+        beside = {f"twin_{key}": twin[key], "twin_residual_mean": plain["residual_mean"]}
+        row = {"steps": count, "samples": samples or ALL, **row, **beside}
         rows.append({name: row[name] for name in columns(headline)})
     return rows
 
 
-def step_lines(rows: Sequence[dict[str, float]], headline: Headline) -> Iterator[str]:
+def step_lines(rows: Sequence[Row], headline: Headline) -> Iterator[str]:
     """Yield the table that people read."""
     yield (
         f"{'steps':>6} {headline.short:>8} {'residual':>10} {'evaluations':>12} {f'twin {headline.short}':>11} "
@@ -55,7 +66,7 @@ def step_lines(rows: Sequence[dict[str, float]], headline: Headline) -> Iterator
         )
 
 
-def steps_figure(rows: Sequence[dict[str, float]], title: str, headline: Headline) -> Figure:
+def steps_figure(rows: Sequence[Row], title: str, headline: Headline) -> Figure:
     """Return the curves of score and mean residual."""
     steps = [row["steps"] for row in rows]
     figure = Figure(figsize=(9, 3.5), layout="constrained")
@@ -76,13 +87,32 @@ def steps_figure(rows: Sequence[dict[str, float]], title: str, headline: Headlin
     return figure
 
 
-def save_table(rows: Sequence[dict[str, float]], folder: Path, title: str, headline: Headline) -> None:
+def put_into_record(rows: Sequence[Row], path: Path) -> None:
+    """Have the record of a release hold the rows in place of those that it has."""
+    record = read_json(path)
+    record["card"]["steps"] = [dict(row) for row in rows]
+    write_json(path, record, indent=1)
+
+
+def read_table(path: Path) -> list[Row]:
+    """Return the rows of a steps.csv."""
+    with open(path, newline="") as file:
+        return [{key: _value(key, text) for key, text in row.items()} for row in csv.DictReader(file)]
+
+
+def _value(column: str, text: str) -> float | int | str:
+    if text == ALL:
+        return text
+    return int(text) if column in ("steps", "samples") else float(text)
+
+
+def save_table(rows: Sequence[Row], folder: Path, title: str, headline: Headline) -> None:
     """Write steps.csv and steps.png."""
     make_folder(folder)
     text = io.StringIO()
     writer = csv.DictWriter(text, columns(headline))
     writer.writeheader()
     writer.writerows(rows)
-    write_atomically(folder / "steps.csv", lambda path: path.write_text(text.getvalue()))
+    write_atomically(folder / STEPS_FILE, lambda path: path.write_text(text.getvalue()))
     figure = steps_figure(rows, title, headline)
     write_atomically(folder / "steps.png", lambda path: figure.savefig(path, dpi=120, format="png"))

@@ -7,13 +7,14 @@
 Without --config, the config beside the checkpoint is read; for a --model without one, volumes are prepared as those of
 its training. With --steps, the accuracy and residual at each number of solver steps are printed beside those of the
 explicit twin (the same f applied that many times), and saved as steps.csv and steps.png. With --record FILE the figure
-of a release is derived again from the weights beside its record; if it differs the exit code is 1.
+of a release is derived again from the weights beside its record; if it differs the exit code is 1, and if not --steps
+puts the table into the record.
 """
 
 import argparse
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,14 @@ from tools.pretrained import recorded_config
 from tools.recheck import compared, read_release, release_config
 from tools.report import Parser, headline_lines, program, result_lines
 from tools.results import evaluation, write_results
-from tools.steps import save_table, step_lines, steps_table
-from tools.tasks import Headline, Task, build_task, check_task
+from tools.samples import Part
+from tools.steps import STEPS_FILE, put_into_record, save_table, step_lines, steps_table
+from tools.tasks import Headline, Task, build_task
 from tools.volumes import Preprocessing
 
 HERE = Path()
 """What --record stands for without a file: the results.json of the folder."""
-NOT_OF_A_RECORD = ("config", "model", "checkpoint", "steps", "out", "scales", "flip")
+NOT_OF_A_RECORD = ("config", "model", "checkpoint", "out", "scales", "flip")
 
 
 def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
@@ -48,6 +50,12 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
     parser.add_argument("--model", help="model, instead of the config's; hf-hub: and local-dir: names work too")
     parser.add_argument("--checkpoint", type=Path, help="weights: .safetensors, a run's folder, or a PyTorch file")
     parser.add_argument("--steps", type=int, nargs="+", help="numbers of solver steps to compare")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        metavar="N",
+        help="with --steps: on N samples spread over the split (default: all)",
+    )
     parser.add_argument("--out", type=Path, help="folder for steps.csv and steps.png; default: that of the checkpoint")
     parser.add_argument("--scales", type=float, nargs="+", help="2D segmentation: average over resized images")
     parser.add_argument("--flip", action="store_true", help="2D segmentation: average with mirrored images")
@@ -67,6 +75,8 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
         raise BadInput(f"expected key=value, got {arguments.overrides[0]}")
     if arguments.steps is not None and min(arguments.steps) < 1:
         raise BadInput(f"--steps must be >= 1, got {min(arguments.steps)}")
+    if arguments.samples is not None and (arguments.steps is None or arguments.samples < 1):
+        raise BadInput("--samples goes with --steps and must be >= 1")
     if arguments.out is not None:
         check_folder(arguments.out)
     path, checkpoint = arguments.config, arguments.checkpoint
@@ -113,21 +123,8 @@ def load(config: TrainConfig, process: Process, *, subset: bool = False) -> tupl
     if classes is None and config.data.name in ("digits", "cifar10"):
         classes = 10
     model = build.build_model(config.model, classes, for_training=False)
-    batches = build_test_split(config, model, process, subset=subset)
+    batches = build.build_test_split(config, model, process, subset=subset)
     return model.to(process.device, build.DTYPES[config.run.dtype]).eval(), batches
-
-
-def build_test_split(config: TrainConfig, model: torch.nn.Module, process: Process, *, subset: bool = False) -> Batches:
-    """Return the test split of a config for a model, which has its classes or, if it is said to be a subset, fewer.
-
-    Raises:
-        BadInput: for missing data, or data that are not of the model's kind.
-    """
-    check_task(config, model)
-    spec = build.image_spec(model, config.data.image_size)
-    batches, found = build.build_split(config, spec, process, training=False)
-    build.check_classes(model, found, "the test split", exactly=not subset)
-    return batches
 
 
 def averaged(task: Task, config: TrainConfig, scales: list[float], flip: bool) -> Task:
@@ -143,8 +140,20 @@ def averaged(task: Task, config: TrainConfig, scales: list[float], flip: bool) -
     return dataclasses.replace(task, inference=MultiScale(tuple(scales), flip, task.inference))
 
 
+def few(config: TrainConfig, model: torch.nn.Module, process: Process, count: int, subset: bool) -> Part:
+    """Return so many samples of the test split, spread over it evenly."""
+    single = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=process.world_size))
+    whole = build.build_test_split(single, model, process, subset=subset)
+
+    def watch(samples: Iterable[Any], text: str) -> Iterable[Any]:
+        quiet = not (config.run.progress and process.is_main)
+        return tqdm(samples, desc=text, total=len(whole), unit="sample", leave=False, disable=quiet)
+
+    return Part(whole, max(1, count // process.world_size), watch, together=config.data.batch_size)
+
+
 def compare(record: Path, headline: Headline, result: dict[str, float], process: Process) -> None:
-    """Print what a record says and what was found; end with exit code 1 where these differ."""
+    """Print what a record says and what was found; raise SystemExit with 1 where these differ."""
     if not process.is_main:
         return
     line, same = compared(read_release(record), headline, result[headline.key])
@@ -163,12 +172,16 @@ def main() -> None:
     headline = task.headline
     amp, dtype = build.autocast(config.run, process), build.DTYPES[config.run.dtype]
 
-    def run(label: str, task: Task, **kwargs: Any) -> dict[str, float]:
+    def run(label: str, task: Task, batches: Batches = batches, **kwargs: Any) -> dict[str, float]:
         def watch(iterator: Iterator[Any]) -> Iterator[Any]:
             quiet = not (config.run.progress and process.is_main)
             return iter(tqdm(iterator, desc=label, total=len(batches), unit="batch", leave=False, disable=quiet))
 
         return evaluate(model, batches, process, task, amp=amp, dtype=dtype, watch=watch, **kwargs)
+
+    def against_steps() -> list[dict[str, float]]:
+        some = batches if arguments.samples is None else few(config, model, process, arguments.samples, told)
+        return steps_table(model, arguments.steps, partial(run, task=task, batches=some), headline, arguments.samples)
 
     labels = tuple(recorded_config(config.model.name).get("label_names") or ())
     if config.model.pretrained and labels and batches.class_names and labels != batches.class_names and process.is_main:
@@ -180,10 +193,16 @@ def main() -> None:
     if arguments.scales or arguments.flip:
         full = task = averaged(full, config, arguments.scales or [1.0], arguments.flip)
     if arguments.record not in (None, HERE):
-        return compare(arguments.record, headline, run("test", task), process)
+        compare(arguments.record, headline, run("test", task), process)
+        rows = against_steps() if arguments.steps else []
+        if rows and process.is_main:
+            print("\n".join(step_lines(rows, headline)))
+            put_into_record(rows, arguments.record)
+            print(f"saved: {arguments.record}")
+        return
     result = run("test", task=full)
     twice = run("twice the steps", task, solver=dataclasses.replace(solver, max_steps=2 * solver.max_steps, tol=0.0))
-    rows = steps_table(model, arguments.steps, partial(run, task=task), headline) if arguments.steps else []
+    rows = against_steps() if arguments.steps else []
     if not process.is_main:
         return
     print(f"{config.model.name} on {config.data.name}, {solver}")
@@ -201,7 +220,7 @@ def main() -> None:
     if rows:
         print("\n".join(step_lines(rows, headline)))
         save_table(rows, folder, f"{config.model.name} on {config.data.name}", headline)
-        print(f"saved: {folder / 'steps.csv'}, {folder / 'steps.png'}")
+        print(f"saved: {folder / STEPS_FILE}, {folder / 'steps.png'}")
 
 
 if __name__ == "__main__":
