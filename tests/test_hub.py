@@ -83,6 +83,19 @@ def digest_of(path: Path) -> str:
     return total.hexdigest()
 
 
+@pytest.mark.parametrize("name", sorted(mdeq.RELEASES))
+def test_cards_of_the_releases(name: str) -> None:
+    """Each says its figure, how to derive it again, and what it is at other numbers of steps."""
+    release = mdeq.RELEASES[name]
+    card = model_card(release.repo, release.config, release.card)
+    evaluation = release.card["evaluation"]
+    assert f"{evaluation['metrics'][evaluation['metric']]:.4g}" in card
+    assert f"python tools/validate.py --record mdeq/weights/{name}.json" in card
+    assert "### Against the number of solver steps" in card
+    assert f"license: {release.config['pretrained_cfg']['license']}\n" in card
+    assert ("multiscale" in card.split("## Results")[0]) == name.startswith("mdeq")
+
+
 def test_shipped_weights_are_small() -> None:
     assert sum(path.stat().st_size for path in shipped_files(weights.FOLDER)) <= 4 * 2**20
     assert all(path.stat().st_size <= 16 * 2**20 for path in weights.FOLDER.glob("*.bf16.safetensors"))

@@ -120,6 +120,8 @@ def test_steps_go_into_a_record(trained: Path, release: Path) -> None:
     folder = release.parent / "table"
     validate("--checkpoint", trained, "--steps", 1, 2, 4, "--samples", 30, "--out", folder).ok()
     assert read_table(folder / "steps.csv") == table
+    validate("--checkpoint", trained, "--steps", 1, "--samples", 10_000, "--out", folder).ok()
+    assert read_table(folder / "steps.csv")[0]["samples"] == 360
     assert "On 30 samples spread over the test split" in "\n".join(steps_table(table, "top1"))
     change(release, 1.0)
     text = release.read_text()
@@ -132,9 +134,12 @@ def test_records_that_cannot_be_checked(release: Path, tmp_path: Path) -> None:
     assert "--samples" in validate("--record", release, "--samples", "2").refusal()
     assert "--samples" in validate("--record", release, "--steps", "2", "--samples", "0").refusal()
     assert "--out" in validate("--record", release, "--steps", "2", "--out", tmp_path).refusal()
+    assert "run.amp=bf16" in validate("--record", release, "run.amp=bf16").refusal()
     assert "model.solver.max_steps=9" in validate("--record", release, "model.solver.max_steps=9").refusal()
     assert "nowhere.json" in validate("--record", tmp_path / "nowhere.json").refusal()
-    for text in ("{", "[]", "{}", '{"sha256": "", "size": 1, "card": {"evaluation": 1}}'):
+    without = json.loads(release.read_text())
+    del without["card"]["config"]
+    for text in (json.dumps(without), "{", "[]", "{}", '{"sha256": "", "size": 1, "card": {"evaluation": 1}}'):
         (tmp_path / "other.json").write_text(text)
         assert "other.json" in validate("--record", tmp_path / "other.json").refusal()
     weights = release.with_suffix(".safetensors")

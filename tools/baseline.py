@@ -79,7 +79,7 @@ def build_net(
     try:
         net = timm.create_model(name, num_classes=num_classes, in_chans=size[0], **options)
         net.eval()(torch.zeros(1, *size))
-    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+    except (RuntimeError, TypeError, ValueError, AssertionError, AttributeError) as error:
         raise BadInput(f"--net {name}: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
     if small_images:
         first = next((m for m in net.modules() if isinstance(m, nn.Conv2d)), None)

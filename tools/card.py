@@ -13,16 +13,31 @@ from tools.steps import ALL
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a card says of a data set."""
+    """What a card says of a data set.
+
+    Args:
+        title: its name for people.
+        licence: that of the data.
+        citation: what its authors ask to be cited.
+        task: name of the task on the Hub.
+        labels: its classes, where the data do not say them.
+        caveats: sentences for the section of limits.
+        prepared: what goes into the model.
+        weights_licence: of weights trained on it, as the Hub spells licences.
+    """
 
     title: str
     licence: str
     citation: str
     task: str = "image-classification"
     labels: tuple[str, ...] = ()
-    warning: str = ""
+    caveats: tuple[str, ...] = ()
+    prepared: str = ""
+    weights_licence: str = "apache-2.0"
 
 
+NO_DEVICE = "It is no medical device; it must not be used for diagnosis or treatment."
+IMAGES = "Images go in as values from 0 to 1, shifted and scaled by the `mean` and `std` of `model.pretrained_cfg`."
 CIFAR10_LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 DATASETS = {
     "digits": Dataset(
@@ -36,6 +51,7 @@ DATASETS = {
         "not stated by its authors, who ask for a citation",
         "A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009",
         labels=CIFAR10_LABELS,
+        prepared=IMAGES,
     ),
     "cityscapes": Dataset(
         "Cityscapes",
@@ -43,33 +59,43 @@ DATASETS = {
         "M. Cordts et al., The Cityscapes Dataset for Semantic Urban Scene Understanding, CVPR 2016",
         "image-segmentation",
         labels=CITYSCAPES_CLASSES,
+        prepared=IMAGES,
+        weights_licence="other",
     ),
     "camvid": Dataset(
         "CamVid",
         "CC BY-NC 4.0, personal and research use",
+        "G. Brostow et al., Segmentation and Recognition Using Structure from Motion Point Clouds, ECCV 2008; "
         "G. Brostow et al., Semantic Object Classes in Video, Pattern Recognition Letters 2009",
         "image-segmentation",
         labels=CAMVID_CLASSES,
+        prepared=f"{IMAGES} Images of the data set are 360 high and 480 wide.",
+        weights_licence="cc-by-nc-4.0",
     ),
     "hippocampus": Dataset(
         "Medical Segmentation Decathlon, Task04 Hippocampus",
         "CC BY-SA 4.0",
         "M. Antonelli et al., The Medical Segmentation Decathlon, Nature Communications 2022",
         "image-segmentation",
-        warning="It is no medical device; it must not be used for diagnosis or treatment.",
+        caveats=(NO_DEVICE,),
+        prepared="Volumes go in at their own size, one voxel a mm, each shifted and scaled to mean 0 and variance 1.",
     ),
     "modelnet10": Dataset(
         "ModelNet10, voxelised",
         "academic research only, as far as is known",
         "Z. Wu et al., 3D ShapeNets, CVPR 2015",
         "other",
+        caveats=("72 of the 908 test grids equal one of the training grids, and one of them is empty.",),
+        prepared="Volumes are occupancies 0 and 1 of 30 voxels an axis, the last axis up, the object within the middle "
+        "24, padded by zeros to 32.",
+        weights_licence="other",
     ),
     "medmnist3d": Dataset(
         "MedMNIST3D",
         "CC BY 4.0",
         "J. Yang et al., MedMNIST v2, Scientific Data 2023",
         "other",
-        warning="It is no medical device; it must not be used for diagnosis or treatment.",
+        caveats=(NO_DEVICE,),
     ),
 }
 
@@ -115,21 +141,32 @@ def model_card(repo: str, config: Mapping[str, Any], record: Mapping[str, Any]) 
         record: see `tools.publish.record_of`.
     """
     data, name = dataset(record["data"]), repo.rpartition("/")[2]
+    kind = "deep equilibrium model" if config["architecture"].startswith("deq") else "multiscale deep equilibrium model"
     parts = [
         f"---\n{front_matter(name, config, record)}\n---",
         f"# {name}",
         f"`{config['architecture']}` ({record['evaluation']['parameters']:,} parameters) trained on {data.title}: a "
-        "multiscale deep equilibrium model (MDEQ) of the package mdeq-vision. Its features are the fixed point of one "
+        f"{kind} of the package mdeq-vision. Its features are the fixed point of one "
         "learned cell, found by a root solver.",
-        *results(record),
+        *results(name, record),
         *steps_table(record["steps"], record["evaluation"]["metric"]),
         usage(repo, config, data),
         *training(record, data),
         *limits(record, data),
-        f"## Licence\n\nWeights and code: Apache-2.0. Data: {data.licence}.",
+        f"## Licence\n\n{licence(data)}",
         f"## Citation\n\nData: {data.citation}.\n\n```bibtex\n{PAPERS}\n```",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def licence(data: Dataset) -> str:
+    """Return what may be done with code, weights and data."""
+    if data.weights_licence == "apache-2.0":
+        return f"Weights and code: Apache-2.0. Data: {data.licence}."
+    return (
+        f"Code: Apache-2.0. Data: {data.licence}. The weights were trained on these data and are meant for what their "
+        "licence permits."
+    )
 
 
 def front_matter(name: str, config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
@@ -146,7 +183,7 @@ def front_matter(name: str, config: Mapping[str, Any], record: Mapping[str, Any]
     )
     return ModelCardData(
         model_name=name,
-        license="apache-2.0",
+        license=data.weights_licence,
         library_name="timm",
         pipeline_tag=None if data.task == "other" else data.task,
         tags=["timm", "mdeq", "deep-equilibrium-model", config["architecture"]],
@@ -162,35 +199,37 @@ def _number(value: float | None, digits: str = ".2e") -> str:
     return "not finite" if value is None else format(value, digits)
 
 
-def results(record: Mapping[str, Any]) -> list[str]:
+def results(name: str, record: Mapping[str, Any]) -> list[str]:
     """Return the section of what was measured: metric with seeds, cost, residual, status."""
     evaluation = record["evaluation"]
-    metrics, twice, name = evaluation["metrics"], evaluation["metrics_at_twice_the_steps"], evaluation["metric"]
-    _kind, words, unit = _metric(name)
+    metrics, twice, key = evaluation["metrics"], evaluation["metrics_at_twice_the_steps"], evaluation["metric"]
+    _kind, words, unit = _metric(key)
     solver = evaluation["solver"]
     rows = [
-        (f"{words}, at {solver['max_steps']} steps at most", f"{_number(metrics[name], '.4g')}{unit}"),
+        (f"{words}, at {solver['max_steps']} steps at most", f"{_number(metrics[key], '.4g')}{unit}"),
         (
             f"{words}, at twice the steps ({2 * solver['max_steps']}, without tolerance)",
-            f"{_number(twice[name], '.4g')}{unit}",
+            f"{_number(twice[key], '.4g')}{unit}",
         ),
         ("evaluations of f, mean", _number(metrics["evaluations"], ".1f")),
         (f"residual ({solver['stop_mode']}.), mean", _number(metrics["residual_mean"])),
         *((f"residual, {q} quantile", _number(metrics[f"residual_q{q}"])) for q in ("0.5", "0.9", "0.99")),
         *((f"share of samples: {s.name.lower()}", f"{100 * metrics[s.name.lower()]:.1f} %") for s in SolveStatus),
     ]
-    others = [key for key in METRICS if key in metrics and key != name]
-    rows[2:2] = [(_metric(key)[1], f"{_number(metrics[key], '.4g')}{_metric(key)[2]}") for key in others]
+    others = [other for other in METRICS if other in metrics and other != key]
+    rows[2:2] = [(_metric(other)[1], f"{_number(metrics[other], '.4g')}{_metric(other)[2]}") for other in others]
     for prefix, (title, of) in CLASS_METRICS.items():
-        classes = [key for key in metrics if key.startswith(prefix) and key != "hd95_undefined"]
-        rows += [(f"{title} of {key.removeprefix(prefix)}", f"{_number(metrics[key], '.4g')}{of}") for key in classes]
+        classes = [k for k in metrics if k.startswith(prefix) and k != "hd95_undefined"]
+        rows += [(f"{title} of {k.removeprefix(prefix)}", f"{_number(metrics[k], '.4g')}{of}") for k in classes]
     by_seed = ", ".join(f"{_number(s['value'], '.4g')}{unit} (seed {s['seed']})" for s in record["seeds"])
     return [
         "## Results",
         _table(("measured", "value"), rows),
         f"{words} by seed: {by_seed}. The weights are those of seed {record['training']['seed']}. Settings: "
         f"`{_call(solver)}`; the published tolerance is {solver['tol']:g} ({solver['stop_mode']}.).",
-        f"```bash\n{evaluation['command']}\n```",
+        "Measured by the first command, on the folder of the run; where this is a release of the package, the second "
+        f"one derives the figure again from the weights alone.\n\n```bash\n{evaluation['command']}\n"
+        f"python tools/validate.py --record mdeq/weights/{name}.json data.root=DIR\n```",
     ]
 
 
@@ -241,7 +280,7 @@ def steps_table(rows: Sequence[Mapping[str, Any]], metric: str) -> list[str]:
     if not rows:
         return ["The metric against the number of solver steps was not measured."]
     columns = [c for c in ("steps", metric, "evaluations", "residual_mean", f"twin_{metric}") if c in rows[0]]
-    body = [[_number(row[c], ".4g") for c in columns] for row in rows]
+    body = [[_number(row[c] if row[c] is None else float(row[c]), ".4g") for c in columns] for row in rows]
     samples = rows[0].get("samples", ALL)
     where = "the whole test split" if samples == ALL else f"{samples} samples spread over the test split"
     return [
@@ -272,8 +311,10 @@ model = timm.create_model("hf-hub:{repo}", pretrained=True).eval()
 logits, equilibrium = model(torch.randn({shape}), return_equilibrium=True)
 print(logits.shape, equilibrium.stats.status, equilibrium.stats.residual)
 ```"""
+    if data.prepared:
+        text += f"\n\n{data.prepared}"
     if "preprocessing" in config:
-        text += f"\n\nWhat the model expects of a volume: `{_call(config['preprocessing'])}`."
+        text += f"\n\nHow the volumes of its training were prepared: `{_call(config['preprocessing'])}`."
     if data.task == "image-classification":
         text += f"""
 
@@ -293,8 +334,9 @@ def training(record: Mapping[str, Any], data: Dataset) -> list[str]:
         text += "; time and hardware were not recorded."
     for stage in reversed(record.get("stages", [])):
         command = f":\n\n```bash\n{stage['command']}\n```" if "command" in stage else "."
+        time = f", {stage['minutes']:.0f} minutes" if stage.get("minutes") is not None else ""
         text += (
-            f"\n\nIt started from weights (sha256 {stage['sha256'][:12]}) of {stage['epochs']} epochs, seed "
+            f"\n\nIt started from weights (sha256 {stage['sha256'][:12]}) of {stage['epochs']} epochs{time}, seed "
             f"{stage['seed']}{command}"
         )
     return ["## Training", text, f"The effective config:\n\n```yaml\n{record['config'].strip()}\n```"]
@@ -312,7 +354,5 @@ def limits(record: Mapping[str, Any], data: Dataset) -> list[str]:
         )
     if len(record["seeds"]) == 1:
         found.append("One seed was trained: how far another one would be is not known.")
-    if data.warning:
-        found.append(data.warning)
-    found += record["notes"]
+    found += [*data.caveats, *record["notes"]]
     return ["## Limits", "\n".join(f"- {line}" for line in found)]

@@ -1,7 +1,5 @@
 """What tools/predict.py reports of its inputs: classes, how the equilibrium was reached, the files of all of them."""
 
-import csv
-import io
 import json
 import math
 from collections.abc import Sequence
@@ -12,6 +10,7 @@ from typing import Any
 import torch
 
 from mdeq import SolveStats, SolveStatus
+from tools.tables import csv_text
 
 SHOWN = 40
 """Letters of an input's name in the printed table."""
@@ -101,11 +100,7 @@ def as_csv(results: Sequence[Result], names: Sequence[str], dense: bool) -> str:
                 row.update({f"class_{rank}": names[k], f"probability_{rank}": f"{probability:.6f}"})
         rows.append({**row, **result.outputs, **result.solve, "error": result.error})
     first = next(row for row, result in zip(rows, results) if not result.error)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(first))
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return csv_text(rows, list(first))
 
 
 def as_json(results: Sequence[Result], names: Sequence[str], dense: bool, about: dict[str, Any]) -> str:

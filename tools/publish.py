@@ -162,8 +162,9 @@ def config_of(run: Path, name: str, data: str) -> dict[str, Any]:
     facts = dataset(data)
     cfg = {
         **config["pretrained_cfg"],
+        "test_input_size": None,  # that of other weights of this architecture
         "tag": tag if architecture == config["architecture"] else "",
-        "license": "apache-2.0",
+        "license": facts.weights_licence,
         "description": f"{config['architecture']} trained on {facts.title}",
     }
     # transformers passes the number of classes itself, and takes a second one for an error.
@@ -236,6 +237,7 @@ def make_release(run: Path, name: str, folder: Path, arguments: argparse.Namespa
         written.insert(0, folder / f"{name}{'.bf16' if arguments.keep else ''}.safetensors")
         data = content.weights.read_bytes()
         write_atomically(written[0], lambda path: path.write_bytes(data))
+        (folder / f"{name}{'' if arguments.keep else '.bf16'}.safetensors").unlink(missing_ok=True)  # earlier weights
     record = {
         "sha256": sha256(content.weights),
         "size": size,
@@ -315,10 +317,11 @@ def main() -> None:
         contents = [released(release, arguments.runs) for release in mdeq.RELEASES.values()]
     else:
         contents = [publication(arguments.run, arguments.repo, arguments.seeds, arguments.note, arguments.stage)]
-    for content in contents:  # all are checked before the first goes
-        show(content)
+    for content in contents:
+        show(content)  # makes what goes: all of it before the first goes
+    for content in contents:
         if not arguments.dry_run:
-            print(f"  published: revision {push(content, arguments.private)}")
+            print(f"published: revision {push(content, arguments.private)} of {content.repo}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from tools.tasks import Headline
 
 PLACES = ("data.root=", "data.workers=", "data.download=", "data.cache_on_device=", "run.")
 """Settings that say where and how, and leave the figure as it is."""
+PRECISION = ("run.amp=", "run.dtype=")
+"""Those that do not."""
 
 
 def read_release(path: Path) -> mdeq.Release:
@@ -22,9 +24,11 @@ def read_release(path: Path) -> mdeq.Release:
     try:
         release = mdeq.Release(name=path.stem, folder=path.parent, **content)
         recorded_figure(release)
-        return release
-    except (KeyError, TypeError):
-        raise BadInput(f"{path} is no record of a release") from None
+        if "config" in release.card and {"architecture", "model_args", "num_classes"} <= release.config.keys():
+            return release
+    except (KeyError, TypeError, AttributeError):
+        pass
+    raise BadInput(f"{path} is no record of a release")
 
 
 def recorded_figure(release: mdeq.Release) -> float:
@@ -39,7 +43,7 @@ def release_config(release: mdeq.Release, overrides: Sequence[str]) -> TrainConf
     Raises:
         BadInput: for an override that would change the figure, or weights that are not those of the record.
     """
-    other = [word for word in overrides if not word.startswith(PLACES)]
+    other = [word for word in overrides if not word.startswith(PLACES) or word.startswith(PRECISION)]
     if other:
         raise BadInput(f"{other[0]} would give another figure than the record's; leave it out")
     config = parse_config(release.card["config"], f"the record of {release.name}")

@@ -3,7 +3,6 @@
 import argparse
 import csv
 import ctypes
-import io
 import math
 import os
 import sys
@@ -13,8 +12,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mdeq import SolveStatus
-from tools.checkpoint import write_atomically
 from tools.config import BadInput, RunConfig, optional
+from tools.tables import write_csv
 from tools.tasks import AUC, DICE, MIOU, TOP1, Headline
 
 METRICS = [
@@ -107,11 +106,7 @@ class RunLog:
         self.rows.append(row)
         names = dict.fromkeys(name for r in self.rows for name in r)
         names = [n for n in METRICS if n in names] + [n for n in names if n not in METRICS]
-        text = io.StringIO()
-        writer = csv.DictWriter(text, names)
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_atomically(self.path, lambda path: path.write_text(text.getvalue()))
+        write_csv(self.path, self.rows, names)
         if self.board is not None:
             for name, value in row.items():
                 self.board.add_scalar(name, value, row["epoch"])

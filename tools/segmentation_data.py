@@ -30,7 +30,7 @@ from tools.batches import (
     split_name,
 )
 from tools.config import BadInput, DataConfig
-from tools.images import Source, exif_orientation, name_of, read_image, read_mask
+from tools.images import SUFFIXES, Source, exif_orientation, name_of, read_image, read_mask
 
 NAMES = ("camvid", "cityscapes", "masks")
 
@@ -42,7 +42,6 @@ CITYSCAPES_CLASSES = (
     "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
 )  # fmt: skip
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # of the train ids 0 to 18
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 LOOKED_AT = 50
 """Masks that are looked at before a training."""
 
@@ -80,7 +79,7 @@ def matched(images: Sequence[Path], masks: Path, origin: Path) -> list[tuple[Sou
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*") if path.suffix.lower() in _SUFFIXES)
+    return sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
 
 
 def read_camvid(root: Path, split: str) -> Pairs:

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from matplotlib.figure import Figure
 from mdeq import Picard
 from tools.checkpoint import make_folder, read_json, write_atomically
 from tools.results import write_json
+from tools.tables import write_csv
 from tools.tasks import Headline
 
 SOLVER_COLUMNS = ["residual_mean", "residual_q0.5", "residual_q0.9", "evaluations"]
@@ -109,10 +109,6 @@ def _value(column: str, text: str) -> float | int | str:
 def save_table(rows: Sequence[Row], folder: Path, title: str, headline: Headline) -> None:
     """Write steps.csv and steps.png."""
     make_folder(folder)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns(headline))
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(folder / STEPS_FILE, lambda path: path.write_text(text.getvalue()))
+    write_csv(folder / STEPS_FILE, rows, columns(headline))
     figure = steps_figure(rows, title, headline)
     write_atomically(folder / "steps.png", lambda path: figure.savefig(path, dpi=120, format="png"))

@@ -1,7 +1,5 @@
 """Timings of things that take turns, and tables of them."""
 
-import csv
-import io
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +14,7 @@ import matplotlib.pyplot as plt
 from tqdm import tqdm
 
 from tools.checkpoint import write_atomically
+from tools.tables import write_csv
 
 Row = dict[str, Any]
 
@@ -97,11 +96,7 @@ def _text(value: Any) -> str:
 
 
 def save_table(rows: Sequence[Row], path: Path) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns(rows))
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, lambda temporary: temporary.write_text(text.getvalue()))
+    write_csv(path, rows, columns(rows))
 
 
 def plot(rows: Sequence[Row], path: Path, title: str) -> None:

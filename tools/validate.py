@@ -30,6 +30,7 @@ from tools.checkpoint import CONFIG_FILE, check_folder, make_folder
 from tools.config import BadInput, DataConfig, TrainConfig, load_config, split_overrides
 from tools.engine import evaluate
 from tools.inference import MultiScale
+from tools.metrics import gather
 from tools.pretrained import recorded_config
 from tools.recheck import compared, read_release, release_config
 from tools.report import Parser, headline_lines, program, result_lines
@@ -180,8 +181,11 @@ def main() -> None:
         return evaluate(model, batches, process, task, amp=amp, dtype=dtype, watch=watch, **kwargs)
 
     def against_steps() -> list[dict[str, float]]:
-        some = batches if arguments.samples is None else few(config, model, process, arguments.samples, told)
-        return steps_table(model, arguments.steps, partial(run, task=task, batches=some), headline, arguments.samples)
+        some, samples = batches, None
+        if arguments.samples is not None:
+            some = few(config, model, process, arguments.samples, told)
+            samples = int(gather(torch.tensor([[len(some.samples)]]), process).sum())
+        return steps_table(model, arguments.steps, partial(run, task=task, batches=some), headline, samples)
 
     labels = tuple(recorded_config(config.model.name).get("label_names") or ())
     if config.model.pretrained and labels and batches.class_names and labels != batches.class_names and process.is_main:
