@@ -146,9 +146,9 @@ class PhantomGradient:
     damping: float = 0.5
 
     def __post_init__(self) -> None:
-        if not isinstance(self.num_steps, int) or self.num_steps < 1:
+        if not isinstance(self.num_steps, int) or isinstance(self.num_steps, bool) or self.num_steps < 1:
             raise ValueError(f"num_steps must be >= 1, got {self.num_steps!r}")
-        if not isinstance(self.damping, (int, float)) or not 0 < self.damping <= 1:
+        if not isinstance(self.damping, (int, float)) or isinstance(self.damping, bool) or not 0 < self.damping <= 1:
             raise ValueError(f"damping must be in (0, 1], got {self.damping!r}")
 
     def solve(

@@ -1,8 +1,10 @@
 """The reversible gradient: a pair of coupled states whose iteration backward runs in reverse, step by step."""
 
+import math
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,6 +14,24 @@ from .jacobian import evaluate
 from .solvers import FixedPointSolver, FlatFn, Picard, SolveStats, SolveStatus
 
 _STATE = torch.float64  # reversal divides by 1 - beta at every step, which amplifies what rounding took away
+_AMPLIFICATION = 1e8  # of rounding, between two stored pairs, for an f that expands by
+_EXPANSION = 3.0  # which is about what the cells of this package do before they are trained
+_FAR = 1e-3  # relative distance from a stored pair at which a reversal has gone astray
+
+
+@dataclass
+class _Stored:
+    """Pairs that an iteration came by, as `(step, rows of the batch, pair)`."""
+
+    every: int
+    calls: int = 0
+    pairs: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
+
+    def visit(self, rows: Tensor, pair: Tensor) -> None:
+        """Take note of the pair at the next step: step k is where the map is evaluated for the k-th time, from 0."""
+        if self.calls % self.every == 0 and self.calls > 0:
+            self.pairs.append((self.calls, rows, pair))
+        self.calls += 1
 
 
 class _Coupled:
@@ -20,29 +40,47 @@ class _Coupled:
     A Picard step of damping beta on Q is a step of the coupled iteration, and |Q(s) - s| the residual of f at both.
     """
 
-    def __init__(self, fn: FlatFn, dtype: torch.dtype, beta: float) -> None:
-        self.fn, self.dtype, self.beta = fn, dtype, beta
+    def __init__(
+        self, fn: FlatFn, dtype: torch.dtype, beta: float, stored: _Stored | None = None, rows: Tensor | None = None
+    ) -> None:
+        self.fn, self.dtype, self.beta, self.stored, self.rows = fn, dtype, beta, stored, rows
         if hasattr(fn, "take"):
-            self.take = lambda index: _Coupled(fn.take(index), dtype, beta)
+            self.take = self._take
+
+    def _take(self, index: Tensor) -> "_Coupled":
+        rows = None if self.rows is None else self.rows[index]
+        return _Coupled(self.fn.take(index), self.dtype, self.beta, self.stored, rows)
 
     def apply(self, x: Tensor) -> Tensor:
         return self.fn(x.to(self.dtype)).to(_STATE)
 
     def __call__(self, pair: Tensor) -> Tensor:
+        if self.stored is not None and self.rows is not None:
+            self.stored.visit(self.rows, pair)
         y, z = pair.chunk(2, dim=1)
         f_z = self.apply(z)
         return torch.cat((f_z, self.apply(y + self.beta * (f_z - y))), dim=1)
 
 
 class _Reverse(torch.autograd.Function):
-    """z of a pair; backward takes the pair back to its start and adds up the gradients of every step on the way."""
+    """z of a pair; backward takes the pair back to its start and adds up the gradients of every step on the way.
+
+    `extra` are the tensors that gradients are due to, then the rows and the pairs that were stored at `steps`.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, coupled: _Coupled, z0: Tensor, pair: Tensor, count: Tensor, failed: Tensor, *tensors: Tensor
+        ctx: Any,
+        coupled: _Coupled,
+        steps: Sequence[int],
+        z0: Tensor,
+        pair: Tensor,
+        count: Tensor,
+        failed: Tensor,
+        *extra: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(z0, pair, count, failed, *tensors)
-        ctx.coupled, ctx.autocast = coupled, _autocast(pair.device.type)
+        ctx.save_for_backward(z0, pair, count, failed, *extra)
+        ctx.coupled, ctx.steps, ctx.autocast = coupled, steps, _autocast(pair.device.type)
         return pair.chunk(2, dim=1)[1].to(coupled.dtype, copy=True)
 
     @staticmethod
@@ -51,8 +89,13 @@ class _Reverse(torch.autograd.Function):
             raise RuntimeError(
                 "the reversible gradient cannot be differentiated again (create_graph=True); use PhantomGradient"
             )
-        z0, pair, count, failed, *tensors = ctx.saved_tensors
-        coupled, beta = ctx.coupled, ctx.coupled.beta
+        z0, pair, count, failed, *extra = ctx.saved_tensors
+        coupled, beta, known = ctx.coupled, ctx.coupled.beta, len(ctx.steps)
+        tensors = extra[: len(extra) - 2 * known]
+        rows, pairs = extra[len(tensors) : len(extra) - known], extra[len(extra) - known :]
+        stored = dict(zip(ctx.steps, zip(rows, pairs)))
+        # The start is known; zeros recovered but for rounding would fall on either side of a kink of f.
+        stored[0] = (torch.arange(len(z0), device=z0.device), torch.cat((z0, z0), dim=1).to(_STATE))
         totals: list[Tensor | None] = [None] * len(tensors)
 
         def pull(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,6 +110,19 @@ class _Reverse(torch.autograd.Function):
             return f_x.detach().to(_STATE), back
 
         y, z = pair.chunk(2, dim=1)
+        size = torch.linalg.vector_norm(z, dim=1) + torch.finfo(_STATE).tiny
+        worst = torch.zeros_like(size)
+
+        def recalled(step: int, half: int, x: Tensor, took: Tensor) -> Tensor:
+            """Return half of the pair at a step, of samples that went on from it, as it was where that is known."""
+            nonlocal worst
+            if step not in stored:
+                return x
+            rows, was = stored[step]
+            was = torch.where(took, x.index_copy(0, rows, was.chunk(2, dim=1)[half]), x)
+            worst = torch.maximum(worst, torch.linalg.vector_norm(was - x, dim=1) / size)
+            return was
+
         # Where no step was possible, zero would pass for a gradient.
         grad_z = grad.to(_STATE).masked_fill(failed.unsqueeze(1), float("nan"))
         grad_y = torch.zeros_like(grad_z)
@@ -74,13 +130,18 @@ class _Reverse(torch.autograd.Function):
             took = (count >= step).unsqueeze(1)  # samples of fewer steps join at their own last one
             f_y, back = pull(y, torch.where(took, beta * grad_z, 0))
             grad_y = grad_y + back
-            # The start is known; zeros recovered but for rounding would fall on either side of a kink of f.
-            z = torch.where(took, (z - beta * f_y) / (1 - beta), z) if step > 1 else z0.to(_STATE)
+            z = recalled(step - 1, 1, torch.where(took, (z - beta * f_y) / (1 - beta), z), took)
             f_z, back = pull(z, torch.where(took, beta * grad_y, 0))
-            y = torch.where(took, (y - beta * f_z) / (1 - beta), y)
+            y = recalled(step - 1, 0, torch.where(took, (y - beta * f_z) / (1 - beta), y), took)
             grad_z = torch.where(took, (1 - beta) * grad_z, grad_z) + back
             grad_y = torch.where(took, (1 - beta) * grad_y, grad_y)
-        return None, None, None, None, None, *totals
+        if len(worst) and not bool((worst <= _FAR).all()):
+            warnings.warn(
+                f"the reversible iteration came back {float(worst.max()):.1e} (relative) from where it had been, so "
+                "that its gradient is not exact; lower ReversibleGradient's beta or store_every",
+                stacklevel=2,
+            )
+        return *(None,) * 6, *totals, *(None,) * 2 * known
 
 
 def _autocast(device: str) -> Callable[[], AbstractContextManager[Any]]:
@@ -91,17 +152,18 @@ def _autocast(device: str) -> Callable[[], AbstractContextManager[Any]]:
 
 @dataclass(frozen=True)
 class ReversibleGradient:
-    """The exact gradient of the iteration itself, whether it converged or not, in memory that does not grow with steps.
+    """The exact gradient of the iteration itself, whether it converged or not, in memory that hardly grows with steps.
 
     It replaces the solver's iteration by a relaxed one over two coupled states that can be run backward,
 
         y' = (1 - beta) y + beta f(z),   z' = (1 - beta) z + beta f(y'),
 
     and takes tolerance and number of steps from the solver. A step evaluates f twice, and twice more in backward. The
-    states are kept in float64, since reversal divides by 1 - beta and so amplifies rounding at every step. On
-    tanh(Q z + b) with Q orthogonal, which hardly shrinks, the relative error of the gradient is 2e-7 after 10 steps and
-    3e-3 after 14 at beta 0.8, and 3e-10 after 18 at beta 0.5 (tests/test_reversible.py); more steps need a smaller
-    beta.
+    states are kept in float64, since reversal divides by 1 - beta and so amplifies rounding at every step, up to 13
+    times at beta 0.5 and 154 times at 0.8 where f expands threefold. So every `store_every` steps a pair of states is
+    kept, from which backward goes on; where it comes back far from one, a warning says that the gradient is not exact.
+    On tanh(Q z + b) with Q orthogonal, which hardly shrinks, and no pair kept, the relative error of the gradient is
+    2e-7 after 10 steps and 3e-3 after 14 at beta 0.8, and 3e-10 after 18 at beta 0.5 (tests/test_reversible.py).
 
     It evaluates f again in backward, so fn has to say what it closes over that gradients are due to: `fn.tensors()`
     returns a sequence of tensors. The models of this package do; in a map of your own write a class with `__call__` and
@@ -109,14 +171,20 @@ class ReversibleGradient:
 
     Args:
         beta: relaxation, in (0, 1). Larger is faster where f contracts, smaller is reversed more exactly.
+        store_every: steps between two pairs of states that are kept; None for as many as amplify rounding by 1e8 in the
+            case above (7 at beta 0.5, 3 at 0.8). As many as the solver takes, or more, keep none, for constant memory.
 
     Reference:
         McCallum, Arora and Foster 2025, Reversible Deep Equilibrium Models, arXiv:2509.12917.
     """
 
-    beta: float = 0.8
+    beta: float = 0.5
+    store_every: int | None = None
 
     def __post_init__(self) -> None:
+        every = self.store_every
+        if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
+            raise ValueError(f"store_every must be an integer >= 1 or None, got {every!r}")
         if not isinstance(self.beta, float) or not 0 < self.beta < 1:
             raise ValueError(f"beta must be in (0, 1), got {self.beta!r}")
 
@@ -131,7 +199,10 @@ class ReversibleGradient:
                     "closes over that gradients are due to"
                 )
             tensors = [x for x in fn.tensors() if x.requires_grad]
-        coupled = _Coupled(fn, z0.dtype, self.beta)
+        stored = _Stored(self.store_every or self._distance())
+        coupled = _Coupled(
+            fn, z0.dtype, self.beta, stored, torch.arange(len(z0), device=z0.device) if tensors else None
+        )
         picard = Picard(
             damping=self.beta,
             tol=solver.tol,
@@ -145,7 +216,18 @@ class ReversibleGradient:
         stats = replace(stats, nfe=2 * stats.nfe)
         if not tensors:
             return pair.chunk(2, dim=1)[1].to(z0.dtype), stats, []
-        return _Reverse.apply(coupled, z0, pair, count, failed, *tensors), stats, []
+        steps, rows, pairs = zip(*stored.pairs) if stored.pairs else ((), (), ())
+        plain = _Coupled(fn, z0.dtype, self.beta)
+        return _Reverse.apply(plain, steps, z0, pair, count, failed, *tensors, *rows, *pairs), stats, []
+
+    def _distance(self) -> int:
+        """Return the steps between two stored pairs where no number is given."""
+        # Errors e of y and z go to e_z = a (e_z + beta L e_y), e_y = a (e_y + beta L e_z) with a = 1 / (1 - beta): a
+        # matrix of determinant a^2 and this trace.
+        a = 1 / (1 - self.beta)
+        trace = 2 * a + (a * self.beta * _EXPANSION) ** 2
+        growth = (trace + math.sqrt(trace**2 - 4 * a**2)) / 2
+        return max(int(math.log(_AMPLIFICATION) / math.log(growth)), 1)
 
 
 def _steps_of_best(stats: SolveStats) -> tuple[Tensor, Tensor]:

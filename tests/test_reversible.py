@@ -72,11 +72,12 @@ def test_samples_of_different_step_counts() -> None:
         torch.testing.assert_close(actual, exact, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.filterwarnings("ignore:the reversible iteration came back")
 @pytest.mark.parametrize(("beta", "steps", "error"), [(0.8, 10, 2e-7), (0.8, 14, 4e-3), (0.5, 18, 3e-10)])
 def test_the_error_that_the_documentation_states(beta: float, steps: int, error: float) -> None:
     f = Tanh(16, 64)
     f.a = torch.linalg.qr(f.a.detach())[0].requires_grad_()
-    eq = DEQ(Picard(tol=0.0, max_steps=steps), ReversibleGradient(beta))(f, (torch.zeros_like(f.b),))
+    eq = DEQ(Picard(tol=0.0, max_steps=steps), ReversibleGradient(beta, steps))(f, (torch.zeros_like(f.b),))
     expected = f.written_out(eq.stats.trace[1:].argmin(dim=0) + 1, beta)
     errors = [float((x - y).norm() / y.norm()) for x, y in zip(f.grads(eq.state[0]), f.grads(expected))]
     assert max(errors) < 3 * error  # another matrix, another rounding
@@ -92,16 +93,85 @@ def test_single_precision_is_reversed_exactly_enough() -> None:
         torch.testing.assert_close(actual, exact, rtol=1e-4, atol=1e-5)
 
 
+def difficult() -> Tanh:
+    """An f that neither contracts nor expands, but for tanh: the error of a reversal grows fast."""
+    f = Tanh(16, 64)
+    f.a = torch.linalg.qr(f.a.detach())[0].requires_grad_()
+    return f
+
+
+@pytest.mark.parametrize("beta", [0.5, 0.8, 0.95])
+def test_many_steps_are_exact_with_pairs_that_are_kept(beta: float) -> None:
+    f = difficult()
+    eq = DEQ(Picard(tol=0.0, max_steps=40), ReversibleGradient(beta))(f, (torch.zeros_like(f.b),))
+    expected = f.written_out(eq.stats.trace[1:].argmin(dim=0) + 1, beta)
+    for actual, exact in zip(f.grads(eq.state[0]), f.grads(expected)):
+        assert float((actual - exact).norm() / exact.norm()) < 1e-6
+
+
+def test_pairs_of_samples_that_leave_the_batch() -> None:
+    """Kept pairs are those of the samples that are still on their way, wherever these lie in the batch."""
+    f = Tanh(batch=8)
+    f.a = (0.4 * f.a.detach()).requires_grad_()
+    f.b = torch.linspace(4, 0.01, 8, dtype=torch.float64).unsqueeze(1) * f.b
+    eq = DEQ(Broyden(tol=1e-9, max_steps=60), ReversibleGradient(0.5, 3))(f, (torch.zeros_like(f.b),))
+    assert len(eq.stats.num_steps.unique()) > 2
+    assert eq.stats.num_steps.max() > 9
+    expected = f.written_out(eq.stats.num_steps, 0.5)
+    for actual, exact in zip(f.grads(eq.state[0]), f.grads(expected)):
+        torch.testing.assert_close(actual, exact, rtol=1e-11, atol=1e-12)
+
+
+def test_a_reversal_that_goes_astray_says_so() -> None:
+    f = difficult()
+    eq = DEQ(Picard(tol=0.0, max_steps=40), ReversibleGradient(0.8, 40))(f, (torch.zeros_like(f.b),))
+    with pytest.warns(UserWarning, match=r"lower ReversibleGradient's beta or store_every"):
+        f.grads(eq.state[0])
+
+
+@pytest.mark.parametrize("name", ["mdeq_tiny_cifar", "test_mdeq"])
+def test_the_default_is_exact_at_the_default_steps_of_a_model(name: str) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=4, dropout=0.0).train()
+    x = torch.randn(2, 3, 32, 32)
+    model.deq.gradient = ReversibleGradient()
+    injection = model.inject(model.stem(x)).detach()
+    z0 = model.equilibrium.cell.zero_state(injection)
+    eq = model.deq(model.equilibrium.fn(injection), z0)
+    parameters = [p for p in model.equilibrium.parameters() if p.requires_grad]
+    own = torch.autograd.grad(sum(z.square().sum() for z in eq.state), parameters, allow_unused=True)
+    fn = model.equilibrium.fn(injection)
+    y = z = tuple(x.double() for x in z0)
+    rows = [z]
+    for _ in range(int(eq.stats.num_steps.max())):
+        f_z = fn(tuple(x.float() for x in z))
+        y = tuple(0.5 * a + 0.5 * b.double() for a, b in zip(y, f_z))
+        f_y = fn(tuple(x.float() for x in y))
+        z = tuple(0.5 * a + 0.5 * b.double() for a, b in zip(z, f_y))
+        rows.append(z)
+    best = eq.stats.trace[1:].argmin(dim=0) + 1
+    state = [torch.stack([rows[k][i][b] for b, k in enumerate(best.tolist())]) for i in range(len(z0))]
+    for found, written in zip(eq.state, state):
+        torch.testing.assert_close(found, written.float(), rtol=1e-6, atol=1e-7)
+    loss = sum(z.float().square().sum() for z in state)
+    exact = torch.autograd.grad(loss, parameters, allow_unused=True)
+    pairs = [(a, b) for a, b in zip(own, exact) if b is not None]
+    error = sum(float((a - b).square().sum()) for a, b in pairs) / sum(float(b.square().sum()) for _, b in pairs)
+    assert error**0.5 < 1e-2
+
+
 def test_what_is_saved_does_not_grow_with_the_steps() -> None:
     f = Tanh()
 
-    def saved(steps: int) -> int:
+    def saved(steps: int, every: int | None = None) -> int:
         sizes: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
-            DEQ(Picard(tol=0.0, max_steps=steps), ReversibleGradient())(f, (torch.zeros_like(f.b),))
+            DEQ(Picard(tol=0.0, max_steps=steps), ReversibleGradient(0.5, every))(f, (torch.zeros_like(f.b),))
         return sum(sizes)
 
-    assert saved(2) == saved(20) > 0
+    assert saved(2) == saved(6) == saved(100, 101) > 0
+    one = saved(8) - saved(6)
+    assert saved(100) == saved(6) + 14 * one  # a pair and its rows every 7 steps
 
 
 def test_eval_is_the_same_with_and_without_gradients() -> None:
@@ -123,7 +193,7 @@ def test_evaluations_are_counted() -> None:
             return original(self, z)
 
     f.__class__ = Counted
-    eq = DEQ(Picard(tol=0.0, max_steps=5), ReversibleGradient())(f, (torch.zeros_like(f.b),))
+    eq = DEQ(Picard(tol=0.0, max_steps=5), ReversibleGradient(0.8))(f, (torch.zeros_like(f.b),))
     assert eq.stats.nfe == len(calls) == 12
 
 
@@ -133,6 +203,9 @@ def test_what_it_cannot_do_is_said() -> None:
         DEQ(Picard(), ReversibleGradient())(lambda z: f(z), (torch.zeros_like(f.b),))
     with pytest.raises(ValueError, match="beta must be in"):
         ReversibleGradient(1.0)
+    for every in (0, True, 2.0):
+        with pytest.raises(ValueError, match="store_every must be"):
+            ReversibleGradient(0.5, every)
     eq = DEQ(Picard(max_steps=3), ReversibleGradient())(f, (torch.zeros_like(f.b),))
     with pytest.raises(RuntimeError, match="cannot be differentiated again"):
         torch.autograd.grad(eq.state[0].sum(), f.a, create_graph=True)

@@ -27,7 +27,7 @@ import torch
 
 from mdeq import list_models
 from tools import comparison, scaling
-from tools.build import find_device, known_model
+from tools.build import find_device, known_weights
 from tools.checkpoint import check_folder, make_folder
 from tools.comparison import NEED_WEIGHTS, PARTS, Bench
 from tools.config import BadInput, optional
@@ -51,6 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=18, help="of a solve")
     parser.add_argument("--tol", type=float, default=1e-3, help="relative residual, for tolerance and ragged")
     parser.add_argument("--history", type=int, default=5, help="of Anderson")
+    parser.add_argument("--check-every", type=int, default=1, help="steps of our solvers between looks at the residual")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, help="of the CPU; default: torch's choice")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
@@ -69,35 +70,41 @@ def checked(arguments: argparse.Namespace) -> Bench:
     Raises:
         BadInput: for a setting that is out of range, an unknown model or a missing package.
     """
-    for name in ("steps", "history", "repeats"):
+    for name in ("steps", "history", "check_every", "repeats"):
         if getattr(arguments, name) < 1:
-            raise BadInput(f"--{name} must be >= 1, got {getattr(arguments, name)}")
+            raise BadInput(f"--{name.replace('_', '-')} must be >= 1, got {getattr(arguments, name)}")
     if arguments.threads is not None and arguments.threads < 1:
         raise BadInput(f"--threads must be >= 1, got {arguments.threads}")
     if not 0 < arguments.tol < 1:
         raise BadInput(f"--tol must be in (0, 1), got {arguments.tol}")
     for case in (*arguments.cases, arguments.trained):
         name, side, _ = parse_case(case)
-        known_model(name)
+        known_weights(name)
         if side < 16:
             raise BadInput(f"the side of a case must be >= 16, got {case}")
     needing = [part for part in arguments.parts if part in NEED_WEIGHTS and not arguments.scaling]
     if needing and parse_case(arguments.trained)[0] not in list_models(pretrained=True):
         known = ", ".join(list_models(pretrained=True))
         raise BadInput(f"--parts {' '.join(needing)}: --trained needs a model with weights: {known}")
+    if "training" in arguments.parts and not arguments.scaling and "_seg" in parse_case(arguments.trained)[0]:
+        raise BadInput(f"--parts training is for classifiers, got --trained {arguments.trained}; leave that part out")
     check_folder(arguments.out)
     optional("torchdeq", "bench")
-    return Bench(
+    bench = Bench(
         device=find_device(arguments.device, "--device"),
         steps=arguments.steps,
         tol=arguments.tol,
         history=arguments.history,
         repeats=arguments.repeats,
+        check_every=arguments.check_every,
         bf16=arguments.bf16,
         compiled=arguments.compile,
         channels_last=arguments.channels_last,
         data=arguments.data,
     )
+    if bench.data is not None:
+        bench.images(1)  # rather now than after other parts
+    return bench
 
 
 def title(bench: Bench, arguments: argparse.Namespace) -> str:
@@ -123,13 +130,13 @@ def main() -> None:
         if arguments.scaling:
             scaling.run(bench, arguments.cases, arguments.trained, arguments.out, title(bench, arguments))
             return
+        print(title(bench, arguments))
         rows = []
         for part in arguments.parts:
-            rows += PARTS[part](bench, arguments.cases, arguments.trained)
-    print(title(bench, arguments))
-    for part in arguments.parts:
-        print("", *table([row for row in rows if row["part"] == part]), sep="\n")
-    save_table(rows, arguments.out / "benchmark.csv")
+            found = PARTS[part](bench, arguments.cases, arguments.trained)
+            print("", *table(found), sep="\n", flush=True)
+            rows += found
+            save_table(rows, arguments.out / "benchmark.csv")  # what was measured stays, whatever becomes of the rest
     plot(rows, arguments.out / "benchmark.png", title(bench, arguments))
     print(f"saved: {arguments.out / 'benchmark.csv'}, {arguments.out / 'benchmark.png'}")
 

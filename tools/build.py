@@ -98,6 +98,19 @@ def known_model(name: str) -> str:
     return name
 
 
+def known_weights(name: str) -> str:
+    """Return the name if it is one of this package's models and, where it has a tag, weights go by it.
+
+    Raises:
+        BadInput: naming those that there are.
+    """
+    known_model(name)
+    valid = mdeq.list_models(pretrained=True)
+    if "." in name and ":" not in name and name not in valid:
+        raise BadInput(f"no weights {name}; {nearest(name, valid)} (all: {', '.join(valid)})")
+    return name
+
+
 def _reason(error: Exception) -> str:
     """Return the first line of an error, with the nearest argument where an unknown one was given."""
     text = (str(error).splitlines() or [type(error).__name__])[0]

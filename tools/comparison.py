@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,12 +20,14 @@ from torch import Tensor, nn
 from mdeq import (
     Broyden,
     CapturedModel,
+    Equilibrium,
     ImplicitGradient,
     PhantomGradient,
     ReversibleGradient,
     State,
     compile_cell,
 )
+from tools.config import BadInput
 from tools.contenders import (
     Clock,
     Clocked,
@@ -40,7 +43,7 @@ from tools.contenders import (
 )
 from tools.data import read_cifar10
 from tools.peak import Peak, check_measurable, in_a_process, is_measurable
-from tools.timings import Row, reference, take_turns, timing_rows
+from tools.timings import Row, reference, spread, take_turns, timing_rows
 
 BACKWARD_STEPS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 18, 22, 26, 30)
 RAGGED_BATCH, RAGGED_SLOW = 64, 8
@@ -56,6 +59,7 @@ class Bench:
     tol: float
     history: int
     repeats: int
+    check_every: int = 1
     bf16: bool = False
     compiled: bool = False
     channels_last: bool = False
@@ -83,12 +87,23 @@ class Bench:
         """Return test images of CIFAR-10 where there are any of this size, else smooth noise, `(B, C, *S)`."""
         shape = (batch, model.in_chans, *[side] * model.spatial_dims)
         if self.data is not None and shape[1:] == (3, 32, 32):
-            images = read_cifar10(self.data, train=False, limit=batch).images.float() / 255
+            images = self.images(batch)
             mean, std = (torch.tensor(model.pretrained_cfg[k]).view(3, 1, 1) for k in ("mean", "std"))
             return ((images - mean) / std).to(self.device)
         torch.manual_seed(0)
         coarse = torch.randn(batch, model.in_chans, *[max(side // 8, 2)] * model.spatial_dims)
         return F.interpolate(coarse, size=shape[2:], mode="nearest").to(self.device)
+
+    def images(self, count: int) -> Tensor:
+        """Return so many test images of CIFAR-10, `(count, 3, 32, 32)` in 0..1.
+
+        Raises:
+            BadInput: if there are none, or fewer.
+        """
+        images = read_cifar10(self.data, train=False, limit=count).images
+        if len(images) < count:
+            raise BadInput(f"--data {self.data} has {len(images)} test images of CIFAR-10, {count} are needed")
+        return images.float() / 255
 
     @torch.no_grad()
     def problem(self, model: nn.Module, x: Tensor) -> tuple[StateFn, State]:
@@ -97,7 +112,7 @@ class Bench:
         return model.equilibrium.fn(injection), model.equilibrium.cell.zero_state(injection)
 
     def solvers(self, steps: int, tol: float) -> dict[str, nn.Module]:
-        return {name: layer.eval() for name, layer in solvers(steps, tol, self.history).items()}
+        return {name: layer.eval() for name, layer in solvers(steps, tol, self.history, self.check_every).items()}
 
 
 @torch.no_grad()
@@ -120,7 +135,7 @@ def _timed_solves(
         row["evaluations"] = float(clock.calls)
         row["per_sample"] = clock.samples / len(reached)
         row["inside_ms"] = 1e3 * statistics.median(inside)
-        row["overhead"] = statistics.median(total / f for total, f in zip(times[name], inside))
+        row |= spread("overhead", [total / f for total, f in zip(times[name], inside)])
         row["residual"] = float(reached.mean())
         row["residual_max"] = float(reached.max())
     return list(rows.values())
@@ -147,10 +162,12 @@ def inference_part(bench: Bench, cases: Sequence[str], trained: str) -> list[Row
         layers = {k: layers[k] for k in ("mdeq Broyden", "TorchDEQ Broyden", "mdeq Anderson", "TorchDEQ Anderson")}
         layers["explicit twin"] = Twin(bench.steps + 1)
         runs: dict[str, Callable[[], Tensor]] = {k: partial(_with_layer, model, v, x) for k, v in layers.items()}
+        captured: dict[str, CapturedModel] = {}
         if bench.device.type == "cuda":
             for contender in ("mdeq Broyden", "mdeq Anderson"):
                 model.equilibrium.deq = layers[contender].eval()
-                runs[f"{contender} + CUDA graph"] = partial(CapturedModel(model, x), x)
+                captured[f"{contender} + CUDA graph"] = CapturedModel(model, x)
+            runs |= {name: partial(model, x) for name, model in captured.items()}
         if model.spatial_dims == 2:
             resnet_name, resnet = resnet_like(model)
             runs[resnet_name] = partial(resnet.to(bench.device).eval(), x)
@@ -160,6 +177,9 @@ def inference_part(bench: Bench, cases: Sequence[str], trained: str) -> list[Row
             row["images_per_s"] = 1e3 * batch / row["ms"]
             if contender in layers:
                 row["evaluations"], row["residual"] = _reached(layers[contender], runs[contender])
+            elif contender in captured:
+                stats = captured[contender](x, return_equilibrium=True)[1].stats
+                row["evaluations"], row["residual"] = float(stats.nfe), float(stats.residual.mean())
         rows += named.values()
     return rows
 
@@ -237,7 +257,7 @@ def training_part(bench: Bench, cases: Sequence[str], trained: str) -> list[Row]
     x = bench.inputs(model, side, batch)
     labels = torch.randint(model.num_classes, (batch,), generator=torch.Generator().manual_seed(0)).to(bench.device)
     tight = Broyden(max_steps=400, tol=1e-9, history=40)  # or it would keep 400 directions of a large batch
-    exact = _gradient(copy.deepcopy(model).double(), ours(tight, ImplicitGradient(tight)), x.double(), labels)
+    exact = _reference(copy.deepcopy(model).double(), ours(tight, ImplicitGradient(tight)), x.double(), labels)
 
     def error(layer: nn.Module) -> float:
         return float((_gradient(model, layer, x, labels).double() - exact).norm() / exact.norm())
@@ -268,6 +288,25 @@ def training_part(bench: Bench, cases: Sequence[str], trained: str) -> list[Row]
         if contender in needed:
             row["backward_steps"] = float(needed[contender])
     return list(rows.values())
+
+
+def _reference(model: nn.Module, layer: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
+    """Return the gradient by a layer that has to converge, forward and backward.
+
+    Raises:
+        BadInput: if it does not.
+    """
+    found: list[Equilibrium] = []
+    handle = layer.register_forward_hook(lambda module, words, result: found.append(result))
+    gradient = _gradient(model, layer, x, labels)
+    handle.remove()
+    for stats in (found[0].stats, *found[0].backward_stats):
+        if not bool(stats.converged.all()):
+            raise BadInput(
+                f"the reference for gradients did not converge: {int((~stats.converged).sum())} of {len(x)} samples "
+                f"are not at {layer.solver.tol:g} after {layer.solver.max_steps} steps; give --trained other weights"
+            )
+    return gradient
 
 
 def training_layer(contender: str, steps: int, backward_steps: int = 0) -> nn.Module:
@@ -308,7 +347,8 @@ def memory_part(bench: Bench, cases: Sequence[str], trained: str) -> list[Row]:
             row: Row = dict(part="memory", case=case, contender=name, solver_mib=peak - alone, f_mib=alone)
             peer = reference(name, list(peaks))
             if peer is not None:
-                row["relative"] = (peak - alone) / (peaks[peer] - alone)
+                own, theirs = peak - alone, peaks[peer] - alone
+                row["relative"] = own / theirs if theirs > 0 else math.nan  # too little to be seen
             rows.append(row)
     return rows
 
@@ -340,10 +380,16 @@ def measure(text: str) -> None:
         layer = training_layer(settings["contender"], bench.steps, backward_steps)
         run = partial(_train, model.train(), layer)
     with bench.precision():
-        run(bench.inputs(model, side, 2))()  # libraries set themselves up; a batch of one is a case of its own
+        # Libraries set themselves up, compiled cells for the very batch.
+        run(bench.inputs(model, side, batch if bench.compiled else 2))()
         call = run(bench.inputs(model, side, batch))
-        with Peak(str(bench.device), MEMORY_LIMIT_GIB) as peak:
-            call()
+        try:
+            with Peak(str(bench.device), MEMORY_LIMIT_GIB) as peak:
+                call()
+        except RuntimeError as error:  # of a CPU's memory PyTorch says so in words alone
+            if "memory" not in str(error):
+                raise
+            peak.mib = math.nan
     print(json.dumps({"mib": peak.mib}))
 
 

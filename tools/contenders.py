@@ -118,9 +118,9 @@ def ours(solver: FixedPointSolver, gradient: Any = PhantomGradient()) -> nn.Modu
     return DEQ(solver, gradient)
 
 
-def solvers(steps: int, tol: float, history: int) -> dict[str, nn.Module]:
+def solvers(steps: int, tol: float, history: int, check_every: int = 1) -> dict[str, nn.Module]:
     """Return the layers that solve, by name, each with at most `steps` + 1 evaluations of f."""
-    limits = dict(max_steps=steps, tol=tol)
+    limits = dict(max_steps=steps, tol=tol, check_every=check_every)
     return {
         "mdeq Broyden": ours(Broyden(**limits)),
         "TorchDEQ Broyden": TorchDEQ("broyden", steps + 1, tol),

@@ -12,6 +12,7 @@ and memory.png.
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -31,7 +32,7 @@ from tqdm import tqdm
 
 from mdeq import Anderson, Broyden, ImplicitGradient, PhantomGradient, ReversibleGradient
 from tools import peak
-from tools.build import known_model
+from tools.build import find_device, known_weights
 from tools.checkpoint import check_folder, write_atomically
 from tools.config import BadInput
 from tools.report import Parser, program
@@ -78,7 +79,7 @@ GRADIENTS: dict[str, Callable[[nn.Module, int], Callable[[Tensor], Tensor]]] = {
         lambda steps: Broyden(max_steps=steps, tol=0.0),
     ),
     "phantom, 5 steps": _solved(lambda steps: PhantomGradient(5), _anderson),
-    "reversible": _solved(lambda steps: ReversibleGradient(0.5), _anderson),
+    "reversible": _solved(lambda steps: ReversibleGradient(0.5, steps), _anderson),
     "unrolled": lambda model, steps: lambda x: model.head(model.solve(x, unroll=steps).state),
     "explicit twin": Twin,
 }
@@ -102,6 +103,8 @@ def measure(case: Case) -> dict[str, Any]:
     row = dict(gradient=case.gradient, side=case.side, steps=case.steps)
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    if case.device.startswith("cuda"):
+        torch.cuda.set_device(case.device)
     model = timm.create_model(case.model).to(case.device).train()
     features = GRADIENTS[case.gradient](model, case.steps)
     if isinstance(features, nn.Module):
@@ -179,8 +182,13 @@ def main() -> None:
     if arguments.measure is not None:
         print(json.dumps(measure(Case(**json.loads(arguments.measure)))))
         return
-    known_model(arguments.model)
+    known_weights(arguments.model)
     check_folder(arguments.out)
+    find_device(arguments.device, "--device")
+    if arguments.batch_size < 1 or not 0 < arguments.limit_gib < math.inf:
+        raise BadInput(
+            f"--batch-size must be >= 1 and --limit-gib above 0, got {arguments.batch_size} and {arguments.limit_gib:g}"
+        )
     for name, smallest in (("sides", 16), ("steps", 1)):
         if min(getattr(arguments, name)) < smallest:
             raise BadInput(f"--{name} must be >= {smallest}, got {min(getattr(arguments, name))}")

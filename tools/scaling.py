@@ -88,8 +88,8 @@ def roofline(bench: Bench, cases: Sequence[str]) -> list[Row]:
         name, size, batch = parse_case(case)
         model = bench.model(name)
         fn, z0 = bench.problem(model, bench.inputs(model, size, batch))
-        with FlopCounterMode(display=False) as counter:
-            fn(z0)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            fn.eager()(z0) if hasattr(fn, "eager") else fn(z0)  # it sees no operation of a compiled cell
         runs[case], operations[case] = partial(fn, z0), float(counter.get_total_flops())
     times, _ = take_turns(runs, 3 * bench.repeats, bench.device, "rates")
     rows = timing_rows("rate", "", times)
@@ -103,7 +103,12 @@ def roofline(bench: Bench, cases: Sequence[str]) -> list[Row]:
 
 
 def exponent(values: Sequence[float], costs: Sequence[float]) -> float:
-    """Return the slope of log cost against log value, by least squares: 1 where growth is linear."""
+    """Return the slope of log cost against log value, by least squares: 1 where growth is linear.
+
+    It is nan where a cost was too small to be measured.
+    """
+    if not all(cost > 0 for cost in costs):
+        return math.nan
     x = torch.tensor([[math.log(value), 1.0] for value in values], dtype=torch.float64)
     y: Tensor = torch.tensor([[math.log(cost)] for cost in costs], dtype=torch.float64)
     return float(torch.linalg.lstsq(x, y).solution[0])

@@ -62,9 +62,15 @@ def timing_rows(part: str, case: str, times: Mapping[str, list[float]]) -> dict[
         row = dict(part=part, case=case, contender=name, ms=1e3 * middle, ms_low=1e3 * low, ms_high=1e3 * high)
         peer = reference(name, list(times))
         if peer is not None:
-            row["relative"] = statistics.median(mine / theirs for mine, theirs in zip(seconds, times[peer]))
+            row |= spread("relative", [mine / theirs for mine, theirs in zip(seconds, times[peer])])
         rows[name] = row
     return rows
+
+
+def spread(name: str, values: Sequence[float]) -> dict[str, float]:
+    """Return the median of values by a name, and the quartiles by that name and `_low`, `_high`."""
+    low, middle, high = quartiles(values)
+    return {name: middle, f"{name}_low": low, f"{name}_high": high}
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:

@@ -133,6 +133,7 @@ class FixedPointSolver(ABC):
     def __post_init__(self) -> None:
         _require_number("tol", self.tol)
         _require(self.tol >= 0, "tol must be >= 0", self.tol)
+        _require(self.tol < float("inf"), "tol must be finite", self.tol)
         _require_count("max_steps", self.max_steps, 1)
         _require(self.stop_mode in ("rel", "abs"), "stop_mode must be 'rel' or 'abs'", self.stop_mode)
         _require_number("divergence_factor", self.divergence_factor)

@@ -101,8 +101,10 @@ class Broyden(FixedPointSolver):
             d, following = memory.d[:, j], memory.d[:, j + 1]
             square = torch.linalg.vecdot(d, d)
             u = following - (1 - memory.length[:, j : j + 1]) * d
-            share = torch.where((j + 1 < valid) & (square > 0), torch.linalg.vecdot(u, w) / square, 0)
-            w = w + share.unsqueeze(1) * d
+            counts = (j + 1 < valid) & (square > 0)
+            share = torch.linalg.vecdot(u, w) / square
+            # What a sample that had stopped holds from then on need not be finite.
+            w = torch.where(counts.unsqueeze(1), w + share.unsqueeze(1) * d, w)
         return w
 
     @staticmethod
