@@ -190,6 +190,56 @@ def test_memory_of_a_solver() -> None:
     assert 12 * state_mib <= rows["mdeq Broyden"]["solver_mib"] <= 20 * state_mib
 
 
+def test_memory_that_is_too_little_to_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "measured_peak", lambda bench, case, contender: 1.0)
+    rows = comparison.memory_part(bench(), ["test_mdeq:16:1"], "")
+    assert [row["solver_mib"] for row in rows] == [0.0] * 4
+    assert all(math.isnan(row["relative"]) for row in rows)
+    assert math.isnan(scaling.exponent([1.0, 2.0], [0.0, 1.0]))
+
+
+def test_what_was_measured_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part that fails takes nothing of those before it along."""
+
+    def fail(bench: Bench, cases: Any, trained: str) -> list[Any]:
+        raise BadInput("no more")
+
+    monkeypatch.setitem(tools.benchmark.PARTS, "inference", fail)
+    words = "--parts solve inference --cases test_mdeq:16:1 --steps 1 --repeats 1 --out"
+    with pytest.raises(BadInput, match="no more"):
+        call(monkeypatch, *words.split(), str(tmp_path))
+    rows = list(csv.DictReader((tmp_path / "benchmark.csv").read_text().splitlines()))
+    assert len(rows) == 7
+    assert all(float(row["overhead_low"]) <= float(row["overhead"]) <= float(row["overhead_high"]) for row in rows)
+
+
+def test_a_reference_that_does_not_converge(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "Broyden", lambda **settings: Broyden(**{**settings, "max_steps": 3}))
+    with pytest.raises(BadInput, match="the reference for gradients did not converge: 2 of 2 samples"):
+        comparison.training_part(bench(), [], "mdeq_tiny_cifar.cifar10:16:2")
+
+
+def test_fewer_images_than_a_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Two:
+        images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+
+    monkeypatch.setattr(comparison, "read_cifar10", lambda *_, **__: Two)
+    with pytest.raises(BadInput, match="has 2 test images of CIFAR-10, 8 are needed"):
+        bench(data=tmp_path).inputs(timm.create_model("test_mdeq"), 32, 8)
+
+
+def test_steps_between_looks() -> None:
+    layers = bench(check_every=4).solvers(8, 0.1)
+    assert {layers[f"mdeq {name}"].solver.check_every for name in ("Broyden", "Anderson", "Picard")} == {4}
+
+
+@pytest.mark.slow
+def test_operations_of_a_compiled_f() -> None:
+    """They are those of the plain one."""
+    (_, plain), (_, compiled) = (scaling.roofline(bench(compiled=c), ["deq_tiny_cifar:16:2"]) for c in (False, True))
+    assert plain["gflop"] == compiled["gflop"] > 0
+
+
 @pytest.mark.parametrize("settings", [{"bf16": True}, {"channels_last": True}])
 def test_training_part_in_other_settings(settings: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference stays in float64."""
@@ -257,6 +307,10 @@ def test_exponent() -> None:
         ("--cases mdeq_tiny_cifar", "a case is MODEL:SIDE:BATCH"),
         ("--cases mdeq_tiny_cifar:32:0", "a case is MODEL:SIDE:BATCH"),
         ("--cases mdeq_tiny:32:1", "did you mean"),
+        ("--cases mdeq_tiny_cifar.foo:32:2", r"no weights mdeq_tiny_cifar.foo; did you mean mdeq_tiny_cifar.cifar10"),
+        ("--parts solve --cases test_mdeq:16:1 --data {folder}", "CIFAR-10"),
+        ("--parts training --trained mdeq_tiny_seg.camvid:32:1", "--parts training is for classifiers"),
+        ("--check-every 0", "--check-every must be >= 1"),
         ("--cases mdeq_tiny_cifar:8:1", "must be >= 16"),
         ("--trained mdeq_small:64:1", "--parts tolerance ragged: --trained needs a model with weights"),
         ("--steps 0", "--steps must be >= 1"),
@@ -270,8 +324,10 @@ def test_exponent() -> None:
 def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, message: str) -> None:
     file = tmp_path / "file"
     file.touch()
+    out = tmp_path / "out"
     with pytest.raises(BadInput, match=message):
-        call(monkeypatch, *words.format(file=file).split())
+        call(monkeypatch, "--out", str(out), *words.format(file=file, folder=tmp_path).split())
+    assert not out.exists()
 
 
 def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:

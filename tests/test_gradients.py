@@ -568,3 +568,21 @@ def test_the_transposed_inverse_is_that_of_the_textbook_update() -> None:
                 h_dg = inverse @ dg
                 inverse = inverse + torch.outer(dz - h_dg, dz @ inverse) / (dz @ h_dg)
             assert relative(actual[i], -inverse.mT @ f.upstream[i]) < 1e-9
+
+
+def test_a_warm_start_keeps_a_failed_sample_apart() -> None:
+    """Sample 0 leaves the domain of its logarithm after a step; what Broyden holds of it then is not finite."""
+    weight = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    b = torch.tensor([[-3.0], [1.0]], dtype=torch.float64)
+
+    def f(z: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (weight * torch.log(2 + z[0]) + b,)
+
+    found = []
+    for warm in (False, True):
+        deq = DEQ(Broyden(tol=1e-10, max_steps=50), ImplicitGradient(Broyden(tol=1e-10, max_steps=50), warm_start=warm))
+        eq = deq(f, (torch.zeros_like(b),))
+        assert eq.stats.status.tolist() == [SolveStatus.NONFINITE, SolveStatus.CONVERGED]
+        found.append(torch.autograd.grad(eq.state[0][1].sum(), weight)[0])
+    assert torch.isfinite(found[0])
+    torch.testing.assert_close(found[1], found[0])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import tools.memory
+from tools.config import BadInput
 from tools.memory import Case, in_a_process
 
 
@@ -49,3 +50,22 @@ def test_table_and_plot(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     assert (tmp_path / "memory.png").stat().st_size > 10_000
     assert "out of memory" in capsys.readouterr().out
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--model mdeq_tiny_cifar.foo", "no weights mdeq_tiny_cifar.foo"),
+        ("--model mdeq_tiny", "did you mean"),
+        ("--device foo", "--device"),
+        ("--device cuda:99", "no device cuda:99"),
+        ("--limit-gib 0", "--limit-gib above 0"),
+        ("--batch-size 0", "--batch-size must be >= 1"),
+        ("--sides 8", "--sides must be >= 16"),
+    ],
+)
+def test_bad_input(words: str, message: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["memory.py", *words.split(), "--out", str(tmp_path / "out")])
+    with pytest.raises(BadInput, match=message):
+        tools.memory.main()
+    assert not (tmp_path / "out").exists()

@@ -114,6 +114,20 @@ def test_single_scale(spatial_dims: int) -> None:
     assert len(equilibrium.state) == 1
 
 
+@pytest.mark.parametrize(("dims", "size"), [(2, (33, 40)), (3, (17, 24, 19))])
+def test_labels_lie_alike_at_odd_and_even_sizes(dims: int, size: tuple[int, ...]) -> None:
+    """An odd input gives what the same input gives with a last row of zeros, which the stem adds there anyway."""
+    torch.manual_seed(0)
+    model = mdeq.MDEQSegmenter(
+        3, 4, spatial_dims=dims, channels=(8, 8), stem_stride=2, solver=mdeq.Broyden(max_steps=4)
+    ).eval()
+    x = torch.randn(2, 3, *size)
+    even = F.pad(x, [k for n in reversed(size) for k in (0, n % 2)])
+    with torch.no_grad():
+        expected = model(even)[(..., *map(slice, size))]
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_warm_start_solver_and_unroll() -> None:
     model = small().eval()
     x = batch(16, 16)

@@ -102,7 +102,7 @@ class MDEQSegmenter(Backbone):
         return x if pre_logits else self.classifier(x)
 
     def _output(self, features: Tensor, x: Tensor) -> Tensor:
-        return enlarged(self.forward_head(features), x)
+        return enlarged(self.forward_head(features), x, self.stem_stride)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier.
@@ -128,9 +128,15 @@ class MDEQSegmenter(Backbone):
 
 
 @torch.fx.wrap
-def enlarged(logits: Tensor, x: Tensor) -> Tensor:
-    """Return logits at the size of the input x."""
-    return resize(logits, x.shape[2:], "linear")
+def enlarged(logits: Tensor, x: Tensor, strides: Sequence[int]) -> Tensor:
+    """Return logits at the size of the input x, as if that were padded at its end to a multiple of the strides.
+
+    Aligned corners stretch a map of n / stride points to n and one of (n + 1) / stride to n + 1 by nearly the same
+    factor, but the latter to n by another one: labels would lie up to a pixel apart at even and at odd sizes.
+    """
+    size = [-(-n // stride) * stride for n, stride in zip(x.shape[2:], strides)]
+    whole = resize(logits, size, "linear")
+    return whole[(..., *(slice(n) for n in x.shape[2:]))]
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
