@@ -287,7 +287,7 @@ def test_a_release_tells_of_the_weights_that_it_started_from(
     third = make_release(finished, releases, "--ship", "--stage", releases / "test_mdeq.digits.json")
     assert [stage["sha256"] for stage in third.card["stages"]] == [first.sha256, second.sha256]
     card = model_card("org/test_mdeq.digits", third.config, third.card)
-    assert card.count(f"It started from weights (sha256 {first.sha256[:12]}) of 1 epochs, seed 0") == 2
+    assert card.count(f"It started from weights (sha256 {first.sha256[:12]}) of 1 epochs, 0 minutes, seed 0") == 2
     (tmp_path / "README.md").write_text("# mdeq\n")
     monkeypatch.setattr("tools.publish.ROOT", tmp_path)
     monkeypatch.setattr(mdeq, "RELEASES", {third.name: third})

@@ -110,19 +110,19 @@ def test_a_record_is_derived_again(trained: Path, release: Path) -> None:
 def test_steps_go_into_a_record(trained: Path, release: Path) -> None:
     """The table of a part of the split, spread over it; a figure that differs leaves the record as it was."""
     before = json.loads(release.read_text())
-    out = validate("--record", release, "--steps", 1, 2, 4, "--samples", 30).ok()
+    out = validate("--record", release, "--steps", 1, 2, 4, "--samples", 12).ok()
     assert f"saved: {release}" in out
     after = json.loads(release.read_text())
     table = after["card"].pop("steps")
     assert before["card"].pop("steps") == []
     assert after == before
-    assert [(row["steps"], row["samples"], row["evaluations"]) for row in table] == [(1, 30, 2), (2, 30, 3), (4, 30, 5)]
+    assert [(row["steps"], row["samples"], row["evaluations"]) for row in table] == [(1, 12, 2), (2, 12, 3), (4, 12, 5)]
     folder = release.parent / "table"
-    validate("--checkpoint", trained, "--steps", 1, 2, 4, "--samples", 30, "--out", folder).ok()
+    validate("--checkpoint", trained, "--steps", 1, 2, 4, "--samples", 12, "--out", folder).ok()
     assert read_table(folder / "steps.csv") == table
     validate("--checkpoint", trained, "--steps", 1, "--samples", 10_000, "--out", folder).ok()
-    assert read_table(folder / "steps.csv")[0]["samples"] == 360
-    assert "On 30 samples spread over the test split" in "\n".join(steps_table(table, "top1"))
+    assert read_table(folder / "steps.csv")[0]["samples"] == 20
+    assert "On 12 samples spread over the test split" in "\n".join(steps_table(table, "top1"))
     change(release, 1.0)
     text = release.read_text()
     assert validate("--record", release, "--steps", 1).code == 1
