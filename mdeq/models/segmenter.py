@@ -134,9 +134,13 @@ def enlarged(logits: Tensor, x: Tensor, strides: Sequence[int]) -> Tensor:
     Aligned corners stretch a map of n / stride points to n and one of (n + 1) / stride to n + 1 by nearly the same
     factor, but the latter to n by another one: labels would lie up to a pixel apart at even and at odd sizes.
     """
-    size = [-(-n // stride) * stride for n, stride in zip(x.shape[2:], strides)]
+    size = [n * stride for n, stride in zip(logits.shape[2:], strides)]
     whole = resize(logits, size, "linear")
-    return whole[(..., *(slice(n) for n in x.shape[2:]))]
+    if not torch.compiler.is_compiling():
+        return whole[(..., *(slice(n) for n in x.shape[2:]))]
+    for axis in range(2, x.ndim):  # a slice would ask of a graph for any size whether it cuts something off
+        whole = whole.index_select(axis, torch.arange(x.shape[axis], device=x.device))
+    return whole
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
