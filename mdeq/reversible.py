@@ -21,7 +21,7 @@ _FAR = 1e-3  # relative distance from a stored pair at which a reversal has gone
 
 @dataclass
 class _Stored:
-    """Pairs that an iteration came by, as `(step, rows of the batch, pair)`."""
+    """Pairs that an iteration came by, as `(step, rows of the batch, pair)`, for a batch and parts of it."""
 
     every: int
     calls: int = 0
@@ -41,21 +41,20 @@ class _Coupled:
     """
 
     def __init__(
-        self, fn: FlatFn, dtype: torch.dtype, beta: float, stored: _Stored | None = None, rows: Tensor | None = None
+        self, fn: FlatFn, dtype: torch.dtype, beta: float, rows: Tensor, stored: _Stored | None = None
     ) -> None:
-        self.fn, self.dtype, self.beta, self.stored, self.rows = fn, dtype, beta, stored, rows
+        self.fn, self.dtype, self.beta, self.rows, self.stored = fn, dtype, beta, rows, stored
         if hasattr(fn, "take"):
             self.take = self._take
 
     def _take(self, index: Tensor) -> "_Coupled":
-        rows = None if self.rows is None else self.rows[index]
-        return _Coupled(self.fn.take(index), self.dtype, self.beta, self.stored, rows)
+        return _Coupled(self.fn.take(index), self.dtype, self.beta, self.rows[index], self.stored)
 
     def apply(self, x: Tensor) -> Tensor:
         return self.fn(x.to(self.dtype)).to(_STATE)
 
     def __call__(self, pair: Tensor) -> Tensor:
-        if self.stored is not None and self.rows is not None:
+        if self.stored is not None:
             self.stored.visit(self.rows, pair)
         y, z = pair.chunk(2, dim=1)
         f_z = self.apply(z)
@@ -199,10 +198,8 @@ class ReversibleGradient:
                     "closes over that gradients are due to"
                 )
             tensors = [x for x in fn.tensors() if x.requires_grad]
-        stored = _Stored(self.store_every or self._distance())
-        coupled = _Coupled(
-            fn, z0.dtype, self.beta, stored, torch.arange(len(z0), device=z0.device) if tensors else None
-        )
+        stored = _Stored(self.store_every or self._distance()) if tensors else None
+        coupled = _Coupled(fn, z0.dtype, self.beta, torch.arange(len(z0), device=z0.device), stored)
         picard = Picard(
             damping=self.beta,
             tol=solver.tol,
@@ -214,11 +211,11 @@ class ReversibleGradient:
         pair, stats = picard(coupled, torch.cat((z0, z0), dim=1).to(_STATE))
         count, failed = _steps_of_best(stats)
         stats = replace(stats, nfe=2 * stats.nfe)
-        if not tensors:
+        if stored is None:
             return pair.chunk(2, dim=1)[1].to(z0.dtype), stats, []
+        coupled.stored = None  # autograd keeps the pairs from here on, and lets go of them
         steps, rows, pairs = zip(*stored.pairs) if stored.pairs else ((), (), ())
-        plain = _Coupled(fn, z0.dtype, self.beta)
-        return _Reverse.apply(plain, steps, z0, pair, count, failed, *tensors, *rows, *pairs), stats, []
+        return _Reverse.apply(coupled, steps, z0, pair, count, failed, *tensors, *rows, *pairs), stats, []
 
     def _distance(self) -> int:
         """Return the steps between two stored pairs where no number is given."""

@@ -45,6 +45,13 @@ class Tanh:
         return torch.stack(rows)[steps, torch.arange(len(steps))]
 
 
+def difficult() -> Tanh:
+    """An f that neither contracts nor expands, but for tanh: the error of a reversal grows fast."""
+    f = Tanh(16, 64)
+    f.a = torch.linalg.qr(f.a.detach())[0].requires_grad_()
+    return f
+
+
 @pytest.mark.parametrize("beta", [0.3, 0.5, 0.8])
 @pytest.mark.parametrize("train", [False, True])
 def test_equals_autograd_through_the_iteration(beta: float, train: bool) -> None:
@@ -75,8 +82,7 @@ def test_samples_of_different_step_counts() -> None:
 @pytest.mark.filterwarnings("ignore:the reversible iteration came back")
 @pytest.mark.parametrize(("beta", "steps", "error"), [(0.8, 10, 2e-7), (0.8, 14, 4e-3), (0.5, 18, 3e-10)])
 def test_the_error_that_the_documentation_states(beta: float, steps: int, error: float) -> None:
-    f = Tanh(16, 64)
-    f.a = torch.linalg.qr(f.a.detach())[0].requires_grad_()
+    f = difficult()
     eq = DEQ(Picard(tol=0.0, max_steps=steps), ReversibleGradient(beta, steps))(f, (torch.zeros_like(f.b),))
     expected = f.written_out(eq.stats.trace[1:].argmin(dim=0) + 1, beta)
     errors = [float((x - y).norm() / y.norm()) for x, y in zip(f.grads(eq.state[0]), f.grads(expected))]
@@ -91,13 +97,6 @@ def test_single_precision_is_reversed_exactly_enough() -> None:
     expected = f.written_out(eq.stats.trace[1:].argmin(dim=0) + 1, 0.8)
     for actual, exact in zip(f.grads(eq.state[0]), f.grads(expected)):
         torch.testing.assert_close(actual, exact, rtol=1e-4, atol=1e-5)
-
-
-def difficult() -> Tanh:
-    """An f that neither contracts nor expands, but for tanh: the error of a reversal grows fast."""
-    f = Tanh(16, 64)
-    f.a = torch.linalg.qr(f.a.detach())[0].requires_grad_()
-    return f
 
 
 @pytest.mark.parametrize("beta", [0.5, 0.8, 0.95])

@@ -118,10 +118,8 @@ def test_single_scale(spatial_dims: int) -> None:
 def test_labels_lie_alike_at_odd_and_even_sizes(dims: int, size: tuple[int, ...]) -> None:
     """An odd input gives what the same input gives with a last row of zeros, which the stem adds there anyway."""
     torch.manual_seed(0)
-    model = mdeq.MDEQSegmenter(
-        3, 4, spatial_dims=dims, channels=(8, 8), stem_stride=2, solver=mdeq.Broyden(max_steps=4)
-    ).eval()
-    x = torch.randn(2, 3, *size)
+    model = small(dims).eval()
+    x = batch(*size)
     even = F.pad(x, [k for n in reversed(size) for k in (0, n % 2)])
     with torch.no_grad():
         expected = model(even)[(..., *map(slice, size))]

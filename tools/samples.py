@@ -42,16 +42,29 @@ def data_config(name: str, model: nn.Module, overrides: Sequence[str]) -> TrainC
         base = parse_config(release.card["config"], f"the record of {release.name}")
     config = load_config(None, overrides, base=base)
     config.model = dataclasses.replace(config.model, name=name)
-    config.data = dataclasses.replace(config.data, batch_size=1)  # so that any sample can be taken by itself
     return config
 
 
 def read_part(
-    config: TrainConfig, model: nn.Module, overrides: Sequence[str], count: int, process: Process, watch: Watch
+    config: TrainConfig,
+    model: nn.Module,
+    count: int,
+    process: Process,
+    watch: Watch,
+    *,
+    subset: bool,
+    together: int = TOGETHER,
 ) -> "Part":
-    """Return samples of the test split of a config; raises as `build.build_test_split` does."""
-    told = any(word.startswith("data.num_classes=") for word in overrides)  # else the number is that of a training
-    return Part(build_test_split(config, model, process, subset=told), count, watch)
+    """Return samples of the test split of a config, so many of all processes; raises as `build.build_test_split` does.
+
+    Args:
+        config, model, process, subset: see there.
+        count, watch, together: see `Part`.
+    """
+    # In batches of one, so that any sample can be taken by itself.
+    single = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=process.world_size))
+    whole = build_test_split(single, model, process, subset=subset)
+    return Part(whole, max(1, count // process.world_size), watch, together)
 
 
 class Part:

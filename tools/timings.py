@@ -58,8 +58,7 @@ def timing_rows(part: str, case: str, times: Mapping[str, list[float]]) -> dict[
     """Return a row per contender: median and quartiles in ms, and the time relative to its peer, turn by turn."""
     rows = {}
     for name, seconds in times.items():
-        low, middle, high = quartiles(seconds)
-        row = dict(part=part, case=case, contender=name, ms=1e3 * middle, ms_low=1e3 * low, ms_high=1e3 * high)
+        row = dict(part=part, case=case, contender=name, **spread("ms", [1e3 * value for value in seconds]))
         peer = reference(name, list(times))
         if peer is not None:
             row |= spread("relative", [mine / theirs for mine, theirs in zip(seconds, times[peer])])

@@ -14,7 +14,7 @@ puts the table into the record.
 import argparse
 import dataclasses
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from tools.pretrained import recorded_config
 from tools.recheck import compared, read_release, release_config
 from tools.report import Parser, headline_lines, program, result_lines
 from tools.results import evaluation, write_results
-from tools.samples import Part
+from tools.samples import read_part
 from tools.steps import STEPS_FILE, put_into_record, save_table, step_lines, steps_table
 from tools.tasks import Headline, Task, build_task
 from tools.volumes import Preprocessing
@@ -141,18 +141,6 @@ def averaged(task: Task, config: TrainConfig, scales: list[float], flip: bool) -
     return dataclasses.replace(task, inference=MultiScale(tuple(scales), flip, task.inference))
 
 
-def few(config: TrainConfig, model: torch.nn.Module, process: Process, count: int, subset: bool) -> Part:
-    """Return so many samples of the test split, spread over it evenly."""
-    single = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=process.world_size))
-    whole = build.build_test_split(single, model, process, subset=subset)
-
-    def watch(samples: Iterable[Any], text: str) -> Iterable[Any]:
-        quiet = not (config.run.progress and process.is_main)
-        return tqdm(samples, desc=text, total=len(whole), unit="sample", leave=False, disable=quiet)
-
-    return Part(whole, max(1, count // process.world_size), watch, together=config.data.batch_size)
-
-
 def compare(record: Path, headline: Headline, result: dict[str, float], process: Process) -> None:
     """Print what a record says and what was found; raise SystemExit with 1 where these differ."""
     if not process.is_main:
@@ -173,9 +161,10 @@ def main() -> None:
     headline = task.headline
     amp, dtype = build.autocast(config.run, process), build.DTYPES[config.run.dtype]
 
+    quiet = not (config.run.progress and process.is_main)
+
     def run(label: str, task: Task, batches: Batches = batches, **kwargs: Any) -> dict[str, float]:
         def watch(iterator: Iterator[Any]) -> Iterator[Any]:
-            quiet = not (config.run.progress and process.is_main)
             return iter(tqdm(iterator, desc=label, total=len(batches), unit="batch", leave=False, disable=quiet))
 
         return evaluate(model, batches, process, task, amp=amp, dtype=dtype, watch=watch, **kwargs)
@@ -183,7 +172,9 @@ def main() -> None:
     def against_steps() -> list[dict[str, float]]:
         some, samples = batches, None
         if arguments.samples is not None:
-            some = few(config, model, process, arguments.samples, told)
+            watch = partial(tqdm, unit="sample", leave=False, disable=quiet)
+            size = config.data.batch_size
+            some = read_part(config, model, arguments.samples, process, watch, subset=told, together=size)
             samples = int(gather(torch.tensor([[len(some.samples)]]), process).sum())
         return steps_table(model, arguments.steps, partial(run, task=task, batches=some), headline, samples)
 

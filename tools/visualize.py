@@ -141,7 +141,8 @@ def main() -> None:
     if arguments.data is not None:
         config = data_config(arguments.model, predictor.model, overrides)
         process = Process(device=predictor.settings.device)
-        part = read_part(config, predictor.model, overrides, arguments.data, process, watch)
+        told = any(word.startswith("data.num_classes=") for word in overrides)  # else it is that of a training
+        part = read_part(config, predictor.model, arguments.data, process, watch, subset=told)
         study = DataStudy(predictor, name, steps, most, watch, config, part)
         if not inputs:
             samples = part.samples[:MOST_LINES]
