@@ -123,6 +123,7 @@ def problem(request: pytest.FixtureRequest) -> Problem:
 SOLVERS: dict[str, FixedPointSolver] = {
     **{name: cls() for name, cls in REGISTERED.items()},  # a new solver joins the grids by itself
     "broyden-restart": Broyden(history=10),
+    "broyden-bfloat16": Broyden(history_dtype="bfloat16"),
     "broyden-line-search": Broyden(line_search=4),
     "anderson-short": Anderson(history=2, beta=0.8),
     "picard-damped": Picard(damping=0.7),

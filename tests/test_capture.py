@@ -29,12 +29,13 @@ class Foreign(TorchDispatchMode):
 
 SOLVERS = [
     mdeq.Broyden(max_steps=6, history=3, line_search=1),
+    mdeq.Broyden(max_steps=3, history_dtype="bfloat16"),
     mdeq.Anderson(max_steps=6, history=3),
     mdeq.Picard(max_steps=3, damping=0.5),
 ]
 
 
-@pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: type(solver).__name__)
+@pytest.mark.parametrize("solver", SOLVERS, ids=str)
 @pytest.mark.parametrize("name", ["test_mdeq", "test_mdeq3d"])
 def test_a_solve_of_fixed_length_stays_on_the_device(name: str, solver: mdeq.FixedPointSolver) -> None:
     """Meta tensors take the steps that a capture takes. A tensor made on the host would have to be copied over."""

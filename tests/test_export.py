@@ -24,6 +24,7 @@ SOLVERS = {
     "picard": mdeq.Picard(max_steps=2),
     "broyden-restart": mdeq.Broyden(max_steps=4, history=2),
     "broyden-line-search": mdeq.Broyden(max_steps=2, line_search=1),
+    "broyden-bfloat16": mdeq.Broyden(max_steps=3, history_dtype="bfloat16"),
     "anderson-ring": mdeq.Anderson(max_steps=6, history=3),
 }
 NAMES = ["broyden", *(pytest.param(name, marks=pytest.mark.slow) for name in SOLVERS if name != "broyden")]

@@ -527,11 +527,11 @@ def test_diagnostics_under_inference_mode() -> None:
         assert jacobian_frobenius(lambda z: -0.5 * z, z) > 0
 
 
-@pytest.mark.parametrize("history", [None, 4])
-def test_warm_start_of_the_backward_solve(history: int | None) -> None:
+@pytest.mark.parametrize("settings", [{}, dict(history=4), dict(history_dtype="bfloat16")], ids=str)
+def test_warm_start_of_the_backward_solve(settings: dict[str, Any]) -> None:
     """It starts nearer to the solution, ends at the same one, and takes fewer steps."""
     f = Affine(radius=0.9, batch=4, dim=20)
-    forward = Broyden(tol=1e-10, max_steps=80, history=history)
+    forward = Broyden(tol=1e-10, max_steps=80, **settings)
     results = {}
     for warm in (False, True):
         deq = DEQ(forward, ImplicitGradient(Broyden(tol=1e-10, max_steps=80), warm_start=warm))

@@ -18,6 +18,7 @@ BAD = [
     (Broyden, dict(divergence_factor=1.0), r"divergence_factor must be > 1, got 1.0"),
     (Broyden, dict(history=0), r"history must be >= 1, got 0"),
     (Broyden, dict(history=2.5), r"history must be an integer, got 2.5"),
+    (Broyden, dict(history_dtype="bf16"), r"history_dtype must be 'bfloat16' or None, got 'bf16'"),
     (Broyden, dict(line_search=1.5), r"line_search must be an integer, got 1.5"),
     (Broyden, dict(max_steps=True), r"max_steps must be an integer, got True"),
     (Broyden, dict(tol="1e-3"), r"tol must be a number, got '1e-3'"),

@@ -164,6 +164,25 @@ def test_restart() -> None:
     assert (unlimited.num_steps <= stats.num_steps).all()
 
 
+@pytest.mark.parametrize("dim", [300, 60_000])  # the larger one is cast in parts
+def test_history_in_bfloat16_takes_the_same_steps(dim: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    slope, b = (torch.randn(5, dim, generator=generator) for _ in range(2))
+
+    def fn(z: Tensor) -> Tensor:
+        return torch.tanh(0.9 * slope * z.roll(1, dims=1) + b)
+
+    z0 = torch.zeros_like(b)
+    solver = Broyden(tol=1e-5, max_steps=60)
+    z, stats = solver(fn, z0)
+    z_half, half, memory = limits(solver, history_dtype="bfloat16").solve(fn, z0)
+    assert memory.d.dtype == torch.bfloat16
+    assert memory.d.isfinite()[:, : memory.count].all()
+    assert half.converged.all(), report(half, relative(z_half, z))
+    assert (half.num_steps - stats.num_steps).abs().max() <= 1, report(half, relative(z_half, z))
+    assert relative(z_half, z) < 1e-4, report(half, relative(z_half, z))
+
+
 @pytest.mark.parametrize("line_search", [0, 8])
 def test_line_search_rescues(line_search: int) -> None:
     """f(z) = -z^3 / 4 has the one fixed point 0; unit steps from afar wander."""

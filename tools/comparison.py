@@ -47,6 +47,14 @@ from tools.timings import Row, reference, spread, take_turns, timing_rows
 
 BACKWARD_STEPS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 18, 22, 26, 30)
 RAGGED_BATCH, RAGGED_SLOW = 64, 8
+MEMORY = (
+    "f alone",
+    "mdeq Broyden",
+    "mdeq Broyden + bf16 history",
+    "TorchDEQ Broyden",
+    "mdeq Anderson",
+    "TorchDEQ Anderson",
+)
 MEMORY_LIMIT_GIB = 64.0
 
 
@@ -340,7 +348,7 @@ def memory_part(bench: Bench, cases: Sequence[str], trained: str) -> list[Row]:
     rows: list[Row] = []
     for case in cases:
         peaks = {}
-        for name in ("f alone", "mdeq Broyden", "TorchDEQ Broyden", "mdeq Anderson", "TorchDEQ Anderson"):
+        for name in MEMORY:
             peaks[name] = measured_peak(bench, case, name)
         alone = peaks.pop("f alone")
         for name, peak in peaks.items():

@@ -123,6 +123,7 @@ def solvers(steps: int, tol: float, history: int, check_every: int = 1) -> dict[
     limits = dict(max_steps=steps, tol=tol, check_every=check_every)
     return {
         "mdeq Broyden": ours(Broyden(**limits)),
+        "mdeq Broyden + bf16 history": ours(Broyden(history_dtype="bfloat16", **limits)),
         "TorchDEQ Broyden": TorchDEQ("broyden", steps + 1, tol),
         "mdeq Anderson": ours(Anderson(history=history, **limits)),
         "TorchDEQ Anderson": TorchDEQ("anderson", steps + 1, tol, history),

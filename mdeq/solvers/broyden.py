@@ -1,11 +1,14 @@
 """Limited-memory "good" Broyden: the inverse Jacobian as a product of rank-one factors, built from the steps alone."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .base import FixedPointSolver, FlatFn, SolveStats, _require_count, is_static
+from .base import FixedPointSolver, FlatFn, SolveStats, _require, _require_count, is_static
 
 
 @dataclass
@@ -38,6 +41,9 @@ class Broyden(FixedPointSolver):
     Args:
         history: secant pairs that are kept; when full, all are forgotten and the iteration restarts from -I, since a
             pair depends on its predecessors and overwriting the oldest one is unsound. `None` keeps all of them.
+        history_dtype: `"bfloat16"` keeps them in half the memory of float32, products and iterates stay in the dtype
+            of the state: a step is off by a few thousandths of its length, which the next one corrects. `None` keeps
+            them in the dtype of the state.
         line_search: most halvings of a step in search of sufficient decrease (Armijo) of the absolute residual; 0 takes
             unit steps. Samples whose step was good are not changed, but each halving evaluates f on the batch, and
             whether one is due is a look at values that waits for the device.
@@ -49,19 +55,23 @@ class Broyden(FixedPointSolver):
     """
 
     history: int | None = None
+    history_dtype: Literal["bfloat16"] | None = None
     line_search: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.history is not None:
             _require_count("history", self.history, 1)
+        allowed = self.history_dtype in (None, "bfloat16")
+        _require(allowed, "history_dtype must be 'bfloat16' or None", repr(self.history_dtype))
         _require_count("line_search", self.line_search, 0)
 
     def init(self, z0: Tensor) -> _Directions:
         batch, dim = z0.shape
+        dtype = z0.dtype if self.history_dtype is None else torch.bfloat16
         slots = self.max_steps if self.history is None else min(self.history + 1, self.max_steps)
         return _Directions(
-            d=z0.new_empty((batch, slots, dim)),
+            d=z0.new_empty((batch, slots, dim), dtype=dtype),
             solve=z0.new_zeros((batch, slots, slots)),
             scale=z0.new_zeros((batch, slots)),
             length=z0.new_ones((batch, slots)),
@@ -76,10 +86,10 @@ class Broyden(FixedPointSolver):
         if k == 0:
             return g
         # v = -H_{k-1} g = g + sum_j c_j u_j with c_j = d_j^T v_j / |d_j|^2, v_j the partial sum before term j.
-        past = memory.d[:, :k]
         # One pass over the history for d_j^T d_{k-1} and d_j^T g, which lie side by side in it. A CPU is faster at this
         # order of the factors, with the long axis last in both.
-        gram, right = (memory.d[:, k - 1 : k + 1] @ past.mT).unbind(1)  # (B, k) each
+        products = (part[:, k - 1 :] @ part[:, :k].mT for part in _parts(memory.d[:, : k + 1], g.dtype))
+        gram, right = reduce(torch.add, products).unbind(1)  # (B, k) each
         short = 1 - memory.length[:, :k]
         self._append_row(memory, gram, short)
         c = (memory.solve[:, :k, :k] @ (right * memory.scale[:, :k]).unsqueeze(2)).squeeze(2)
@@ -89,7 +99,9 @@ class Broyden(FixedPointSolver):
         denominator = 1 - c[:, -1:]
         tiny = 10 * torch.finfo(g.dtype).eps
         denominator = torch.where(denominator.abs() > tiny, denominator, torch.ones_like(denominator))
-        step = torch.bmm((weights / denominator).unsqueeze(1), memory.d[:, : k + 1]).squeeze(1)
+        weights = (weights / denominator).unsqueeze(1)
+        steps = [torch.bmm(weights, part).squeeze(1) for part in _parts(memory.d[:, : k + 1], g.dtype)]
+        step = steps[0] if len(steps) == 1 else torch.cat(steps, dim=1)
         memory.d[:, k] = step
         return step
 
@@ -98,7 +110,7 @@ class Broyden(FixedPointSolver):
         steps = len(stats.trace) - 1
         valid = stats.num_steps - (steps - memory.count)
         for j in reversed(range(memory.count - 1)):
-            d, following = memory.d[:, j], memory.d[:, j + 1]
+            d, following = memory.d[:, j].to(w.dtype), memory.d[:, j + 1].to(w.dtype)
             square = torch.linalg.vecdot(d, d)
             u = following - (1 - memory.length[:, j : j + 1]) * d
             counts = (j + 1 < valid) & (square > 0)
@@ -143,3 +155,14 @@ class Broyden(FixedPointSolver):
             nfe += 1
         memory.length[:, memory.count - 1] = length
         return trial, image, nfe
+
+
+def _parts(history: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Yield a history `(B, k, D)` in a dtype: as it is, or cast in parts of D, so that no copy of all of it is made."""
+    if history.dtype == dtype or is_static(history):
+        yield history.to(dtype)
+        return
+    # On a CPU a part stays in the cache until it has been used; a GPU is better off with fewer, larger ones.
+    most = 2**18 if history.device.type == "cpu" else 2**24
+    for part in history.split(max(most // (history.shape[0] * history.shape[1]), 1), dim=2):
+        yield part.to(dtype)
