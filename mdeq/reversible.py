@@ -24,12 +24,13 @@ class _Stored:
     """Pairs that an iteration came by, as `(step, rows of the batch, pair)`, for a batch and parts of it."""
 
     every: int
+    steps: int  # most of them; the pair after the last one is the result
     calls: int = 0
     pairs: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
 
     def visit(self, rows: Tensor, pair: Tensor) -> None:
         """Take note of the pair at the next step: step k is where the map is evaluated for the k-th time, from 0."""
-        if self.calls % self.every == 0 and self.calls > 0:
+        if self.calls % self.every == 0 and 0 < self.calls < self.steps:
             self.pairs.append((self.calls, rows, pair))
         self.calls += 1
 
@@ -198,7 +199,7 @@ class ReversibleGradient:
                     "closes over that gradients are due to"
                 )
             tensors = [x for x in fn.tensors() if x.requires_grad]
-        stored = _Stored(self.store_every or self._distance()) if tensors else None
+        stored = _Stored(self.store_every or self._distance(), solver.max_steps) if tensors else None
         coupled = _Coupled(fn, z0.dtype, self.beta, torch.arange(len(z0), device=z0.device), stored)
         picard = Picard(
             damping=self.beta,

@@ -2,6 +2,7 @@
 
 import csv
 import ctypes
+import json
 import math
 import os
 import sys
@@ -68,6 +69,22 @@ def test_the_peer_solves_the_same_problem() -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11)
     reached = residual(fn, own.state)
     torch.testing.assert_close(reached, own.stats.residual, rtol=1e-6, atol=0)
+
+
+def test_autocast_is_for_f_alone() -> None:
+    """No contender computes its own products in bfloat16: with an f that autocast leaves alone nothing changes."""
+    b = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
+
+    def fn(z: Any) -> Any:
+        return (torch.tanh(0.9 * z[0].roll(1, dims=1) + b),)
+
+    for name, layer in solvers(5, 0.0, 3).items():
+        layer.eval()
+        with torch.no_grad():
+            expected = layer(fn, (torch.zeros_like(b),)).state[0]
+            with torch.autocast("cpu", torch.bfloat16):
+                actual = layer(fn, (torch.zeros_like(b),)).state[0]
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6, msg=name)
 
 
 def test_samples_that_left_the_batch_are_not_counted() -> None:
@@ -151,7 +168,7 @@ def test_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -
     call(monkeypatch, *words.split(), "--trained", "mdeq_tiny_cifar.cifar10:16:2", "--out", str(tmp_path))
     rows = list(csv.DictReader((tmp_path / "benchmark.csv").read_text().splitlines()))
     parts = {part: [row for row in rows if row["part"] == part] for part in comparison.PARTS}
-    assert [len(members) for members in parts.values()] == [7, 6, 6, 8, 4, 0]
+    assert [len(members) for members in parts.values()] == [9, 6, 8, 9, 6, 0]
     for row in parts["solve"]:
         assert float(row["evaluations"]) == 4, row
         assert float(row["overhead"]) >= 1, row
@@ -176,6 +193,9 @@ def test_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -
         assert float(row["residual"]) == pytest.approx(float(solved["residual"]), rel=1e-4)
         assert row["evaluations"] == solved["evaluations"]
     assert (tmp_path / "benchmark.png").stat().st_size > 20_000
+    made = json.loads((tmp_path / "benchmark.json").read_text())
+    assert made["versions"]["torch"] == torch.__version__
+    assert "3 steps" in made["title"]
     assert "TorchDEQ Broyden" in capsys.readouterr().out
     assert not list(tmp_path.glob(".*"))
 
@@ -183,17 +203,18 @@ def test_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory of a process is read from /proc")
 def test_memory_of_a_solver() -> None:
-    """Broyden keeps a vector a step here and two in the peer's form."""
+    """Broyden keeps a vector a step here, half of one as an option, and two in the peer's form."""
     rows = {row["contender"]: row for row in comparison.memory_part(bench(steps=12), ["mdeq_tiny_cifar:32:16"], "")}
     assert rows["mdeq Broyden"]["relative"] < 0.75
     state_mib = 16 * 30720 * 4 / 2**20
     assert 12 * state_mib <= rows["mdeq Broyden"]["solver_mib"] <= 20 * state_mib
+    assert 6 * state_mib <= rows["mdeq Broyden + bf16 history"]["solver_mib"] <= 14 * state_mib
 
 
 def test_memory_that_is_too_little_to_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparison, "measured_peak", lambda bench, case, contender: 1.0)
     rows = comparison.memory_part(bench(), ["test_mdeq:16:1"], "")
-    assert [row["solver_mib"] for row in rows] == [0.0] * 4
+    assert [row["solver_mib"] for row in rows] == [0.0] * (len(comparison.MEMORY) - 1)
     assert all(math.isnan(row["relative"]) for row in rows)
     assert math.isnan(scaling.exponent([1.0, 2.0], [0.0, 1.0]))
 
@@ -209,14 +230,18 @@ def test_what_was_measured_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(BadInput, match="no more"):
         call(monkeypatch, *words.split(), str(tmp_path))
     rows = list(csv.DictReader((tmp_path / "benchmark.csv").read_text().splitlines()))
-    assert len(rows) == 7
+    assert len(rows) == 1 + len(solvers(1, 0.0, 5))
     assert all(float(row["overhead_low"]) <= float(row["overhead"]) <= float(row["overhead_high"]) for row in rows)
 
 
-def test_a_reference_that_does_not_converge(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reference_that_does_not_converge(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(comparison, "Broyden", lambda **settings: Broyden(**{**settings, "max_steps": 3}))
-    with pytest.raises(BadInput, match="the reference for gradients did not converge: 2 of 2 samples"):
-        comparison.training_part(bench(), [], "mdeq_tiny_cifar.cifar10:16:2")
+    monkeypatch.setattr(comparison, "measured_peak", lambda *_: 1.0)
+    rows = comparison.training_part(bench(), [], "mdeq_tiny_cifar.cifar10:16:2")
+    assert "errors of gradients are left out: 2 of 2 samples" in capsys.readouterr().out
+    own = [row for row in rows if "timm" not in row["contender"]]
+    assert all(math.isnan(row["gradient_error"]) and row["ms"] > 0 for row in own)
+    assert {row["backward_steps"] for row in rows if "backward_steps" in row} == {3.0}
 
 
 def test_fewer_images_than_a_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -249,7 +274,7 @@ def test_training_part_in_other_settings(settings: dict[str, bool], monkeypatch:
     with b.precision():
         rows = comparison.training_part(b, [], "mdeq_tiny_cifar.cifar10:16:2")
     errors = [row["gradient_error"] for row in rows if "gradient_error" in row]
-    assert len(errors) == 7
+    assert len(errors) == 8
     assert all(0 < error < 2 for error in errors)
 
 
@@ -278,7 +303,7 @@ def test_growth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) ->
     assert growth == {
         (axis, name): pytest.approx(0.0 if axis == "steps" else 1.0)
         for axis in ("steps", "pixels", "batch", "channels")
-        for name in scaling.CONTENDERS
+        for name in ("mdeq Broyden", "mdeq Broyden + history 5", "mdeq Anderson")
     }
     assert (tmp_path / "scaling.png").stat().st_size > 20_000
     rates = list(csv.DictReader((tmp_path / "rates.csv").read_text().splitlines()))
@@ -311,6 +336,7 @@ def test_exponent() -> None:
         ("--parts solve --cases test_mdeq:16:1 --data {folder}", "CIFAR-10"),
         ("--parts training --trained mdeq_tiny_seg.camvid:32:1", "--parts training is for classifiers"),
         ("--check-every 0", "--check-every must be >= 1"),
+        ("--history 1", "--history must be >= 2"),
         ("--cases mdeq_tiny_cifar:8:1", "must be >= 16"),
         ("--trained mdeq_small:64:1", "--parts tolerance ragged: --trained needs a model with weights"),
         ("--steps 0", "--steps must be >= 1"),

@@ -63,6 +63,8 @@ def test_out_of_time_in_the_middle_of_an_epoch(uninterrupted: Path, tmp_path: Pa
     assert (stopped["epoch"], stopped["batch"]) == (0, 1)  # at the next step
     out = train(folder, *TWO_EPOCHS, "run.resume=true").ok()
     assert "test accuracy" in out
+    record = json.loads((folder / "results.json").read_text())
+    assert record["training"]["minutes"] > stopped["minutes"] > 0, "the time of both processes"
     assert_same_weights(folder, uninterrupted)
     assert_one_log(folder, uninterrupted)
 

@@ -118,7 +118,12 @@ def test_records_name_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_command_is_told_without_places(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["tools/train.py", "data.root=/home/me/data", "model.checkpoint=/home/me/a.safetensors", "optim.lr=1e-3"]
     monkeypatch.setattr(sys, "argv", words)
-    assert command() == "python tools/train.py data.root=DIR model.checkpoint=FILE optim.lr=1e-3"
+    words = "tools/train.py data.root=DIR model.checkpoint=FILE optim.lr=1e-3"
+    assert command() == f"python {words}"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    for world, start in (("4", "torchrun"), ("8", "torchrun --nnodes 2")):
+        monkeypatch.setenv("WORLD_SIZE", world)
+        assert command() == f"{start} --nproc-per-node 4 {words}"
 
 
 def test_log_has_the_backward_solves(tmp_path: Path) -> None:

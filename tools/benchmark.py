@@ -14,7 +14,8 @@ for one as for the others. A case is MODEL:SIDE:BATCH. Parts:
     memory     what a solve holds beyond f itself, each in a process of its own
 
 `--scaling` measures how time and memory grow with steps, pixels, channels and batch instead, and the share of the
-machine's rate of matrix products that f reaches. Prints a table and saves it as CSV and PNG.
+machine's rate of matrix products that f reaches. Prints a table and saves it as CSV and PNG, with the command, the
+hardware and the versions as JSON.
 """
 
 import argparse
@@ -32,7 +33,9 @@ from tools.checkpoint import check_folder, make_folder
 from tools.comparison import NEED_WEIGHTS, PARTS, Bench
 from tools.config import BadInput, optional
 from tools.contenders import parse_case
+from tools.peak import check_measurable
 from tools.report import Parser, program
+from tools.results import circumstances, write_json
 from tools.timings import plot, save_table, table
 
 CASES = ["mdeq_tiny_cifar:32:32", "mdeq_large_cifar:32:8", "mdeq_small:224:2"]
@@ -70,7 +73,7 @@ def checked(arguments: argparse.Namespace) -> Bench:
     Raises:
         BadInput: for a setting that is out of range, an unknown model or a missing package.
     """
-    for name in ("steps", "history", "check_every", "repeats"):
+    for name in ("steps", "check_every", "repeats"):
         if getattr(arguments, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} must be >= 1, got {getattr(arguments, name)}")
     if arguments.threads is not None and arguments.threads < 1:
@@ -88,10 +91,15 @@ def checked(arguments: argparse.Namespace) -> Bench:
         raise BadInput(f"--parts {' '.join(needing)}: --trained needs a model with weights: {known}")
     if "training" in arguments.parts and not arguments.scaling and "_seg" in parse_case(arguments.trained)[0]:
         raise BadInput(f"--parts training is for classifiers, got --trained {arguments.trained}; leave that part out")
+    if arguments.history < 2:
+        raise BadInput(f"--history must be >= 2, got {arguments.history}: TorchDEQ's Anderson keeps two at least")
+    device = find_device(arguments.device, "--device")
+    if "memory" in arguments.parts or arguments.scaling:  # rather now than after other parts
+        check_measurable(str(device))
     check_folder(arguments.out)
     optional("torchdeq", "bench")
     bench = Bench(
-        device=find_device(arguments.device, "--device"),
+        device=device,
         steps=arguments.steps,
         tol=arguments.tol,
         history=arguments.history,
@@ -103,7 +111,7 @@ def checked(arguments: argparse.Namespace) -> Bench:
         data=arguments.data,
     )
     if bench.data is not None:
-        bench.images(1)  # rather now than after other parts
+        bench.images(1)  # so is this
     return bench
 
 
@@ -126,6 +134,8 @@ def main() -> None:
     if bench.device.type == "cuda":
         torch.cuda.set_device(bench.device)
     make_folder(arguments.out)
+    what = "scaling" if arguments.scaling else "benchmark"
+    write_json(arguments.out / f"{what}.json", {"title": title(bench, arguments), **circumstances(bench.device)})
     with bench.precision():
         if arguments.scaling:
             scaling.run(bench, arguments.cases, arguments.trained, arguments.out, title(bench, arguments))

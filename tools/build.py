@@ -53,7 +53,7 @@ def find_device(name: str, setting: str) -> torch.device:
         device = torch.device(chosen)
         if device.type not in ("cpu", "cuda"):
             raise BadInput(f"{setting} must be auto, cpu or cuda, got {name}")
-        torch.empty(0, device=device)
+        device = torch.empty(0, device=device).device  # with the number of a GPU, which set_device asks for
     except (RuntimeError, AssertionError):
         raise BadInput(f"no device {name} here; set {setting}=cpu") from None
     return device

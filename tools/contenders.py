@@ -110,7 +110,16 @@ class TorchDEQ(nn.Module):
         self.options = {"m": history}
 
     def forward(self, fn: StateFn, z0: State, **options: Any) -> Equilibrium:
-        states, _ = self.deq(lambda *z: fn(z), z0, solver_kwargs=self.options)
+        device = z0[0].device.type
+        amp, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+        def in_precision(*z: Tensor) -> State:
+            with torch.autocast(device, dtype, enabled=amp):
+                return tuple(new.to(old.dtype) for new, old in zip(fn(z), z))
+
+        # Autocast is for f, not for state and products of a solver, here as in this package.
+        with torch.autocast(device, enabled=False):
+            states, _ = self.deq(in_precision, z0, solver_kwargs=self.options)
         return Equilibrium(tuple(states[-1]), None)
 
 
@@ -123,6 +132,7 @@ def solvers(steps: int, tol: float, history: int, check_every: int = 1) -> dict[
     limits = dict(max_steps=steps, tol=tol, check_every=check_every)
     return {
         "mdeq Broyden": ours(Broyden(**limits)),
+        f"mdeq Broyden + history {history}": ours(Broyden(history=history, **limits)),
         "mdeq Broyden + bf16 history": ours(Broyden(history_dtype="bfloat16", **limits)),
         "TorchDEQ Broyden": TorchDEQ("broyden", steps + 1, tol),
         "mdeq Anderson": ours(Anderson(history=history, **limits)),

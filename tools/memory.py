@@ -168,7 +168,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sides", type=int, nargs="+", default=[32, 48, 64, 96], help="of the input, all axes alike")
     parser.add_argument("--steps", type=int, nargs="+", default=[6, 12, 24], help="of the solver")
     parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     parser.add_argument("--limit-gib", type=float, default=16.0, help="memory a step may take, in GiB")
     parser.add_argument(
         "--out", type=Path, default=Path("runs") / "memory", help="folder for memory.csv and memory.png"
@@ -184,7 +184,7 @@ def main() -> None:
         return
     known_weights(arguments.model)
     check_folder(arguments.out)
-    find_device(arguments.device, "--device")
+    device = str(find_device(arguments.device, "--device"))
     if arguments.batch_size < 1 or not 0 < arguments.limit_gib < math.inf:
         raise BadInput(
             f"--batch-size must be >= 1 and --limit-gib above 0, got {arguments.batch_size} and {arguments.limit_gib:g}"
@@ -192,8 +192,8 @@ def main() -> None:
     for name, smallest in (("sides", 16), ("steps", 1)):
         if min(getattr(arguments, name)) < smallest:
             raise BadInput(f"--{name} must be >= {smallest}, got {min(getattr(arguments, name))}")
-    peak.check_measurable(arguments.device)
-    common = dict(batch=arguments.batch_size, device=arguments.device, limit_gib=arguments.limit_gib)
+    peak.check_measurable(device)
+    common = dict(batch=arguments.batch_size, device=device, limit_gib=arguments.limit_gib)
     sides, steps = sorted(set(arguments.sides)), sorted(set(arguments.steps))
     side, count = middle(sides), middle(steps)
     grid = [

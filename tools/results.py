@@ -30,12 +30,15 @@ def hardware(device: torch.device, processes: int = 1) -> str:
         return f"{processes} x {torch.cuda.get_device_name(device)}"
     count = f"{processes} x " if processes > 1 else ""
     used = min(torch.get_num_threads(), os.cpu_count() or 1)
-    return f"{count}a CPU, {used} of {os.cpu_count()} cores ({platform.machine()})"
+    return f"a CPU, {count}{used} of {os.cpu_count()} cores ({platform.machine()})"
 
 
 def command() -> str:
     """Return the command line of this program for people elsewhere: relative to the repository, without places."""
-    return shlex.join(["python", *map(_elsewhere, sys.argv)])
+    world, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    nodes = ["--nnodes", str(world // local)] if world > local else []
+    program = ["python"] if world == 1 else ["torchrun", *nodes, "--nproc-per-node", str(local)]
+    return shlex.join([*program, *map(_elsewhere, sys.argv)])
 
 
 def _elsewhere(word: str) -> str:

@@ -24,18 +24,18 @@ from tools.timings import Row, save_table, table, take_turns, timing_rows
 
 FACTORS = {"steps": (1 / 3, 2 / 3, 1, 4 / 3, 2), "side": (1 / 2, 3 / 4, 1, 3 / 2, 2), "batch": (1 / 4, 1 / 2, 1, 2)}
 WIDTHS = (1, 2, 3, 4)
-CONTENDERS = ("mdeq Broyden", "mdeq Anderson")
-MATRIX = 2048
+MATRIX, GPU_MATRIX = 2048, 8192
 
 
 def points(bench: Bench, case: str) -> Iterator[tuple[str, float, dict[str, Any]]]:
     """Yield the axis, the value along it and the settings of every measurement around a case."""
     name, side, batch = parse_case(case)
+    axes = bench.model(name).spatial_dims
     base = dict(name=name, side=side, batch=batch, steps=bench.steps, width=1)
     for axis, factors in FACTORS.items():
         values = sorted({max(round(base[axis] * factor), 16 if axis == "side" else 1) for factor in factors})
         for value in values:
-            growing = float(value**2) if axis == "side" else float(value)
+            growing = float(value**axes) if axis == "side" else float(value)
             yield ("pixels" if axis == "side" else axis), growing, {**base, axis: value}
     for width in WIDTHS:
         yield "channels", float(width), {**base, "width": width}
@@ -45,6 +45,7 @@ def points(bench: Bench, case: str) -> Iterator[tuple[str, float, dict[str, Any]
 def measured(bench: Bench, case: str) -> list[Row]:
     """Return a row per contender and point: time of a solve and of one f in ms, memory in MiB."""
     rows: list[Row] = []
+    names = ("mdeq Broyden", f"mdeq Broyden + history {bench.history}", "mdeq Anderson")
     grid = list(points(bench, case))
     for axis in dict.fromkeys(axis for axis, _, _ in grid):
         runs = {}
@@ -54,11 +55,11 @@ def measured(bench: Bench, case: str) -> list[Row]:
             fn, z0 = bench.problem(model, bench.inputs(model, settings["side"], settings["batch"]))
             layers = bench.solvers(settings["steps"], 0.0)
             runs[f"{value:g} f"] = partial(fn, z0)
-            runs |= {f"{value:g} {name}": partial(layers[name], fn, z0) for name in CONTENDERS}
+            runs |= {f"{value:g} {name}": partial(layers[name], fn, z0) for name in names}
         times, _ = take_turns(runs, bench.repeats, bench.device, f"growth with {axis}")
         timed = timing_rows("scaling", case, times)
         for value, settings in tqdm(places, desc=f"memory against {axis}", disable=None, leave=False):
-            for name in CONTENDERS:
+            for name in names:
                 rows.append(
                     dict(
                         axis=axis,
@@ -79,9 +80,16 @@ def _peak(bench: Bench, settings: dict[str, Any], contender: str) -> float:
 
 @torch.no_grad()
 def roofline(bench: Bench, cases: Sequence[str]) -> list[Row]:
-    """Return for every case the operations of one f, their rate, and the share of the rate of a matrix product."""
-    side = MATRIX
-    a, b = (torch.randn(side, side, device=bench.device) for _ in range(2))
+    """Return for every case the operations of one f, their rate, and the share of the rate of a matrix product.
+
+    The product has the precision that f has: bfloat16 under --bf16, else float32, of which cuDNN makes TF32 by default.
+    """
+    on_gpu = bench.device.type == "cuda"
+    side, dtype = GPU_MATRIX if on_gpu else MATRIX, torch.bfloat16 if bench.bf16 else torch.float32
+    a, b = (torch.randn(side, side, device=bench.device, dtype=dtype) for _ in range(2))
+
+    if on_gpu:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32  # one rule for both
     runs: dict[str, Any] = {"matrix product": lambda: a @ b}
     operations = {"matrix product": 2.0 * side**3}
     for case in cases:
@@ -118,7 +126,7 @@ def exponents(rows: Sequence[Row]) -> list[Row]:
     """Return per axis and contender how time and memory grow."""
     result = []
     for axis in dict.fromkeys(row["axis"] for row in rows):
-        for name in CONTENDERS:
+        for name in _contenders(rows):
             line = [row for row in rows if row["axis"] == axis and row["contender"] == name]
             values = [row["value"] for row in line]
             growth = {key: exponent(values, [row[key] for row in line]) for key in ("ms", "peak_mib")}
@@ -128,13 +136,17 @@ def exponents(rows: Sequence[Row]) -> list[Row]:
     return result
 
 
+def _contenders(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row["contender"] for row in rows))
+
+
 def plot(rows: Sequence[Row], path: Path, title: str) -> None:
     axes_names = list(dict.fromkeys(row["axis"] for row in rows))
     figure, axes = plt.subplots(2, len(axes_names), figsize=(3 * len(axes_names), 5.5), layout="constrained")
     for column, axis in enumerate(axes_names):
         for line, (key, label) in enumerate((("ms", "time of a solve (ms)"), ("peak_mib", "peak memory (MiB)"))):
             ax = axes[line, column]
-            for name in CONTENDERS:
+            for name in _contenders(rows):
                 members = [row for row in rows if row["axis"] == axis and row["contender"] == name]
                 values, costs = [row["value"] for row in members], [row[key] for row in members]
                 ax.loglog(values, costs, "o-", label=f"{name}: slope {exponent(values, costs):.2f}")

@@ -72,7 +72,7 @@ class Run:
     def __init__(
         self, config: TrainConfig, folder: Path, process: Process, state: dict[str, Any] | None = None
     ) -> None:
-        self.config, self.folder, self.process, self.resumed = config, folder, process, state is not None
+        self.config, self.folder, self.process = config, folder, process
         self.amp = build.autocast(config.run, process)
         self.dtype = build.DTYPES[config.run.dtype]
         torch.manual_seed(config.run.seed)  # the weights
@@ -85,6 +85,7 @@ class Run:
         commit()  # what is trained by
         self.deadline = None if config.run.max_minutes is None else time.monotonic() + 60 * config.run.max_minutes
         self.started = self.saved = time.monotonic()
+        self.earlier: float | None = 0.0  # minutes until this process began, None where a state does not say
         self.result: dict[str, float] = {}  # of the last evaluation
         if state is not None:
             self._restore(state)
@@ -173,6 +174,7 @@ class Run:
                 "ema": None if trainer.ema is None else trainer.ema.module.state_dict(),
                 "optimizer": trainer.optimizer.state_dict(),
                 "scaler": trainer.scaler.state_dict(),
+                "minutes": self.minutes,
                 "counts": [trainer.num_steps, trainer.bad_steps, trainer.bad_in_a_row],
                 "config": text,
                 "id": self.id,
@@ -180,6 +182,11 @@ class Run:
             save_state(self.folder, state)
             export(self.final_model, self.folder, build.data_record(self.config, self.test_batches.class_names))
         self.saved = time.monotonic()
+
+    @property
+    def minutes(self) -> float | None:
+        """What the run has taken so far, over all processes that it was resumed by."""
+        return None if self.earlier is None else self.earlier + (time.monotonic() - self.started) / 60
 
     def _finite(self) -> bool:
         """Whether all weights are finite; a loss can be so although they are not any more."""
@@ -196,6 +203,7 @@ class Run:
             trainer.num_steps, trainer.bad_steps, trainer.bad_in_a_row = state["counts"]
             self.epoch, self.batch = state["epoch"], state["batch"]
             self.trained, self.id = state.get("trained"), state.get("id", self.id)
+            self.earlier = None if (minutes := state.get("minutes")) is None else float(minutes)
         except (RuntimeError, ValueError, AttributeError, TypeError, LookupError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise BadInput(f"{origin} is damaged, or of another model: {reason}") from None
@@ -325,8 +333,8 @@ class Run:
     def _record(self, result: dict[str, float], twice: dict[str, float]) -> None:
         """Write results.json, from which tools/publish.py makes the model card."""
         config, where = self.config, (self.process.device, self.process.world_size)
-        minutes = None if self.resumed else (time.monotonic() - self.started) / 60
-        training = {"seed": config.run.seed, "epochs": config.run.epochs, "minutes": minutes, **circumstances(*where)}
+        training = {"seed": config.run.seed, "epochs": config.run.epochs, "minutes": self.minutes}
+        training |= circumstances(*where)
         reached = evaluation(self.final_model, result, twice, *where, metric=self.task.headline.key)
         write_results(self.folder, training=training, evaluation=reached)
 

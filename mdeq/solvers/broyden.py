@@ -22,8 +22,10 @@ class _Directions:
     count: int = 0  # k, the same for all samples
 
     def take(self, index: Tensor) -> "_Directions":
-        d = self.d.new_empty((len(index), *self.d.shape[1:]))
-        d[:, : self.count] = self.d[:, : self.count][index]  # the rest is not yet written
+        # One direction at a time, to the front of the batch: a second history beside this one would be the peak.
+        for j in range(self.count):
+            self.d[: len(index), j] = self.d[index, j]
+        d = self.d[: len(index)]
         return _Directions(d, self.solve[index], self.scale[index], self.length[index], self.count)
 
 
@@ -159,7 +161,7 @@ class Broyden(FixedPointSolver):
 
 def _parts(history: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
     """Yield a history `(B, k, D)` in a dtype: as it is, or cast in parts of D, so that no copy of all of it is made."""
-    if history.dtype == dtype or is_static(history):
+    if history.dtype == dtype or history.is_meta or torch.compiler.is_compiling():  # a graph may leave D open
         yield history.to(dtype)
         return
     # On a CPU a part stays in the cache until it has been used; a GPU is better off with fewer, larger ones.
