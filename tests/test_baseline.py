@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, run
+from helpers import TINY, publish, run, train
 
 from tools.baseline import build_net
+from tools.card import model_card
 
 
 def test_a_network_learns_and_leaves_a_record(tmp_path: Path) -> None:
@@ -20,6 +21,27 @@ def test_a_network_learns_and_leaves_a_record(tmp_path: Path) -> None:
     assert "tools/baseline.py" in record["command"]
     assert run("baseline", *words).ok().splitlines()[0].partition("in")[0] in said  # and again, the same
     assert json.loads((tmp_path / "baseline.json").read_text())["metrics"] == record["metrics"]
+
+
+def test_a_release_takes_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its card has the network beside the model; weights for other data do not take it."""
+    monkeypatch.setattr("tools.publish.RELEASES_FOLDER", tmp_path / "weights")
+    train(tmp_path / "run").ok()
+    publish(tmp_path / "run", "--release", "test_mdeq.digits", "--ship").ok()
+    path = tmp_path / "weights" / "test_mdeq.digits.json"
+    before = json.loads(path.read_text())
+    words = (TINY, "--net", "test_resnet", "--out", tmp_path / "out", "--record", path, "run.epochs=1")
+    run("baseline", *words).ok()
+    after = json.loads(path.read_text())
+    beside = after["card"].pop("baseline")
+    assert beside == json.loads((tmp_path / "out" / "baseline.json").read_text())
+    assert after == before
+    card = model_card("o/n", after["config"], {**after["card"], "baseline": beside})
+    row = f"| timm's test_resnet | {beside['parameters']:,} | 1 | {beside['metrics']['top1']:.4g} % |"
+    assert row in card.partition("### Beside an explicit network")[2]
+    after["card"]["data"] = "cifar10"
+    path.write_text(json.dumps(after))
+    assert "is of weights for cifar10, not for digits" in run("baseline", *words).refusal()
 
 
 def test_the_stem_for_small_images() -> None:

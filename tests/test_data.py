@@ -275,6 +275,19 @@ def test_cifar10_from_image_folders(test_folder: str, tmp_path: Path) -> None:
     assert test.labels.tolist() == [0, 1, 2]
 
 
+def test_cifar10_of_jpeg_files_says_so(tmp_path: Path) -> None:
+    """The original pixels are needed for figures that are to be compared; the record of an evaluation tells."""
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    for split, suffix in (("train", "png"), ("test", "jpg")):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / split / "cat" / f"1.{suffix}", quality=75)
+    assert read_cifar10(tmp_path, True).note == ""
+    assert "JPEG files (quality about 75)" in read_cifar10(tmp_path, False).note
+    config = DataConfig(name="cifar10", root=str(tmp_path))
+    batches, _ = build_batches(config, ImageSpec((1, 16, 16), (0.5,), (0.5,)), Process(), training=False)
+    assert "quality about 75" in batches.note
+
+
 def test_cifar10_the_first_images_of_folders_are_of_several_classes(tmp_path: Path) -> None:
     """Folders list class after class: a prefix of that would be airplanes alone."""
     write_images(tmp_path / "train", CIFAR_CLASSES, 5, size=(32, 32))

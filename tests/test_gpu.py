@@ -1,5 +1,6 @@
 """On a CUDA device: the same answers as on the CPU, and training in mixed precision."""
 
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 import mdeq
+import tools.benchmark
 from tests.official import official_model
 from tools.batches import Process
 from tools.config import load_config
@@ -86,6 +88,15 @@ def test_a_step_waits_once_for_the_device() -> None:
                 finally:
                     torch.cuda.set_sync_debug_mode("default")
             assert len([w for w in caught if "synchronizing CUDA operation" in str(w.message)]) == waits
+
+
+@pytest.mark.parametrize("words", ["", "--bf16 --channels-last --check-every 3", "--scaling"])
+def test_benchmark(words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU without a number: cuda, which is also what auto finds."""
+    common = "--device cuda --cases test_mdeq:32:2 --trained mdeq_tiny_cifar.cifar10:32:2 --steps 3 --repeats 1"
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *common.split(), *words.split(), "--out", str(tmp_path)])
+    tools.benchmark.main()
+    assert (tmp_path / ("scaling.csv" if words == "--scaling" else "benchmark.csv")).exists()
 
 
 @pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])

@@ -118,6 +118,7 @@ def test_records_name_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_command_is_told_without_places(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["tools/train.py", "data.root=/home/me/data", "model.checkpoint=/home/me/a.safetensors", "optim.lr=1e-3"]
     monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(sys, "argv", [*words, "run.resume=true", "run.max_minutes=5"])  # of one part of a run
     words = "tools/train.py data.root=DIR model.checkpoint=FILE optim.lr=1e-3"
     assert command() == f"python {words}"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mdeq import Broyden, Picard
 from mdeq.models import MDEQ
-from tools.card import steps_table
+from tools.card import model_card, steps_table
 from tools.engine import evaluate
 from tools.steps import columns, read_table, save_table
 from tools.tasks import TOP1
@@ -114,6 +114,7 @@ def test_steps_go_into_a_record(trained: Path, release: Path) -> None:
     assert f"saved: {release}" in out
     after = json.loads(release.read_text())
     table = after["card"].pop("steps")
+    assert after["card"].pop("steps_by")["command"].endswith("--steps 1 2 4 --samples 12")
     assert before["card"].pop("steps") == []
     assert after == before
     assert [(row["steps"], row["samples"], row["evaluations"]) for row in table] == [(1, 12, 2), (2, 12, 3), (4, 12, 5)]
@@ -127,6 +128,28 @@ def test_steps_go_into_a_record(trained: Path, release: Path) -> None:
     text = release.read_text()
     assert validate("--record", release, "--steps", 1).code == 1
     assert release.read_text() == text
+
+
+def test_a_record_is_renewed(trained: Path, release: Path) -> None:
+    """It holds the new evaluation, with the settings that it departs by, and is derived again with these."""
+    before = json.loads(release.read_text())
+    words = ("model.solver.max_steps=5", "data.image_size=24", "run.threads=1")
+    out = validate("--record", release, "--renew", "--steps", 1, *words).ok()
+    assert f"saved: {release}" in out
+    after = json.loads(release.read_text())
+    evaluation = after["card"]["evaluation"]
+    assert evaluation["solver"]["max_steps"] == after["config"]["model_args"]["solver"]["max_steps"] == 5
+    assert evaluation["settings"] == ["data.image_size=24"]
+    assert evaluation["metrics"] == after["metrics"] != before["metrics"]
+    assert after["card"]["seeds"] == [{"seed": 0, "value": evaluation["metrics"]["top1"]}]
+    assert [row["steps"] for row in after["card"]["steps"]] == [1]
+    for key in ("training", "config", "data", "notes"):
+        assert after["card"][key] == before["card"][key]
+    assert (after["sha256"], after["size"]) == (before["sha256"], before["size"])
+    assert "recorded" in validate("--record", release, "data.batch_size=7").ok()
+    assert "--record FILE" in validate("--checkpoint", trained, "--renew").refusal()
+    card = model_card("o/n", after["config"], after["card"])
+    assert "data.image_size=24" in card
 
 
 def test_records_that_cannot_be_checked(release: Path, tmp_path: Path) -> None:

@@ -301,6 +301,19 @@ def embedded(html: str) -> list[bytes]:
     return [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', html)]
 
 
+def test_voxels_that_are_no_cubes() -> None:
+    """They are as high as their spacing says, in every picture."""
+    x, spacing = torch.zeros(1, 1, 4, 6, 8), (0.5, 2.0, 1.0)
+    view = View.of(x, spacing=spacing)
+    picture = Image.new("L", (4, 6))
+    assert view.ratio(picture) == 4 * 6 / 4
+    assert View.of(x[..., 0], spacing=spacing).ratio(Image.new("L", (4, 6))) == 6 / 4  # of an image nobody knows
+    snapshots = [Snapshot("x", (torch.rand(1, 2, 4, 6, 8),), torch.rand(1, 2), 0.1)]
+    figure = figures.features_figure(snapshots, picture, view, ("a", "b"), "title")
+    assert figure.axes[0].get_aspect() == 4
+    assert figure.axes[1].get_box_aspect() == 6
+
+
 def test_page() -> None:
     """What is said stands there as it is, and nothing is fetched from anywhere."""
     picture = Picture("x", "A < B", "because & so", b"\x89PNG")
@@ -334,6 +347,24 @@ def test_an_image(classifier: tuple[Path, nn.Module], photo: Path, tmp_path: Pat
         assert text in said
     assert "photo.png" in html
     assert str(photo.parent) not in html
+
+
+def test_inputs_after_the_options_and_one_that_is_none(
+    classifier: tuple[Path, nn.Module], photo: Path, tmp_path: Path
+) -> None:
+    """The others are looked at, and the page says what was wrong."""
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    outcome = visualize(classifier[0], "--out", tmp_path / "out", "--most-steps", 5, photo, tmp_path / "bad.png")
+    assert "bad.png" in outcome.err
+    assert outcome.code == 0
+    html = check_page(tmp_path / "out")
+    assert "bad.png" in html.partition("Left out")[2]
+    assert str(tmp_path) not in html
+    assert (
+        "none of the 2 inputs"
+        in visualize(classifier[0], tmp_path / "bad.png", tmp_path / "nowhere.png", "--out", tmp_path / "other").err
+    )
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.fixture(scope="module")

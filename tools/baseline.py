@@ -5,7 +5,8 @@ r"""Train an explicit network of timm by the recipe of a config, to stand beside
 
 Data, batches, optimiser, schedule and seed are those of the config; what belongs to an equilibrium is left out. ResNets
 have stems for images of 224: with --small-images the first convolution keeps the size and nothing is pooled after it.
-Prints accuracy, parameters and minutes, and saves them as baseline.json.
+Prints accuracy, parameters and minutes, and saves them as baseline.json; with --record also in the record of a release,
+whose card then has it beside the model.
 """
 
 import argparse
@@ -25,10 +26,11 @@ from tqdm import tqdm
 from mdeq import Equilibrium
 from tools import build, volume_data
 from tools.batches import seed_everything
-from tools.checkpoint import check_folder, make_folder
+from tools.checkpoint import check_folder, make_folder, read_json
 from tools.config import BadInput, DEQConfig, TrainConfig, load_config, split_overrides
 from tools.engine import Trainer, evaluate, train_epoch
 from tools.optim import build_optimizer, build_scheduler
+from tools.recheck import read_release
 from tools.report import Parser, program
 from tools.results import circumstances, write_json
 from tools.tasks import CLASSIFICATION
@@ -53,6 +55,9 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
     parser.add_argument("--channels", type=int, nargs="+", help="of a ResNet's stages; default: the network's own")
     parser.add_argument("--small-images", action="store_true", help="a stem that keeps the size, for images of 32")
     parser.add_argument("--out", type=Path, default=Path("runs") / "baseline", help="folder for baseline.json")
+    parser.add_argument(
+        "--record", type=Path, metavar="FILE", help="record in mdeq/weights/ that is to hold the result"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the config")
     overrides, rest = split_overrides(sys.argv[1:])
     arguments = parser.parse_args(rest)
@@ -64,6 +69,8 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
         raise BadInput("a baseline is for the classification of images, without mixup, cutmix and optim.ema_decay")
     if config.data.name in volume_data.NAMES:
         raise BadInput(f"a baseline is for the classification of images, {config.data.name} is of volumes")
+    if arguments.record is not None and (data := read_release(arguments.record).card["data"]) != config.data.name:
+        raise BadInput(f"{arguments.record} is of weights for {data}, not for {config.data.name}")
     return arguments, config
 
 
@@ -132,6 +139,11 @@ def main() -> None:
     make_folder(arguments.out)
     write_json(arguments.out / "baseline.json", record)
     print(f"saved: {arguments.out / 'baseline.json'}")
+    if arguments.record is not None:
+        release = read_json(arguments.record)
+        release["card"]["baseline"] = record
+        write_json(arguments.record, release, indent=1)
+        print(f"saved: {arguments.record}")
 
 
 if __name__ == "__main__":

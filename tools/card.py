@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from mdeq import SolveStatus
@@ -75,9 +76,14 @@ DATASETS = {
     "hippocampus": Dataset(
         "Medical Segmentation Decathlon, Task04 Hippocampus",
         "CC BY-SA 4.0",
-        "M. Antonelli et al., The Medical Segmentation Decathlon, Nature Communications 2022",
+        "A. Simpson et al., A Large Annotated Medical Image Dataset for the Development and Evaluation of Segmentation "
+        "Algorithms, arXiv:1902.09063, 2019; M. Antonelli et al., The Medical Segmentation Decathlon, Nature "
+        "Communications 2022",
         "image-segmentation",
-        caveats=(NO_DEVICE,),
+        caveats=(
+            NO_DEVICE,
+            "Train and val are a split of the labelled volumes of our own: the Decathlon's test labels are not public.",
+        ),
         prepared="Volumes go in at their own size, one voxel a mm, each shifted and scaled to mean 0 and variance 1.",
     ),
     "modelnet10": Dataset(
@@ -149,7 +155,8 @@ def model_card(repo: str, config: Mapping[str, Any], record: Mapping[str, Any]) 
         f"{kind} of the package mdeq-vision. Its features are the fixed point of one "
         "learned cell, found by a root solver.",
         *results(name, record),
-        *steps_table(record["steps"], record["evaluation"]["metric"]),
+        *steps_table(record["steps"], record["evaluation"]["metric"], split_of(record), record.get("steps_by")),
+        *explicit_network(record),
         usage(repo, config, data),
         *training(record, data),
         *limits(record, data),
@@ -221,12 +228,13 @@ def results(name: str, record: Mapping[str, Any]) -> list[str]:
     for prefix, (title, of) in CLASS_METRICS.items():
         classes = [k for k in metrics if k.startswith(prefix) and k != "hd95_undefined"]
         rows += [(f"{title} of {k.removeprefix(prefix)}", f"{_number(metrics[k], '.4g')}{of}") for k in classes]
+    settings = f"; of the data `{' '.join(evaluation['settings'])}`" if "settings" in evaluation else ""
     by_seed = ", ".join(f"{_number(s['value'], '.4g')}{unit} (seed {s['seed']})" for s in record["seeds"])
     return [
         "## Results",
         _table(("measured", "value"), rows),
         f"{words} by seed: {by_seed}. The weights are those of seed {record['training']['seed']}. Settings: "
-        f"`{_call(solver)}`; the published tolerance is {solver['tol']:g} ({solver['stop_mode']}.).",
+        f"`{_call(solver)}`{settings}; the published tolerance is {solver['tol']:g} ({solver['stop_mode']}.).",
         "Measured by the first command, on the folder of the run; where this is a release of the package, the second "
         f"one derives the figure again from the weights alone.\n\n```bash\n{evaluation['command']}\n"
         f"python tools/validate.py --record mdeq/weights/{name}.json data.root=DIR\n```",
@@ -248,7 +256,10 @@ def releases_table(records: Mapping[str, Mapping[str, Any]]) -> str:
     Args:
         records: by `architecture.tag`; see `tools.publish.record_of`.
     """
-    head = ("weights", "data", "metric", "test", "twice the steps", "evaluations", "mean residual", "trained")
+    head = (
+        "weights", "data", "metric", "test", "twice the steps", "explicit net", "evaluations", "mean residual",
+        "converged", "trained",
+    )  # fmt: skip
     return _table(head, [_release_row(name, record) for name, record in records.items()])
 
 
@@ -258,7 +269,9 @@ def _release_row(name: str, record: Mapping[str, Any]) -> list[str]:
     _kind, words, unit = _metric(key)
     digits = ".3f" if unit == "" else ".1f"
     values = [record_seed["value"] for record_seed in record["seeds"]]
-    spread = f" ({min(values):{digits}} to {max(values):{digits}}, {len(values)} seeds)" if len(values) > 1 else ""
+    told = f"mean {sum(values) / len(values):{digits}}, {min(values):{digits}} to {max(values):{digits}}"
+    spread = f" ({told}, {len(values)} seeds)" if len(values) > 1 else ""
+    beside = record.get("baseline")
     stages = [*record.get("stages", []), run]
     epochs = " + ".join(str(stage["epochs"]) for stage in stages)
     times = [stage.get("minutes") for stage in stages]
@@ -269,24 +282,57 @@ def _release_row(name: str, record: Mapping[str, Any]) -> list[str]:
         words,
         f"{_number(metrics[key], digits)}{unit}{spread}",
         f"{_number(twice[key], digits)}{unit}",
+        "" if beside is None else f"{_number(beside['metrics'][key], digits)}{unit}",
         _number(metrics["evaluations"], ".1f"),
         _number(metrics["residual_mean"], ".1e"),
+        f"{100 * metrics['converged']:.0f} %",
         f"{epochs} epochs{minutes}, {run.get('hardware', 'hardware not recorded')}",
     ]
 
 
-def steps_table(rows: Sequence[Mapping[str, Any]], metric: str) -> list[str]:
-    """Return the section of accuracy against steps, from its rows."""
+def split_of(record: Mapping[str, Any]) -> str:
+    """Return the name of the split that was evaluated."""
+    return (yaml.safe_load(record["config"]) or {}).get("data", {}).get("test_split") or "test"
+
+
+def explicit_network(record: Mapping[str, Any]) -> list[str]:
+    """Return the section on the explicit network that was trained beside the model, where one was."""
+    net = record.get("baseline")
+    if net is None:
+        return []
+    evaluation, key = record["evaluation"], record["evaluation"]["metric"]
+    _kind, words, unit = _metric(key)
+    stages = [*record.get("stages", []), record["training"]]
+    rows = [
+        (name, f"{parameters:,}", str(epochs), f"{_number(metrics[key], '.4g')}{unit}")
+        for name, parameters, epochs, metrics in (
+            ("this", evaluation["parameters"], sum(s["epochs"] for s in stages), evaluation["metrics"]),
+            (f"timm's {net['net']}", net["parameters"], net["epochs"], net["metrics"]),
+        )
+    ]
+    return [
+        "### Beside an explicit network",
+        _table(("network", "parameters", "epochs", words), rows),
+        f"Trained on the same files, seed {net['seed']}, {net['minutes']:.0f} minutes on {net['hardware']}:\n\n"
+        f"```bash\n{net['command']}\n```",
+    ]
+
+
+def steps_table(
+    rows: Sequence[Mapping[str, Any]], metric: str, split: str = "test", made: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Return the section of accuracy against steps, from its rows, the split they are of and how they were made."""
     if not rows:
         return ["The metric against the number of solver steps was not measured."]
     columns = [c for c in ("steps", metric, "evaluations", "residual_mean", f"twin_{metric}") if c in rows[0]]
     body = [[_number(row[c] if row[c] is None else float(row[c]), ".4g") for c in columns] for row in rows]
     samples = rows[0].get("samples", ALL)
-    where = "the whole test split" if samples == ALL else f"{samples} samples spread over the test split"
+    where = f"the whole {split} split" if samples == ALL else f"{samples} samples spread over the {split} split"
+    command = "" if made is None else f"\n\n```bash\n{made['command']}\n```"
     return [
         "### Against the number of solver steps",
         _table([c.replace("_", " ") for c in columns], body),
-        f"On {where}. `twin`: f applied as often without a solver, the explicit twin of shared weights.",
+        f"On {where}. `twin`: f applied as often without a solver, the explicit twin of shared weights.{command}",
     ]
 
 
@@ -335,18 +381,22 @@ def training(record: Mapping[str, Any], data: Dataset) -> list[str]:
     for stage in reversed(record.get("stages", [])):
         command = f":\n\n```bash\n{stage['command']}\n```" if "command" in stage else "."
         time = f", {stage['minutes']:.0f} minutes" if stage.get("minutes") is not None else ""
-        text += (
-            f"\n\nIt started from weights (sha256 {stage['sha256'][:12]}) of {stage['epochs']} epochs{time}, seed "
-            f"{stage['seed']}{command}"
-        )
-    return ["## Training", text, f"The effective config:\n\n```yaml\n{record['config'].strip()}\n```"]
+        sha = "not kept" if stage.get("sha256") is None else f"sha256 {stage['sha256'][:12]}"
+        text += f"\n\nIt started from weights ({sha}) of {stage['epochs']} epochs{time}, seed {stage['seed']}{command}"
+    config = f"The effective config of the training:\n\n```yaml\n{record['config'].strip()}\n```"
+    return [
+        "## Training",
+        text,
+        config,
+        "The weights come with the solver of the evaluation, not that of the training.",
+    ]
 
 
 def limits(record: Mapping[str, Any], data: Dataset) -> list[str]:
     """Return the section of what not to expect."""
     evaluation = record["evaluation"]
     metrics, twice, name = evaluation["metrics"], evaluation["metrics_at_twice_the_steps"], evaluation["metric"]
-    found = [f"{100 * (1 - metrics['converged']):.1f} % of the test samples did not reach the tolerance."]
+    found = [f"{100 * (1 - metrics['converged']):.1f} % of the {split_of(record)} samples did not reach the tolerance."]
     if None not in (metrics[name], twice[name]):
         change = twice[name] - metrics[name]
         found.append(
@@ -354,5 +404,5 @@ def limits(record: Mapping[str, Any], data: Dataset) -> list[str]:
         )
     if len(record["seeds"]) == 1:
         found.append("One seed was trained: how far another one would be is not known.")
-    found += [*data.caveats, *record["notes"]]
+    found += [*data.caveats, *filter(None, [evaluation.get("data_note")]), *record["notes"]]
     return ["## Limits", "\n".join(f"- {line}" for line in found)]

@@ -1,5 +1,6 @@
 """The batches of a split by the name of its data set; small image sets for classification, held in memory."""
 
+import dataclasses
 import lzma
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -38,6 +39,7 @@ class Arrays:
 
     images: Tensor
     labels: Tensor
+    note: str = ""  # what a card has to say of them
 
     def fitted(self, size: tuple[int, int, int], name: str) -> "Arrays":
         """Return the images with the channels and size of a model's input.
@@ -56,7 +58,7 @@ class Arrays:
         if images.shape[2:] != size[1:]:
             resized = F.interpolate(images.float(), size=size[1:], mode="bilinear", antialias=True)
             images = resized.round().clamp(0, 255).byte()
-        return Arrays(images.contiguous(), self.labels)
+        return dataclasses.replace(self, images=images.contiguous())
 
 
 class ArrayBatches:
@@ -70,7 +72,7 @@ class ArrayBatches:
     ) -> None:
         home = process.device if config.cache_on_device else torch.device("cpu")
         self.images, self.labels = arrays.images.to(home), arrays.labels.to(home)
-        self.training, self.seed, self.process = training, seed, process
+        self.training, self.seed, self.process, self.note = training, seed, process, arrays.note
         self.batch_size = shared_batch_size(config.batch_size, len(self.labels), process, training)
         self.augment = config.augment if training else "none"
         constants = dict(device=process.device, dtype=torch.float32)
@@ -149,17 +151,37 @@ def read_cifar10(root: Path, train: bool, limit: int | None = None, download: bo
     return Arrays(images, torch.tensor(dataset.targets[:limit]))
 
 
-def _stack(samples: Iterator[tuple[np.ndarray, int]], limit: int | None, origin: Path) -> Arrays:
-    chosen = list(islice(samples, limit))
+def _stack(samples: Iterator[tuple[Image.Image, int]], limit: int | None, origin: Path) -> Arrays:
+    chosen = [(np.asarray(image), label, image.info["jpeg"]) for image, label in islice(samples, limit)]
     if not chosen:
         raise BadInput(f"no images in {origin}")
-    images, labels = zip(*chosen)
-    return Arrays(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels))
+    images, labels, jpeg = zip(*chosen)
+    stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    return Arrays(stacked, torch.tensor(labels), _jpeg_note(max(jpeg)))
 
 
-def _pixels(file: Any, name: str) -> np.ndarray:
+def _jpeg_note(quality: int) -> str:
+    """Return what to say of images that had been compressed, at a quality of 0 where they had not."""
+    if quality == 0:
+        return ""
+    kind = f"JPEG files (quality about {quality})"
+    return f"The images were {kind}, not the original pixels: figures are not exactly comparable with published ones."
+
+
+def _jpeg_quality(image: Image.Image) -> int:
+    """Return the quality that the usual encoder was asked for, 0 of an image of another kind."""
+    if image.format != "JPEG":
+        return 0
+    first = image.quantization[0][0]  # 16 at quality 50, scaled by 2 - quality / 50 above and 50 / quality below
+    return round(50 * (2 - first / 16)) if first <= 16 else round(50 * 16 / first)
+
+
+def _pixels(file: Any, name: str) -> Image.Image:
     try:
-        return np.asarray(Image.open(file).convert("RGB").resize((32, 32)))
+        image = Image.open(file)
+        pixels = image.convert("RGB").resize((32, 32))
+        pixels.info["jpeg"] = _jpeg_quality(image)
+        return pixels
     except (OSError, SyntaxError) as error:
         raise BadInput(f"cannot read image {name}: {error}") from None
 
@@ -170,7 +192,7 @@ def _label(name: str, origin: Path) -> int:
     return CIFAR_CLASSES.index(name)
 
 
-def _read_archive(path: Path) -> Iterator[tuple[np.ndarray, int]]:
+def _read_archive(path: Path) -> Iterator[tuple[Image.Image, int]]:
     try:
         with tarfile.open(path, "r|xz") as archive:
             for member in archive:
@@ -181,7 +203,7 @@ def _read_archive(path: Path) -> Iterator[tuple[np.ndarray, int]]:
         raise BadInput(f"{path} is damaged: {error}") from None
 
 
-def _read_folder(root: Path) -> Iterator[tuple[np.ndarray, int]]:
+def _read_folder(root: Path) -> Iterator[tuple[Image.Image, int]]:
     files = [path for path in root.glob("*/*") if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp")]
     for path in sorted(files, key=lambda path: (path.name, path.parent.name)):  # classes mixed, for data.num_train
         yield _pixels(path, str(path)), _label(path.parent.name, root)
@@ -211,6 +233,6 @@ def build_batches(
     else:
         return image_folders.read_batches(config, spec, process, training, seed)
     part = chosen(len(arrays.labels), config, training)
-    arrays = Arrays(arrays.images[part], arrays.labels[part])
+    arrays = dataclasses.replace(arrays, images=arrays.images[part], labels=arrays.labels[part])
     arrays = arrays.fitted(spec.size, config.name)
     return ArrayBatches(arrays, spec, config, process, training=training, seed=seed), 10

@@ -100,19 +100,29 @@ class View:
     Args:
         size: of the input.
         depth: number of the slice of the input; None for an image.
+        stretch: height of a pixel or voxel over its width.
     """
 
     size: tuple[int, ...]
     depth: int | None = None
+    stretch: float = 1.0
 
     @classmethod
-    def of(cls, x: Tensor, labels: Tensor | None = None) -> "View":
-        """Return the view of an input `(1, C, *S)`: the slice with most labels `(*S)` other than 0, else the middle."""
+    def of(cls, x: Tensor, labels: Tensor | None = None, spacing: Sequence[float] | None = None) -> "View":
+        """Return the view of an input `(1, C, *S)`: the slice with most labels `(*S)` other than 0, else the middle.
+
+        Its voxels are as long and high as their spacing, in mm along each axis, says.
+        """
         size = tuple(x.shape[2:])
         if len(size) == 2:
             return cls(size)
         counts = torch.zeros(size[2]) if labels is None else (labels != 0).sum(dim=(0, 1))
-        return cls(size, int(counts.argmax()) if counts.any() else size[2] // 2)
+        stretch = 1.0 if spacing is None else spacing[1] / spacing[0]
+        return cls(size, int(counts.argmax()) if counts.any() else size[2] // 2, stretch)
+
+    def ratio(self, picture: Image.Image) -> float:
+        """Return the height of a picture as it is shown over its width."""
+        return self.stretch * picture.height / picture.width
 
     def flat(self, values: Tensor) -> np.ndarray:
         """Return values `(*S_i)`, of the input's size or coarser, as a picture `(H, W)`."""
@@ -155,7 +165,7 @@ def features_figure(
         title: of the whole.
     """
     branches, columns = len(snapshots[0].state), len(snapshots) + 1
-    ratio = picture.height / picture.width
+    ratio = view.ratio(picture)
     figure = Figure(figsize=(CELL * columns + 1.1, CELL * ratio * branches + 0.95), layout="constrained")
     axes = figure.subplots(branches, columns, squeeze=False)
     for i in range(branches):
@@ -172,7 +182,7 @@ def features_figure(
         axes[i, 1].set_ylabel(f"branch {i}\n{shape[1]} x {'x'.join(map(str, shape[2:]))}", fontsize=8)
         axes[i, 0].axis("off")
     axes[0, 0].axis("on")
-    show(axes[0, 0], picture, "input")
+    show(axes[0, 0], picture, "input", view)
     for ax, snapshot in zip(axes[0, 1:], snapshots):
         ax.set_title(heading(snapshot) + likeliest(snapshot, names), fontsize=9)
     entitle(figure, title)
@@ -192,8 +202,8 @@ def likeliest(snapshot: Snapshot, names: Sequence[str]) -> str:
     return f"\n{names[int(index)]} {100 * float(probability):.0f} %"
 
 
-def show(ax: Axes, picture: Image.Image, title: str) -> None:
-    ax.imshow(np.asarray(picture), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+def show(ax: Axes, picture: Image.Image, title: str, view: View) -> None:
+    ax.imshow(np.asarray(picture), cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect=view.stretch)
     ax.set_title(title, fontsize=9)
     bare(ax)
 
@@ -231,22 +241,22 @@ def labels_figure(
     title: str,
 ) -> Figure:
     """Return two rows of label maps: of the solver up to the equilibrium, and of the explicit twin."""
-    ratio = painter.picture.height / painter.picture.width
+    view, ratio = painter.view, painter.view.ratio(painter.picture)
     columns = len(way) + 2
     figure = Figure(figsize=(CELL * columns + 0.2, 2 * (CELL * ratio + 0.42) + 0.75), layout="constrained")
     axes = figure.subplots(2, columns, squeeze=False)
     final = settled.logits[0].argmax(dim=0)
-    show(axes[0, 0], painter.picture, "input")
+    show(axes[0, 0], painter.picture, "input", view)
     for ax, snapshot in zip((*axes[0, 1:], *axes[1, 1:]), (*way, settled, *twins)):
         labels = snapshot.logits[0].argmax(dim=0)
-        show(ax, painter.paint(labels), heading(snapshot))
+        show(ax, painter.paint(labels), heading(snapshot), view)
         if snapshot is not settled:
             ax.set_xlabel(f"{100 * float((labels != final).float().mean()):.2f} % differ", fontsize=8)
     for ax in (axes[1, 0], axes[1, -1]):
         ax.axis("off")
     if truth is not None:
         axes[1, 0].axis("on")
-        show(axes[1, 0], painter.paint(truth), "labels of the data")
+        show(axes[1, 0], painter.paint(truth), "labels of the data", view)
     present = [k for k in final.unique().tolist() if k != painter.clear]
     patches = [
         Patch(color=tuple(c / 255 for c in painter.colours[k]), label=painter.names[k]) for k in present[:MOST_ENTRIES]

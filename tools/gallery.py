@@ -73,6 +73,7 @@ class Subject:
         inputs: each `(1, C, *S)`; the first is looked at closely.
         about: what the inputs are.
         truth: labels `(*S)` of the first input, where there are some.
+        spacing: mm per voxel of the first input along each axis, where they are known.
         steps: numbers of steps to stop at.
         most_steps: solver steps to an equilibrium.
         watch: shows how far a picture is.
@@ -83,6 +84,7 @@ class Subject:
     inputs: Sequence[Tensor]
     about: str
     truth: Tensor | None
+    spacing: Sequence[float] | None
     steps: Sequence[int]
     most_steps: int
     watch: studies.Watch
@@ -94,7 +96,7 @@ class Subject:
         settled = studies.equilibrium(model, x, self.most_steps)
         way = [studies.after(model, x, studies.long_run(own, k)) for k in self.watch(self.steps, "steps")]
         labels = settled.logits[0].argmax(dim=0) if self.predictor.dense else None
-        view = figures.View.of(x, labels)
+        view = figures.View.of(x, labels, self.spacing)
         shown = figures.input_picture(x, model, view)
         title = f"Feature maps of {self.name}: root mean square over channels{view.about}"
         yield picture("features", figures.features_figure([*way, settled], shown, view, self.predictor.names, title))

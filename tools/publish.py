@@ -31,7 +31,7 @@ import mdeq
 from tools.card import dataset, model_card, releases_table
 from tools.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_json, read_weights, write_atomically
 from tools.config import BadInput, config_yaml, load_config
-from tools.recheck import read_release
+from tools.recheck import read_release, told_solver
 from tools.report import Parser, program
 from tools.results import ROOT, read_results, write_json
 from tools.steps import STEPS_FILE, read_table
@@ -197,10 +197,8 @@ def publication(
     record = record_of(run, seeds, notes, stage)
     config = config_of(run, repo.rpartition("/")[2], record["data"])
     # Weights come with the solver by which their figure was measured, which need not be the one of their training.
-    solver = record["evaluation"]["solver"]
     trained = config["model_args"].get("solver") or {}
-    told = trained if trained.get("name") == solver["name"] else solver  # another kind has other settings
-    config["model_args"]["solver"] = {key: value for key, value in solver.items() if key in told}
+    config["model_args"]["solver"] = told_solver(trained, record["evaluation"]["solver"])
     return Publication(repo, checked_weights(run / WEIGHTS_FILE, config), config, record)
 
 

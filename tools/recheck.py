@@ -1,15 +1,20 @@
 """Re-deriving the figure of a release from its weights: what its record says of model and data, and the comparison."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import mdeq
+from tools import volume_data
 from tools.checkpoint import read_json
 from tools.config import BadInput, ModelConfig, TrainConfig, load_config, parse_config
+from tools.results import write_json
 from tools.tasks import Headline
 
 PLACES = ("data.root=", "data.workers=", "data.download=", "data.cache_on_device=", "run.")
 """Settings that say where and how, and leave the figure as it is."""
+BATCH = "data.batch_size="
+"""So does this, but where volumes of many sizes are padded to one another's."""
 PRECISION = ("run.amp=", "run.dtype=")
 """Those that do not."""
 
@@ -37,17 +42,33 @@ def recorded_figure(release: mdeq.Release) -> float:
     return float(evaluation["metrics"][evaluation["metric"]])
 
 
-def release_config(release: mdeq.Release, overrides: Sequence[str]) -> TrainConfig:
+def neutral(word: str, config: TrainConfig) -> bool:
+    """Whether a `key=value` word leaves the figure of an evaluation as it is."""
+    places = PLACES if config.data.name in volume_data.SEGMENTED else (*PLACES, BATCH)
+    return word.startswith(places) and not word.startswith(PRECISION)
+
+
+def evaluation_settings(words: Sequence[str]) -> list[str]:
+    """Return the last word of each setting of the data that changes the figure, or its cost: what a record keeps."""
+    told = {word.partition("=")[0]: word for word in words if word.startswith("data.") and not word.startswith(PLACES)}
+    return list(told.values())
+
+
+def release_config(release: mdeq.Release, overrides: Sequence[str], *, renew: bool = False) -> TrainConfig:
     """Return the settings to evaluate a release as users have it: its own arguments and weights, its record's data.
+
+    Args:
+        release: what to evaluate.
+        overrides: `key=value` words.
+        renew: for an evaluation that takes the place of the record's: words may change the figure.
 
     Raises:
         BadInput: for an override that would change the figure, or weights that are not those of the record.
     """
-    other = [word for word in overrides if not word.startswith(PLACES) or word.startswith(PRECISION)]
-    if other:
-        raise BadInput(f"{other[0]} would give another figure than the record's; leave it out")
     config = parse_config(release.card["config"], f"the record of {release.name}")
-    config = load_config(None, overrides, base=config)
+    other = [word for word in overrides if not neutral(word, config)]
+    if other and not renew:
+        raise BadInput(f"{other[0]} would give another figure than the record's; leave it out, or see --renew")
     try:
         weights = mdeq.local_file(release)
     except mdeq.WeightsError as error:
@@ -61,7 +82,25 @@ def release_config(release: mdeq.Release, overrides: Sequence[str]) -> TrainConf
         **{key: args.get(key) for key in own},
     )
     config.data.num_classes = release.config["num_classes"]
-    return config
+    return load_config(None, [*release.card["evaluation"].get("settings", []), *overrides], base=config)
+
+
+def renewed(path: Path, evaluation: Mapping[str, Any]) -> None:
+    """Put an evaluation into the record of a release in place of the one that it has; it then comes with its solver."""
+    record = read_json(path)
+    card, figure = record["card"], evaluation["metrics"][evaluation["metric"]]
+    seed = card["training"]["seed"]
+    card["seeds"] = [{**s, "value": figure} if s["seed"] == seed else s for s in card["seeds"]]
+    card["evaluation"], record["metrics"] = dict(evaluation), evaluation["metrics"]
+    args, solver = record["config"]["model_args"], evaluation["solver"]
+    args["solver"] = told_solver(args.get("solver") or {}, solver)
+    write_json(path, record, indent=1)
+
+
+def told_solver(trained: Mapping[str, Any], solver: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of the solver of an evaluation, of which a config.json says those that were said before."""
+    told = trained if trained.get("name") == solver["name"] else solver  # another kind has other settings
+    return {key: value for key, value in solver.items() if key in told}
 
 
 def compared(release: mdeq.Release, headline: Headline, found: float) -> tuple[str, bool]:

@@ -17,7 +17,7 @@ from tools.tables import write_csv
 from tools.tasks import AUC, DICE, MIOU, TOP1, Headline
 
 METRICS = [
-    "epoch", "step", "lr", "train_loss", "train_top1", "train_top5", "test_loss", "test_top1", "test_top5",
+    "epoch", "step", "lr", "minutes", "train_loss", "train_top1", "train_top5", "test_loss", "test_top1", "test_top5",
 ]  # fmt: skip
 SCORES = (
     TOP1,

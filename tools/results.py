@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from tools.config import BadInput
 ROOT = Path(__file__).resolve().parent.parent
 PLACES = {"data.root": "DIR", "run.out_dir": "DIR", "model.checkpoint": "FILE"}
 """Settings that say where, not what, and what stands for them in a command."""
+OF_A_PART = ("run.resume=", "run.max_minutes=")
+"""Settings of one part of a run, which say nothing of the whole."""
 
 
 def hardware(device: torch.device, processes: int = 1) -> str:
@@ -34,11 +37,15 @@ def hardware(device: torch.device, processes: int = 1) -> str:
 
 
 def command() -> str:
-    """Return the command line of this program for people elsewhere: relative to the repository, without places."""
+    """Return the command line of this program for people elsewhere: relative to the repository, without places.
+
+    That of a run that was resumed trains all of it.
+    """
     world, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     nodes = ["--nnodes", str(world // local)] if world > local else []
     program = ["python"] if world == 1 else ["torchrun", *nodes, "--nproc-per-node", str(local)]
-    return shlex.join([*program, *map(_elsewhere, sys.argv)])
+    words = [word for word in sys.argv if not word.startswith(OF_A_PART)]
+    return shlex.join([*program, *map(_elsewhere, words)])
 
 
 def _elsewhere(word: str) -> str:
@@ -85,6 +92,8 @@ def evaluation(
     processes: int = 1,
     *,
     metric: str = "top1",
+    settings: Sequence[str] = (),
+    data_note: str = "",
 ) -> dict[str, Any]:
     """Return the record of an evaluation.
 
@@ -94,9 +103,13 @@ def evaluation(
         twice: its metrics at twice the steps, without tolerance.
         device, processes: where.
         metric: name of the metric that counts.
+        settings: `key=value` words of the data in which it departs from the config.
+        data_note: what a card has to say of the data as they were read.
     """
     solver = model.deq.solver
+    more = {"settings": list(settings), "data_note": data_note}
     return {
+        **{key: value for key, value in more.items() if value},
         "parameters": sum(p.numel() for p in model.parameters()),
         "metric": metric,
         "metrics": result,

@@ -2,7 +2,7 @@
 
 import csv
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +87,10 @@ def steps_figure(rows: Sequence[Row], title: str, headline: Headline) -> Figure:
     return figure
 
 
-def put_into_record(rows: Sequence[Row], path: Path) -> None:
-    """Have the record of a release hold the rows in place of those that it has."""
+def put_into_record(rows: Sequence[Row], path: Path, made: Mapping[str, Any]) -> None:
+    """Have the record of a release hold the rows, and how they were made, in place of those that it has."""
     record = read_json(path)
-    record["card"]["steps"] = [dict(row) for row in rows]
+    record["card"] |= {"steps": [dict(row) for row in rows], "steps_by": dict(made)}
     write_json(path, record, indent=1)
 
 

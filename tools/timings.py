@@ -105,7 +105,7 @@ def save_table(rows: Sequence[Row], path: Path) -> None:
 
 
 def plot(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Draw a panel per part and case: overhead for solves, else time or memory relative to TorchDEQ."""
+    """Draw a panel per part and case, with quartiles: overhead for solves, else time or memory relative to TorchDEQ."""
     panels: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         panels.setdefault((row["part"], row["case"]), []).append(row)
@@ -120,6 +120,8 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
         bars = ax.barh(
             [row["contender"] for row in shown],
             [row[key] for row in shown],
+            xerr=list(zip(*(_whiskers(row, key) for row in shown))) or None,
+            error_kw=dict(elinewidth=0.8, ecolor="0.3"),
             color=[_colour(row["contender"]) for row in shown],
         )
         ax.bar_label(bars, fmt="%.2f", padding=3, fontsize="small")
@@ -135,6 +137,11 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
     figure.suptitle(title, fontsize="small")
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=90, format="png"))
     plt.close(figure)
+
+
+def _whiskers(row: Row, key: str) -> tuple[float, float]:
+    """Return how far the quartiles lie below and above a value, 0 where it has none."""
+    return row[key] - row.get(f"{key}_low", row[key]), row.get(f"{key}_high", row[key]) - row[key]
 
 
 def _colour(contender: str) -> str:

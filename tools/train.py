@@ -1,6 +1,6 @@
 """Train a model.
 
-    python tools/train.py                                             digits, embedded, a few minutes on a CPU
+    python tools/train.py                                             digits, embedded, a minute or two on a CPU
     python tools/train.py configs/cifar10/mdeq_tiny_cifar.yaml data.root=DIR optim.lr=5e-4
     torchrun --nproc-per-node 8 tools/train.py CONFIG key=value       several GPUs
 
@@ -8,6 +8,7 @@ A config file holds what a run changes; `key=value` overrides it; all settings a
 """
 
 import dataclasses
+import math
 import sys
 import time
 import uuid
@@ -272,6 +273,7 @@ class Run:
             "epoch": self.epoch,
             "step": trainer.num_steps,
             "lr": trainer.optimizer.param_groups[-1]["lr"],
+            "minutes": self.minutes or math.nan,  # to the end of its training, tests of earlier epochs included
         }
         row.update({f"train_{key}": value for key, value in train.items()})
         last = self.epoch + 1 == config.run.epochs
@@ -335,7 +337,8 @@ class Run:
         config, where = self.config, (self.process.device, self.process.world_size)
         training = {"seed": config.run.seed, "epochs": config.run.epochs, "minutes": self.minutes}
         training |= circumstances(*where)
-        reached = evaluation(self.final_model, result, twice, *where, metric=self.task.headline.key)
+        note = getattr(self.test_batches, "note", "")
+        reached = evaluation(self.final_model, result, twice, *where, metric=self.task.headline.key, data_note=note)
         write_results(self.folder, training=training, evaluation=reached)
 
 

@@ -3,12 +3,13 @@
     python tools/validate.py --checkpoint runs/digits_mdeq_tiny_cifar/model.safetensors
     python tools/validate.py --config CONFIG --model mdeq_small.in1k data.root=DIR --steps 1 2 4 8 16
     python tools/validate.py --record mdeq/weights/NAME.json data.root=DIR
+    python tools/validate.py --record mdeq/weights/NAME.json --renew model.solver.max_steps=32 data.root=DIR
 
 Without --config, the config beside the checkpoint is read; for a --model without one, volumes are prepared as those of
 its training. With --steps, the accuracy and residual at each number of solver steps are printed beside those of the
 explicit twin (the same f applied that many times), and saved as steps.csv and steps.png. With --record FILE the figure
 of a release is derived again from the weights beside its record; if it differs the exit code is 1, and if not --steps
-puts the table into the record.
+puts the table into the record. With --renew the evaluation, of other settings maybe, takes the place of the record's.
 """
 
 import argparse
@@ -26,15 +27,15 @@ from tqdm import tqdm
 
 from tools import build, segmentation_data, volume_data
 from tools.batches import Batches, Process
-from tools.checkpoint import CONFIG_FILE, check_folder, make_folder
+from tools.checkpoint import CONFIG_FILE, RESULTS_FILE, check_folder, make_folder
 from tools.config import BadInput, DataConfig, TrainConfig, load_config, split_overrides
 from tools.engine import evaluate
 from tools.inference import MultiScale
 from tools.metrics import gather
 from tools.pretrained import recorded_config
-from tools.recheck import compared, read_release, release_config
+from tools.recheck import compared, evaluation_settings, read_release, release_config, renewed
 from tools.report import Parser, headline_lines, program, result_lines
-from tools.results import evaluation, write_results
+from tools.results import circumstances, evaluation, write_results
 from tools.samples import read_part
 from tools.steps import STEPS_FILE, put_into_record, save_table, step_lines, steps_table
 from tools.tasks import Headline, Task, build_task
@@ -69,6 +70,7 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
         help="put this evaluation into results.json, for the model card; with FILE, a record in mdeq/weights/: "
         "evaluate the weights beside it on its data and compare",
     )
+    parser.add_argument("--renew", action="store_true", help="with --record FILE: have it hold this evaluation")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the config")
     overrides, rest = split_overrides(sys.argv[1:])
     arguments = parser.parse_args(rest)
@@ -85,7 +87,9 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
         given = [name for name in NOT_OF_A_RECORD if getattr(arguments, name)]
         if given:
             raise BadInput(f"--record {arguments.record} says what to evaluate, and how; leave out --{given[0]}")
-        return arguments, release_config(read_release(arguments.record), overrides)
+        return arguments, release_config(read_release(arguments.record), overrides, renew=arguments.renew)
+    if arguments.renew:
+        raise BadInput("--renew goes with --record FILE, a record in mdeq/weights/")
     if checkpoint is not None:
         if not checkpoint.exists():
             raise BadInput(f"no checkpoint {checkpoint}")
@@ -187,12 +191,14 @@ def main() -> None:
     full = build_task(config, model, batches, process, distances=True)
     if arguments.scales or arguments.flip:
         full = task = averaged(full, config, arguments.scales or [1.0], arguments.flip)
-    if arguments.record not in (None, HERE):
+    of_release = arguments.record not in (None, HERE)
+    where = (process.device, process.world_size)
+    if of_release and not arguments.renew:
         compare(arguments.record, headline, run("test", task), process)
         rows = against_steps() if arguments.steps else []
         if rows and process.is_main:
             print("\n".join(step_lines(rows, headline)))
-            put_into_record(rows, arguments.record)
+            put_into_record(rows, arguments.record, circumstances(*where))
             print(f"saved: {arguments.record}")
         return
     result = run("test", task=full)
@@ -209,11 +215,27 @@ def main() -> None:
     beside = fresh if checkpoint is None else checkpoint if checkpoint.is_dir() else checkpoint.parent
     folder = arguments.out or beside
     if arguments.record:
-        make_folder(folder)
-        where = (process.device, process.world_size)
-        write_results(folder, evaluation=evaluation(model, result, twice, *where, metric=headline.key))
+        words = split_overrides(sys.argv[1:])[0]
+        earlier = read_release(arguments.record).card["evaluation"].get("settings", []) if of_release else []
+        record = evaluation(
+            model, result, twice, *where,
+            metric=headline.key,
+            settings=evaluation_settings([*earlier, *words]),
+            data_note=getattr(batches, "note", ""),
+        )  # fmt: skip
+        if of_release:
+            renewed(arguments.record, record)
+            print(f"saved: {arguments.record}")
+        else:
+            make_folder(folder)
+            write_results(folder, evaluation=record)
     if rows:
         print("\n".join(step_lines(rows, headline)))
+        if of_release:
+            put_into_record(rows, arguments.record, circumstances(*where))
+            return
+        if (folder / RESULTS_FILE).exists():
+            write_results(folder, steps_by=circumstances(*where))
         save_table(rows, folder, f"{config.model.name} on {config.data.name}", headline)
         print(f"saved: {folder / STEPS_FILE}, {folder / 'steps.png'}")
 

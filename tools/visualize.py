@@ -18,7 +18,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from torch import Tensor
 from tqdm import tqdm
 
 from tools.batches import Process, memory_for
@@ -28,12 +27,12 @@ from tools.config import BadInput, split_overrides
 from tools.gallery import CAPTIONS, NEEDS_DATA, DataStudy, Subject
 from tools.page import Picture, page
 from tools.predict import gather
-from tools.predictors import Predictor, Settings
+from tools.predictors import Predictor, Sample, Settings
 from tools.pretrained import load_trained
 from tools.report import Parser, program
 from tools.results import circumstances
 from tools.samples import data_config, read_part
-from tools.volumes import unpadded
+from tools.volumes import prepared_spacing, unpadded
 
 SAMPLES = 64
 """Samples of a data set, where --data has no number."""
@@ -70,7 +69,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     windows.add_argument("--whole", action="store_true", help="volumes: no window, whatever the training patch was")
     parser.add_argument("--orientation", choices=["RAS", "none"], help="as in tools/predict.py")
     overrides, rest = split_overrides(sys.argv[1:])
-    arguments = parser.parse_args(rest)
+    arguments = parser.parse_intermixed_args(rest)  # inputs may follow the options
     for name in ("data", "most_steps"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
@@ -105,11 +104,30 @@ def watch(things: Iterable[Any], text: str) -> Iterable[Any]:
     return tqdm(things, desc=text, total=total, leave=False, disable=None)
 
 
-def given_inputs(arguments: argparse.Namespace, predictor: Predictor) -> list[Tensor]:
-    """Return the inputs of the command line, each `(1, C, *S)` on the device; raises as `Predictor.read` does."""
+def given_inputs(arguments: argparse.Namespace, predictor: Predictor) -> tuple[list[Sample], dict[str, str]]:
+    """Return the inputs of the command line, and what is wrong with those that cannot be read, by name.
+
+    Raises:
+        BadInput: if none can be read.
+    """
+    samples, wrong = [], {}
     files = gather(arguments.input, predictor.suffixes, arguments.out)
-    samples = [predictor.read(k, path, path.name) for k, path in enumerate(files)]
-    return [predictor.window(sample.x.unsqueeze(0)) for sample in samples]
+    for k, path in enumerate(files):
+        try:
+            samples.append(predictor.read(k, path, path.name))
+        except BadInput as error:
+            if len(files) == 1:
+                raise
+            wrong[path.name] = str(error).replace(str(path), path.name)
+            print(error, file=sys.stderr)
+    if not samples:
+        raise BadInput(f"none of the {len(files)} inputs can be looked at")
+    return samples, wrong
+
+
+def spacing_of(sample: Sample, predictor: Predictor) -> Sequence[float] | None:
+    """Return the mm per voxel of a volume as the model sees it; None of an image."""
+    return prepared_spacing(sample.origin, predictor.preprocessing) if predictor.is_3d else None
 
 
 def facts(arguments: argparse.Namespace, predictor: Predictor, about: str, study: DataStudy | None) -> dict[str, str]:
@@ -136,8 +154,10 @@ def main() -> None:
     predictor = Predictor(load_trained(arguments.model), settings_of(arguments))
     name, steps = model_name(arguments.model), sorted(set(arguments.steps))
     most = arguments.most_steps or max(LEAST_STEPS, 2 * predictor.solver.max_steps)
-    inputs, truth, study = given_inputs(arguments, predictor) if arguments.input else [], None, None
-    about = f"{len(inputs)} inputs" if len(inputs) > 1 else Path(arguments.input[0]).name if inputs else ""
+    samples, wrong = given_inputs(arguments, predictor) if arguments.input else ([], {})
+    inputs = [predictor.window(sample.x.unsqueeze(0)) for sample in samples]
+    truth, study, spacing = None, None, spacing_of(samples[0], predictor) if samples else None
+    about = f"{len(inputs)} inputs" if len(inputs) > 1 else samples[0].name if inputs else ""
     if arguments.data is not None:
         config = data_config(arguments.model, predictor.model, overrides)
         process = Process(device=predictor.settings.device)
@@ -145,14 +165,15 @@ def main() -> None:
         part = read_part(config, predictor.model, arguments.data, process, watch, subset=told)
         study = DataStudy(predictor, name, steps, most, watch, config, part)
         if not inputs:
-            samples = part.samples[:MOST_LINES]
-            inputs = [study.window(x) for x, _ in samples]
-            truth = unpadded(samples[0][1][0], inputs[0].shape[2:]) if predictor.dense else None
+            shown = part.samples[:MOST_LINES]
+            inputs = [study.window(x) for x, _ in shown]
+            truth = unpadded(shown[0][1][0], inputs[0].shape[2:]) if predictor.dense else None
             about = study.about if len(inputs) == len(part.samples) else f"{len(inputs)} of {study.about}"
-    subject = Subject(predictor, name, inputs, about, truth, steps, most, watch)
+    subject = Subject(predictor, name, inputs, about, truth, spacing, steps, most, watch)
     with memory_for("an input", "--size, --patch or --most-steps"):
         pictures = [*subject.pictures(), *(study.pictures() if study is not None else ())]
     left_out = {} if study is not None else {CAPTIONS[key][0]: "needs a data set, see --data" for key in NEEDS_DATA}
+    left_out |= wrong
     if not predictor.dense:
         left_out[CAPTIONS["labels"][0]] = f"{name} is a classifier"
     known = facts(arguments, predictor, about, study)

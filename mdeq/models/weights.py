@@ -92,7 +92,7 @@ class Release:
 
     @property
     def model_args(self) -> dict[str, Any]:
-        """The arguments that the weights were trained with; channels and classes are timm's business."""
+        """The arguments of the model, its solver that of the evaluation; channels and classes are timm's business."""
         args = self.config.get("model_args", {})
         return {key: value for key, value in args.items() if key not in ("in_chans", "num_classes")}
 
