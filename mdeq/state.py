@@ -12,9 +12,16 @@ State = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class StateLayout:
-    """Shapes of a `State` without the batch axis; converts to and from the flat `(B, D)` form."""
+    """Shapes of a `State` without the batch axis; converts to and from the flat `(B, D)` form.
+
+    Attributes:
+        shapes: of the branches.
+        channels_last: whether the channels of each branch are its last axis in the flat form. To a solver the order of
+            elements is all the same, so a state stays as f has it, and no copy changes it.
+    """
 
     shapes: tuple[torch.Size, ...]
+    channels_last: tuple[bool, ...]
 
     @classmethod
     def of(cls, state: State) -> "StateLayout":
@@ -29,7 +36,7 @@ class StateLayout:
             raise ValueError(f"a state needs tensors of one floating-point dtype, got {[x.dtype for x in state]}")
         if any(x.shape[0] != state[0].shape[0] for x in state):
             raise ValueError(f"a state needs tensors of one batch size, got {[tuple(x.shape) for x in state]}")
-        return cls(tuple(x.shape[1:] for x in state))
+        return cls(tuple(x.shape[1:] for x in state), tuple(map(lies_channels_last, state)))
 
     @property
     def dim(self) -> int:
@@ -45,10 +52,23 @@ class StateLayout:
         shapes = tuple(x.shape[1:] for x in state)
         if shapes != self.shapes:
             raise ValueError(f"expected a state of shapes {[*map(tuple, self.shapes)]}, got {[*map(tuple, shapes)]}")
-        parts = [x.reshape(x.shape[0], math.prod(shape)) for x, shape in zip(state, shapes)]
+        ordered = [x.movedim(1, -1) if last else x for x, last in zip(state, self.channels_last)]
+        parts = [x.reshape(x.shape[0], math.prod(shape)) for x, shape in zip(ordered, shapes)]
         return torch.cat([part.to(dtype or part.dtype) for part in parts], dim=1)
 
     def unflatten(self, z: Tensor) -> State:
         """Return views of z `(B, D)`; no copy is made."""
         parts = z.split([math.prod(shape) for shape in self.shapes], dim=1)
-        return tuple(part.unflatten(1, shape) if shape else part[:, 0] for part, shape in zip(parts, self.shapes))
+        return tuple(map(_shaped, parts, self.shapes, self.channels_last))
+
+
+def lies_channels_last(x: Tensor) -> bool:
+    """Whether feature maps `(B, C, H, W)` or `(B, C, D, H, W)` lie in memory with the channels as last axis."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return x.ndim in formats and not x.is_contiguous() and x.is_contiguous(memory_format=formats[x.ndim])
+
+
+def _shaped(part: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
+    if channels_last:
+        return part.unflatten(1, (*shape[1:], shape[0])).movedim(-1, 1)
+    return part.unflatten(1, shape) if shape else part[:, 0]

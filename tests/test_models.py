@@ -37,6 +37,29 @@ def image(*size: int, batch: int = 2, channels: int = 3, **kwargs: object) -> Te
     return torch.randn(batch, channels, *size, **kwargs)
 
 
+def test_channels_last() -> None:
+    """The memory format changes neither results nor gradients, and the state keeps it through the solver."""
+    torch.manual_seed(0)
+    plain = timm.create_model("mdeq_tiny_cifar.cifar10", pretrained=True).double()
+    other = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    x = torch.linspace(0.2, 3, 5, dtype=torch.float64).view(-1, 1, 1, 1) * torch.randn(5, 3, 16, 16).double()
+    for train in (False, True):
+        results = []
+        for model in (plain.train(train), other.train(train)):
+            logits, equilibrium = model(x, return_equilibrium=True)
+            model.zero_grad()
+            logits.square().sum().backward()
+            results.append((logits, equilibrium, [p.grad for p in model.parameters()]))
+        (logits, eq, gradients), (logits_last, eq_last, gradients_last) = results
+        torch.testing.assert_close(logits_last, logits, rtol=1e-6, atol=1e-8)
+        assert torch.equal(eq_last.stats.num_steps, eq.stats.num_steps)
+        assert all(z.stride(1) == 1 and z.stride(-1) == z.shape[1] for z in eq_last.state)
+        assert all(z.stride(-1) == 1 for z in eq.state)
+        for a, b in zip(gradients_last, gradients):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * float(b.abs().max()) + 1e-12)
+    assert len(eq.stats.num_steps.unique()) > 1, "nobody left the batch early"
+
+
 def test_registered() -> None:
     assert sorted(MODELS) == sorted([*OFFICIAL_PARAMETERS, "deq_tiny_cifar", "test_mdeq"])
 

@@ -53,6 +53,23 @@ def test_views_alias(state: State) -> None:
     assert not any((x == 7).any() for x in state)
 
 
+def test_feature_maps_that_lie_channels_last() -> None:
+    """They stay so: nothing is copied on the way out, and the flat form has the channels of a pixel side by side."""
+    image = torch.randn(3, 4, 6, 7).contiguous(memory_format=torch.channels_last)
+    volume = torch.randn(3, 2, 3, 4, 5).contiguous(memory_format=torch.channels_last_3d)
+    state = (image, volume, torch.randn(3, 4, 6, 7), torch.randn(3, 5))
+    layout = StateLayout.of(state)
+    assert layout.channels_last == (True, True, False, False)
+    z = layout.flatten(state)
+    assert torch.equal(z[:, : image[0].numel()], image.permute(0, 2, 3, 1).flatten(1))
+    back = layout.unflatten(z)
+    assert all(torch.equal(x, y) for x, y in zip(state, back))
+    assert all(x.stride()[1:] == y.stride()[1:] for x, y in zip(state, back))
+    assert all(x.untyped_storage().data_ptr() == z.untyped_storage().data_ptr() for x in back)
+    elsewhere = tuple(x.contiguous() for x in state)  # of another memory format than at the start
+    assert torch.equal(layout.flatten(elsewhere), z)
+
+
 def test_dtype(state: State) -> None:
     layout = StateLayout.of(state)
     assert layout.flatten(state).dtype == torch.float64

@@ -23,6 +23,7 @@ from helpers import (
     rows,
     state,
     train,
+    validate,
     write_archives,
 )
 from safetensors import safe_open
@@ -32,7 +33,8 @@ from torch import Tensor
 import mdeq
 from mdeq import SolveStatus
 from tools.batches import Process
-from tools.config import load_config
+from tools.build import placed
+from tools.config import BadInput, load_config
 from tools.data import Arrays
 from tools.engine import evaluate
 from tools.metrics import QUANTILES, SolveLog, Tally
@@ -125,6 +127,21 @@ def test_a_command_is_told_without_places(monkeypatch: pytest.MonkeyPatch) -> No
     for world, start in (("4", "torchrun"), ("8", "torchrun --nnodes 2")):
         monkeypatch.setenv("WORLD_SIZE", world)
         assert command() == f"{start} --nproc-per-node 4 {words}"
+
+
+def test_memory_format(tmp_path: Path) -> None:
+    """Channels last trains alike, and its files are as any others."""
+    for name, words in (("first", ()), ("last", ("run.channels_last=true",))):
+        train(tmp_path / name, "run.dtype=float64", *words).ok()
+    first, last = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "last"))
+    assert first.keys() == last.keys()
+    for key, value in first.items():
+        torch.testing.assert_close(last[key], value, rtol=1e-6, atol=1e-8)
+    train(tmp_path / "last", "run.dtype=float64", "run.epochs=2", "run.resume=true", "run.channels_last=false").ok()
+    assert "accuracy" in validate("--checkpoint", tmp_path / "last", "run.channels_last=true").ok()
+    config = load_config(None, ["run.channels_last=true"])
+    with pytest.raises(BadInput, match="for models of images"):
+        placed(timm.create_model("test_mdeq3d"), config.run, Process())
 
 
 def test_log_has_the_backward_solves(tmp_path: Path) -> None:

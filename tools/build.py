@@ -186,6 +186,18 @@ def renew_cfg(model: nn.Module, data: DataConfig) -> None:
     model.pretrained_cfg = {**model.pretrained_cfg, **anew}
 
 
+def placed(model: Any, run: RunConfig, process: Process) -> Any:
+    """Return a model on the device of a run, in its precision and memory format.
+
+    Raises:
+        BadInput: for channels last in a model of volumes, whose convolutions do not keep that format.
+    """
+    model = model.to(process.device, DTYPES[run.dtype])
+    if run.channels_last and model.spatial_dims == 3:
+        raise BadInput("run.channels_last is for models of images; leave it out")
+    return model.to(memory_format=torch.channels_last) if run.channels_last else model
+
+
 def autocast(run: RunConfig, process: Process) -> Callable[[], Any]:
     """Return what makes the autocast context of a run."""
     if run.amp == "none":

@@ -1,5 +1,6 @@
 """Checkpoints that are complete or not there at all, and weights read from files that may be damaged or hostile."""
 
+import copy
 import json
 import os
 import re
@@ -126,6 +127,8 @@ def export(model: nn.Module, folder: Path, record: dict[str, Any] | None = None)
 
     What `record` says of the data, such as label names and preprocessing, is added to config.json.
     """
+    if not all(p.is_contiguous() for p in model.parameters()):  # channels last, which files of safetensors do not have
+        model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     with writing(folder / "config.json"), tempfile.TemporaryDirectory(dir=folder, prefix=".export.") as temporary:
         save_for_hf(model, temporary, model_config=record, safe_serialization=True)
         write_atomically(folder / "config.json", lambda path: os.replace(Path(temporary) / "config.json", path))

@@ -18,7 +18,8 @@ from tools.config import BadInput, TrainConfig, load_config, parse_config
 RUNS = Path("runs")
 LOCK_FILE = ".lock"
 FREE = (
-    "run.max_minutes", "run.resume", "run.out_dir", "run.device", "run.threads", "run.compile", "run.eval_every",
+    "run.max_minutes", "run.resume", "run.out_dir", "run.device", "run.threads", "run.compile", "run.channels_last",
+    "run.eval_every",
     "run.checkpoint_minutes", "run.max_bad_steps", "run.tensorboard", "run.wandb", "run.progress", "data.root",
     "data.download", "data.workers", "data.cache_on_device",
 )  # fmt: skip

@@ -1,6 +1,7 @@
 """Timings of things that take turns, and tables of them."""
 
 import statistics
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -128,7 +129,7 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
         ax.axvline(1, color="black", linewidth=0.6)
         ax.margins(x=0.14)
         name, _, note = case.partition(", ")
-        ax.set_title("\n".join(filter(None, (f"{part}, {name}", note))), fontsize="small", loc="left")
+        ax.set_title("\n".join([f"{part}, {name}", *textwrap.wrap(note, 44)]), fontsize="small", loc="left")
         label = "solver memory relative to TorchDEQ" if part == "memory" else "time relative to TorchDEQ"
         ax.set_xlabel("time of the solve over time inside f" if part == "solve" else label, fontsize="small")
         ax.tick_params(labelsize="small")

@@ -108,7 +108,7 @@ class Run:
             build.check_classes(model, found, origin)
         config.data.num_classes = model.num_classes  # the effective config, from which validate.py builds the model
         build.renew_cfg(model, config.data)
-        return model.to(process.device, self.dtype), train_batches, test_batches
+        return build.placed(model, config.run, process), train_batches, test_batches
 
     def _trainer(self) -> Trainer:
         config, process, model = self.config, self.process, self.model

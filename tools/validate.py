@@ -129,7 +129,7 @@ def load(config: TrainConfig, process: Process, *, subset: bool = False) -> tupl
         classes = 10
     model = build.build_model(config.model, classes, for_training=False)
     batches = build.build_test_split(config, model, process, subset=subset)
-    return model.to(process.device, build.DTYPES[config.run.dtype]).eval(), batches
+    return build.placed(model, config.run, process).eval(), batches
 
 
 def averaged(task: Task, config: TrainConfig, scales: list[float], flip: bool) -> Task:

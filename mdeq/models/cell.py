@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from ..layers import SpatialDims, channel_mask, conv, convolve, resize
-from ..state import State
+from ..state import State, lies_channels_last
 
 Injection = tuple[Tensor | None, ...]
 """The input-dependent term added inside f, per branch; None where there is none."""
@@ -185,13 +185,19 @@ class MultiscaleCell(nn.Module):
         return tuple(sizes)
 
     def zero_state(self, injection: Tensor) -> State:
-        """Return the state of zeros for a branch-0 injection `(B, C_0, *S)`, in the parameters' dtype."""
+        """Return the state of zeros for a branch-0 injection `(B, C_0, *S)`, in the parameters' dtype.
+
+        Its memory format is that of the injection: a state that lies channels last stays so in the solver.
+        """
         # Not the injection's dtype: under autocast that is the low-precision one.
         dtype = self.blocks[0].norm1.weight.dtype
         sizes = self.branch_sizes(injection.shape[2:])
-        return tuple(
-            injection.new_zeros((injection.shape[0], c, *s), dtype=dtype) for c, s in zip(self.channels, sizes)
+        batch, last = injection.shape[0], lies_channels_last(injection)
+        zeros = (
+            injection.new_zeros((batch, *((*s, c) if last else (c, *s))), dtype=dtype)
+            for c, s in zip(self.channels, sizes)
         )
+        return tuple(z.movedim(-1, 1) if last else z for z in zeros)
 
     def sample_masks(self, x: Tensor) -> State | None:
         """Return a dropout mask `(B, C_i, 1, ...)` per branch for a batch like x; None in eval mode or at rate 0."""
