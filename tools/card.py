@@ -155,7 +155,7 @@ def model_card(repo: str, config: Mapping[str, Any], record: Mapping[str, Any]) 
         f"{kind} of the package mdeq-vision. Its features are the fixed point of one "
         "learned cell, found by a root solver.",
         *results(name, record),
-        *steps_table(record["steps"], record["evaluation"]["metric"], split_of(record), record.get("steps_by")),
+        *steps_table(record["steps"], record["evaluation"]["metric"], split_of(record), steps_command(record)),
         *explicit_network(record),
         usage(repo, config, data),
         *training(record, data),
@@ -235,7 +235,7 @@ def results(name: str, record: Mapping[str, Any]) -> list[str]:
         _table(("measured", "value"), rows),
         f"{words} by seed: {by_seed}. The weights are those of seed {record['training']['seed']}. Settings: "
         f"`{_call(solver)}`{settings}; the published tolerance is {solver['tol']:g} ({solver['stop_mode']}.).",
-        "Measured by the first command, on the folder of the run; where this is a release of the package, the second "
+        "Measured by the first command; where this is a release of the package, the second "
         f"one derives the figure again from the weights alone.\n\n```bash\n{evaluation['command']}\n"
         f"python tools/validate.py --record mdeq/weights/{name}.json data.root=DIR\n```",
     ]
@@ -257,7 +257,7 @@ def releases_table(records: Mapping[str, Mapping[str, Any]]) -> str:
         records: by `architecture.tag`; see `tools.publish.record_of`.
     """
     head = (
-        "weights", "data", "metric", "test", "twice the steps", "explicit net", "evaluations", "mean residual",
+        "weights", "data", "metric", "score", "twice the steps", "explicit net", "evaluations", "mean residual",
         "converged", "trained",
     )  # fmt: skip
     return _table(head, [_release_row(name, record) for name, record in records.items()])
@@ -295,6 +295,12 @@ def split_of(record: Mapping[str, Any]) -> str:
     return (yaml.safe_load(record["config"]) or {}).get("data", {}).get("test_split") or "test"
 
 
+def steps_command(record: Mapping[str, Any]) -> str | None:
+    """Return the command that measured accuracy against steps, where it is known and not that of the evaluation."""
+    command = record.get("steps_by", {}).get("command")
+    return None if command == record["evaluation"].get("command") else command
+
+
 def explicit_network(record: Mapping[str, Any]) -> list[str]:
     """Return the section on the explicit network that was trained beside the model, where one was."""
     net = record.get("baseline")
@@ -319,20 +325,20 @@ def explicit_network(record: Mapping[str, Any]) -> list[str]:
 
 
 def steps_table(
-    rows: Sequence[Mapping[str, Any]], metric: str, split: str = "test", made: Mapping[str, Any] | None = None
+    rows: Sequence[Mapping[str, Any]], metric: str, split: str = "test", command: str | None = None
 ) -> list[str]:
-    """Return the section of accuracy against steps, from its rows, the split they are of and how they were made."""
+    """Return the section of accuracy against steps: its rows, the split they are of, the command that made them."""
     if not rows:
         return ["The metric against the number of solver steps was not measured."]
     columns = [c for c in ("steps", metric, "evaluations", "residual_mean", f"twin_{metric}") if c in rows[0]]
     body = [[_number(row[c] if row[c] is None else float(row[c]), ".4g") for c in columns] for row in rows]
     samples = rows[0].get("samples", ALL)
     where = f"the whole {split} split" if samples == ALL else f"{samples} samples spread over the {split} split"
-    command = "" if made is None else f"\n\n```bash\n{made['command']}\n```"
+    told = "" if command is None else f"\n\n```bash\n{command}\n```"
     return [
         "### Against the number of solver steps",
         _table([c.replace("_", " ") for c in columns], body),
-        f"On {where}. `twin`: f applied as often without a solver, the explicit twin of shared weights.{command}",
+        f"On {where}. `twin`: f applied as often without a solver, the explicit twin of shared weights.{told}",
     ]
 
 
