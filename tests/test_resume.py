@@ -61,10 +61,15 @@ def test_out_of_time_in_the_middle_of_an_epoch(uninterrupted: Path, tmp_path: Pa
     assert "test accuracy" not in out
     stopped = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert (stopped["epoch"], stopped["batch"]) == (0, 1)  # at the next step
+    assert stopped["minutes"] > 0
+    assert stopped["command"].startswith("python ")
+    torch.save({**stopped, "minutes": 1000.0, "command": "that by which it began"}, folder / "checkpoint.pt")
     out = train(folder, *TWO_EPOCHS, "run.resume=true").ok()
     assert "test accuracy" in out
-    record = json.loads((folder / "results.json").read_text())
-    assert record["training"]["minutes"] > stopped["minutes"] > 0, "the time of both processes"
+    training = json.loads((folder / "results.json").read_text())["training"]
+    assert 1000 < training["minutes"] < 1010, "the time of both processes"
+    assert 1000 < float(rows(folder)[-1]["minutes"]) < 1010
+    assert training["command"] == "that by which it began"
     assert_same_weights(folder, uninterrupted)
     assert_one_log(folder, uninterrupted)
 

@@ -65,6 +65,7 @@ def test_feature_maps_that_lie_channels_last() -> None:
     back = layout.unflatten(z)
     assert all(torch.equal(x, y) for x, y in zip(state, back))
     assert all(x.stride()[1:] == y.stride()[1:] for x, y in zip(state, back))
+    assert StateLayout.of(back) == layout
     assert all(x.untyped_storage().data_ptr() == z.untyped_storage().data_ptr() for x in back)
     elsewhere = tuple(x.contiguous() for x in state)  # of another memory format than at the start
     assert torch.equal(layout.flatten(elsewhere), z)

@@ -119,7 +119,6 @@ def test_records_name_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_command_is_told_without_places(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["tools/train.py", "data.root=/home/me/data", "model.checkpoint=/home/me/a.safetensors", "optim.lr=1e-3"]
-    monkeypatch.setattr(sys, "argv", words)
     monkeypatch.setattr(sys, "argv", [*words, "run.resume=true", "run.max_minutes=5"])  # of one part of a run
     words = "tools/train.py data.root=DIR model.checkpoint=FILE optim.lr=1e-3"
     assert command() == f"python {words}"
@@ -140,6 +139,9 @@ def test_memory_format(tmp_path: Path) -> None:
     train(tmp_path / "last", "run.dtype=float64", "run.epochs=2", "run.resume=true", "run.channels_last=false").ok()
     assert "accuracy" in validate("--checkpoint", tmp_path / "last", "run.channels_last=true").ok()
     config = load_config(None, ["run.channels_last=true"])
+    conv = placed(timm.create_model("test_mdeq"), config.run, Process()).stem.conv1
+    assert conv.weight.is_contiguous(memory_format=torch.channels_last)
+    assert not conv.weight.is_contiguous()
     with pytest.raises(BadInput, match="for models of images"):
         placed(timm.create_model("test_mdeq3d"), config.run, Process())
 

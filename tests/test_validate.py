@@ -133,12 +133,16 @@ def test_steps_go_into_a_record(trained: Path, release: Path) -> None:
 def test_a_record_is_renewed(trained: Path, release: Path) -> None:
     """It holds the new evaluation, with the settings that it departs by, and is derived again with these."""
     before = json.loads(release.read_text())
-    words = ("model.solver.max_steps=5", "data.image_size=24", "run.threads=1")
+    before["card"]["seeds"].append({"seed": 7, "value": 1.0})  # evaluated as the record was
+    release.write_text(json.dumps(before))
+    words = ("model.solver.max_steps=5", "model.solver.check_every=2", "data.image_size=24", "run.threads=1")
     out = validate("--record", release, "--renew", "--steps", 1, *words).ok()
     assert f"saved: {release}" in out
     after = json.loads(release.read_text())
     evaluation = after["card"]["evaluation"]
     assert evaluation["solver"]["max_steps"] == after["config"]["model_args"]["solver"]["max_steps"] == 5
+    assert after["config"]["model_args"]["solver"]["check_every"] == 2
+    assert "divergence_factor" not in after["config"]["model_args"]["solver"]
     assert evaluation["settings"] == ["data.image_size=24"]
     assert evaluation["metrics"] == after["metrics"] != before["metrics"]
     assert after["card"]["seeds"] == [{"seed": 0, "value": evaluation["metrics"]["top1"]}]
@@ -150,6 +154,15 @@ def test_a_record_is_renewed(trained: Path, release: Path) -> None:
     assert "--record FILE" in validate("--checkpoint", trained, "--renew").refusal()
     card = model_card("o/n", after["config"], after["card"])
     assert "data.image_size=24" in card
+    assert "the whole test split" in card
+    validate("--record", release, "--renew").ok()  # the same again, without a table
+    again = json.loads(release.read_text())
+    assert again["card"]["steps"] == []
+    assert "steps_by" not in again["card"]
+    assert again["card"]["evaluation"]["settings"] == ["data.image_size=24"]
+    assert again["metrics"]["top1"] == after["metrics"]["top1"]
+    for word in ("model.checkpoint=x", "run.amp=bf16"):
+        assert word in validate("--record", release, "--renew", word).refusal()
 
 
 def test_records_that_cannot_be_checked(release: Path, tmp_path: Path) -> None:

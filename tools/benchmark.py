@@ -53,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder with CIFAR-10, for test images in place of noise")
     parser.add_argument("--steps", type=int, default=18, help="of a solve")
     parser.add_argument("--tol", type=float, default=1e-3, help="relative residual, for tolerance and ragged")
-    parser.add_argument("--history", type=int, default=5, help="of Anderson")
+    parser.add_argument("--history", type=int, default=5, help="of Anderson, and of one Broyden")
     parser.add_argument("--check-every", type=int, default=1, help="steps of our solvers between looks at the residual")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, help="of the CPU; default: torch's choice")

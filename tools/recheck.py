@@ -1,22 +1,23 @@
 """Re-deriving the figure of a release from its weights: what its record says of model and data, and the comparison."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import mdeq
-from tools import volume_data
+from mdeq import build_solver
 from tools.checkpoint import read_json
 from tools.config import BadInput, ModelConfig, TrainConfig, load_config, parse_config
 from tools.results import write_json
 from tools.tasks import Headline
 
-PLACES = ("data.root=", "data.workers=", "data.download=", "data.cache_on_device=", "run.")
+PLACES = ("data.root=", "data.workers=", "data.download=", "data.cache_on_device=", "data.batch_size=", "run.")
 """Settings that say where and how, and leave the figure as it is."""
-BATCH = "data.batch_size="
-"""So does this, but where volumes of many sizes are padded to one another's."""
 PRECISION = ("run.amp=", "run.dtype=")
 """Those that do not."""
+RENEWED = ("data.", "model.solver.")
+"""Settings that another evaluation of the same weights may have; a record keeps them."""
 
 
 def read_release(path: Path) -> mdeq.Release:
@@ -42,15 +43,14 @@ def recorded_figure(release: mdeq.Release) -> float:
     return float(evaluation["metrics"][evaluation["metric"]])
 
 
-def neutral(word: str, config: TrainConfig) -> bool:
+def neutral(word: str) -> bool:
     """Whether a `key=value` word leaves the figure of an evaluation as it is."""
-    places = PLACES if config.data.name in volume_data.SEGMENTED else (*PLACES, BATCH)
-    return word.startswith(places) and not word.startswith(PRECISION)
+    return word.startswith(PLACES) and not word.startswith(PRECISION)
 
 
 def evaluation_settings(words: Sequence[str]) -> list[str]:
-    """Return the last word of each setting of the data that changes the figure, or its cost: what a record keeps."""
-    told = {word.partition("=")[0]: word for word in words if word.startswith("data.") and not word.startswith(PLACES)}
+    """Return the last word of each setting of the data that changes the figure: what a record keeps."""
+    told = {word.partition("=")[0]: word for word in words if word.startswith("data.") and not neutral(word)}
     return list(told.values())
 
 
@@ -66,9 +66,11 @@ def release_config(release: mdeq.Release, overrides: Sequence[str], *, renew: bo
         BadInput: for an override that would change the figure, or weights that are not those of the record.
     """
     config = parse_config(release.card["config"], f"the record of {release.name}")
-    other = [word for word in overrides if not neutral(word, config)]
+    other = [word for word in overrides if not neutral(word)]
     if other and not renew:
         raise BadInput(f"{other[0]} would give another figure than the record's; leave it out, or see --renew")
+    if bad := [word for word in other if not word.startswith(RENEWED)]:
+        raise BadInput(f"{bad[0]} is no setting of the data or of the solver, which --renew takes")
     try:
         weights = mdeq.local_file(release)
     except mdeq.WeightsError as error:
@@ -85,22 +87,38 @@ def release_config(release: mdeq.Release, overrides: Sequence[str], *, renew: bo
     return load_config(None, [*release.card["evaluation"].get("settings", []), *overrides], base=config)
 
 
-def renewed(path: Path, evaluation: Mapping[str, Any]) -> None:
-    """Put an evaluation into the record of a release in place of the one that it has; it then comes with its solver."""
+def renewed(path: Path, evaluation: Mapping[str, Any], steps: Mapping[str, Any]) -> None:
+    """Put an evaluation into the record of a release in place of the one that it has; it then comes with its solver.
+
+    Other seeds stay only if they were evaluated alike.
+
+    Args:
+        path: of the record.
+        evaluation: what took its place.
+        steps: `steps` and `steps_by`, accuracy against steps, if that was measured too; nothing keeps the old one.
+    """
     record = read_json(path)
     card, figure = record["card"], evaluation["metrics"][evaluation["metric"]]
+    alike = all(card["evaluation"].get(key) == evaluation.get(key) for key in ("solver", "settings"))
     seed = card["training"]["seed"]
-    card["seeds"] = [{**s, "value": figure} if s["seed"] == seed else s for s in card["seeds"]]
+    others = [s for s in card["seeds"] if s["seed"] != seed] if alike else []
+    card["seeds"] = [{"seed": seed, "value": figure}, *others]
     card["evaluation"], record["metrics"] = dict(evaluation), evaluation["metrics"]
+    card.pop("steps_by", None)
+    card |= {"steps": [], **steps}
     args, solver = record["config"]["model_args"], evaluation["solver"]
     args["solver"] = told_solver(args.get("solver") or {}, solver)
     write_json(path, record, indent=1)
 
 
 def told_solver(trained: Mapping[str, Any], solver: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of the solver of an evaluation, of which a config.json says those that were said before."""
-    told = trained if trained.get("name") == solver["name"] else solver  # another kind has other settings
-    return {key: value for key, value in solver.items() if key in told}
+    """Return the settings of the solver of an evaluation for a config.json: those said before and those that matter."""
+    usual = dataclasses.asdict(build_solver({"name": solver["name"]}))
+    return {
+        key: value
+        for key, value in solver.items()
+        if key == "name" or value != usual[key] or (key in trained and trained.get("name") == solver["name"])
+    }
 
 
 def compared(release: mdeq.Release, headline: Headline, found: float) -> tuple[str, bool]:

@@ -37,10 +37,7 @@ def hardware(device: torch.device, processes: int = 1) -> str:
 
 
 def command() -> str:
-    """Return the command line of this program for people elsewhere: relative to the repository, without places.
-
-    That of a run that was resumed trains all of it.
-    """
+    """Return the command line of this program for people elsewhere: relative to the repository, without places."""
     world, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     nodes = ["--nnodes", str(world // local)] if world > local else []
     program = ["python"] if world == 1 else ["torchrun", *nodes, "--nproc-per-node", str(local)]
@@ -120,7 +117,7 @@ def evaluation(
 
 
 def write_results(folder: Path, **sections: Any) -> None:
-    """Put sections (`training`, `evaluation`) into the results.json of a folder; others stay as they are."""
+    """Put sections, such as `training`, into the results.json of a folder; others stay as they are."""
     path = folder / RESULTS_FILE
     record = read_results(folder) if path.exists() else {}
     write_json(path, {**record, **sections})

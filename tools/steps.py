@@ -87,10 +87,15 @@ def steps_figure(rows: Sequence[Row], title: str, headline: Headline) -> Figure:
     return figure
 
 
+def recorded(rows: Sequence[Row], made: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a record says of accuracy against steps; nothing without rows."""
+    return {"steps": [dict(row) for row in rows], "steps_by": dict(made)} if rows else {}
+
+
 def put_into_record(rows: Sequence[Row], path: Path, made: Mapping[str, Any]) -> None:
     """Have the record of a release hold the rows, and how they were made, in place of those that it has."""
     record = read_json(path)
-    record["card"] |= {"steps": [dict(row) for row in rows], "steps_by": dict(made)}
+    record["card"] |= recorded(rows, made)
     write_json(path, record, indent=1)
 
 

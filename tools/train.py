@@ -40,7 +40,7 @@ from tools.config import DEFAULT_CONFIG, BadInput, TrainConfig, config_yaml, spl
 from tools.engine import Diverged, EpochResult, Trainer, evaluate, train_epoch
 from tools.optim import build_mixup, build_optimizer, build_scheduler
 from tools.report import Parser, RunLog, headline_lines, program, result_lines
-from tools.results import circumstances, commit, evaluation, write_results
+from tools.results import circumstances, command, commit, evaluation, write_results
 from tools.run_folder import Plan, claimed, plan, run_name
 from tools.tasks import build_task, check_task
 
@@ -87,6 +87,7 @@ class Run:
         self.deadline = None if config.run.max_minutes is None else time.monotonic() + 60 * config.run.max_minutes
         self.started = self.saved = time.monotonic()
         self.earlier: float | None = 0.0  # minutes until this process began, None where a state does not say
+        self.command = command()  # by which the run began
         self.result: dict[str, float] = {}  # of the last evaluation
         if state is not None:
             self._restore(state)
@@ -176,6 +177,7 @@ class Run:
                 "optimizer": trainer.optimizer.state_dict(),
                 "scaler": trainer.scaler.state_dict(),
                 "minutes": self.minutes,
+                "command": self.command,
                 "counts": [trainer.num_steps, trainer.bad_steps, trainer.bad_in_a_row],
                 "config": text,
                 "id": self.id,
@@ -204,6 +206,7 @@ class Run:
             trainer.num_steps, trainer.bad_steps, trainer.bad_in_a_row = state["counts"]
             self.epoch, self.batch = state["epoch"], state["batch"]
             self.trained, self.id = state.get("trained"), state.get("id", self.id)
+            self.command = str(state.get("command", self.command))
             self.earlier = None if (minutes := state.get("minutes")) is None else float(minutes)
         except (RuntimeError, ValueError, AttributeError, TypeError, LookupError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -336,7 +339,7 @@ class Run:
         """Write results.json, from which tools/publish.py makes the model card."""
         config, where = self.config, (self.process.device, self.process.world_size)
         training = {"seed": config.run.seed, "epochs": config.run.epochs, "minutes": self.minutes}
-        training |= circumstances(*where)
+        training |= {**circumstances(*where), "command": self.command}
         note = getattr(self.test_batches, "note", "")
         reached = evaluation(self.final_model, result, twice, *where, metric=self.task.headline.key, data_note=note)
         write_results(self.folder, training=training, evaluation=reached)

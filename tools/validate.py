@@ -37,7 +37,7 @@ from tools.recheck import compared, evaluation_settings, read_release, release_c
 from tools.report import Parser, headline_lines, program, result_lines
 from tools.results import circumstances, evaluation, write_results
 from tools.samples import read_part
-from tools.steps import STEPS_FILE, put_into_record, save_table, step_lines, steps_table
+from tools.steps import STEPS_FILE, put_into_record, recorded, save_table, step_lines, steps_table
 from tools.tasks import Headline, Task, build_task
 from tools.volumes import Preprocessing
 
@@ -224,7 +224,7 @@ def main() -> None:
             data_note=getattr(batches, "note", ""),
         )  # fmt: skip
         if of_release:
-            renewed(arguments.record, record)
+            renewed(arguments.record, record, recorded(rows, circumstances(*where)))
             print(f"saved: {arguments.record}")
         else:
             make_folder(folder)
@@ -232,11 +232,10 @@ def main() -> None:
     if rows:
         print("\n".join(step_lines(rows, headline)))
         if of_release:
-            put_into_record(rows, arguments.record, circumstances(*where))
             return
+        save_table(rows, folder, f"{config.model.name} on {config.data.name}", headline)
         if (folder / RESULTS_FILE).exists():
             write_results(folder, steps_by=circumstances(*where))
-        save_table(rows, folder, f"{config.model.name} on {config.data.name}", headline)
         print(f"saved: {folder / STEPS_FILE}, {folder / 'steps.png'}")
 
 

@@ -167,6 +167,7 @@ def main() -> None:
         if not inputs:
             shown = part.samples[:MOST_LINES]
             inputs = [study.window(x) for x, _ in shown]
+            spacing = config.data.spacing if predictor.is_3d else None
             truth = unpadded(shown[0][1][0], inputs[0].shape[2:]) if predictor.dense else None
             about = study.about if len(inputs) == len(part.samples) else f"{len(inputs)} of {study.about}"
     subject = Subject(predictor, name, inputs, about, truth, spacing, steps, most, watch)

@@ -79,7 +79,7 @@ class Memory(Protocol):
     """What a solver remembers between steps; tensors with the batch axis first."""
 
     def take(self, index: Tensor) -> "Memory":
-        """Return the memory of the samples `index`, ascending, alone; this one may be overwritten."""
+        """Return the memory of the samples `index` alone; this one may be overwritten."""
         ...
 
 
