@@ -285,7 +285,7 @@ def _release_row(name: str, record: Mapping[str, Any]) -> list[str]:
         "" if beside is None else f"{_number(beside['metrics'][key], digits)}{unit}",
         _number(metrics["evaluations"], ".1f"),
         _number(metrics["residual_mean"], ".1e"),
-        f"{100 * metrics['converged']:.0f} %",
+        f"{100 * metrics['converged']:.1f} %",
         f"{epochs} epochs{minutes}, {run.get('hardware', 'hardware not recorded')}",
     ]
 
