@@ -26,11 +26,11 @@ from tqdm import tqdm
 from mdeq import Equilibrium
 from tools import build, volume_data
 from tools.batches import seed_everything
-from tools.checkpoint import check_folder, make_folder, read_json
+from tools.checkpoint import check_folder, make_folder
 from tools.config import BadInput, DEQConfig, TrainConfig, load_config, split_overrides
 from tools.engine import Trainer, evaluate, train_epoch
 from tools.optim import build_optimizer, build_scheduler
-from tools.recheck import read_release
+from tools.recheck import put_into_card, read_release
 from tools.report import Parser, program
 from tools.results import circumstances, write_json
 from tools.tasks import CLASSIFICATION
@@ -140,9 +140,7 @@ def main() -> None:
     write_json(arguments.out / "baseline.json", record)
     print(f"saved: {arguments.out / 'baseline.json'}")
     if arguments.record is not None:
-        release = read_json(arguments.record)
-        release["card"]["baseline"] = record
-        write_json(arguments.record, release, indent=1)
+        put_into_card(arguments.record, baseline=record)
         print(f"saved: {arguments.record}")
 
 

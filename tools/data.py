@@ -172,7 +172,8 @@ def _jpeg_quality(image: Image.Image) -> int:
     """Return the quality that the usual encoder was asked for, 0 of an image of another kind."""
     if image.format != "JPEG":
         return 0
-    first = image.quantization[0][0]  # 16 at quality 50, scaled by 2 - quality / 50 above and 50 / quality below
+    first = next(iter(image.quantization.values()))[0]
+    # It is 16 at quality 50, scaled by 2 - quality / 50 above and by 50 / quality below.
     return round(50 * (2 - first / 16)) if first <= 16 else round(50 * 16 / first)
 
 

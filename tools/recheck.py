@@ -87,6 +87,13 @@ def release_config(release: mdeq.Release, overrides: Sequence[str], *, renew: bo
     return load_config(None, [*release.card["evaluation"].get("settings", []), *overrides], base=config)
 
 
+def put_into_card(path: Path, **sections: Any) -> None:
+    """Have what the record of a release keeps for its card hold sections, in place of those that it has."""
+    record = read_json(path)
+    record["card"] |= sections
+    write_json(path, record, indent=1)
+
+
 def renewed(path: Path, evaluation: Mapping[str, Any], steps: Mapping[str, Any]) -> None:
     """Put an evaluation into the record of a release in place of the one that it has; it then comes with its solver.
 

@@ -19,9 +19,8 @@ RUNS = Path("runs")
 LOCK_FILE = ".lock"
 FREE = (
     "run.max_minutes", "run.resume", "run.out_dir", "run.device", "run.threads", "run.compile", "run.channels_last",
-    "run.eval_every",
-    "run.checkpoint_minutes", "run.max_bad_steps", "run.tensorboard", "run.wandb", "run.progress", "data.root",
-    "data.download", "data.workers", "data.cache_on_device",
+    "run.eval_every", "run.checkpoint_minutes", "run.max_bad_steps", "run.tensorboard", "run.wandb", "run.progress",
+    "data.root", "data.download", "data.workers", "data.cache_on_device",
 )  # fmt: skip
 """Settings that may differ when a run goes on; `run.epochs` may grow. Any other one makes another run."""
 

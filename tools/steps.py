@@ -9,8 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from mdeq import Picard
-from tools.checkpoint import make_folder, read_json, write_atomically
-from tools.results import write_json
+from tools.checkpoint import make_folder, write_atomically
 from tools.tables import write_csv
 from tools.tasks import Headline
 
@@ -90,13 +89,6 @@ def steps_figure(rows: Sequence[Row], title: str, headline: Headline) -> Figure:
 def recorded(rows: Sequence[Row], made: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a record says of accuracy against steps; nothing without rows."""
     return {"steps": [dict(row) for row in rows], "steps_by": dict(made)} if rows else {}
-
-
-def put_into_record(rows: Sequence[Row], path: Path, made: Mapping[str, Any]) -> None:
-    """Have the record of a release hold the rows, and how they were made, in place of those that it has."""
-    record = read_json(path)
-    record["card"] |= recorded(rows, made)
-    write_json(path, record, indent=1)
 
 
 def read_table(path: Path) -> list[Row]:

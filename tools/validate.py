@@ -33,11 +33,11 @@ from tools.engine import evaluate
 from tools.inference import MultiScale
 from tools.metrics import gather
 from tools.pretrained import recorded_config
-from tools.recheck import compared, evaluation_settings, read_release, release_config, renewed
+from tools.recheck import compared, evaluation_settings, put_into_card, read_release, release_config, renewed
 from tools.report import Parser, headline_lines, program, result_lines
 from tools.results import circumstances, evaluation, write_results
 from tools.samples import read_part
-from tools.steps import STEPS_FILE, put_into_record, recorded, save_table, step_lines, steps_table
+from tools.steps import STEPS_FILE, recorded, save_table, step_lines, steps_table
 from tools.tasks import Headline, Task, build_task
 from tools.volumes import Preprocessing
 
@@ -198,7 +198,7 @@ def main() -> None:
         rows = against_steps() if arguments.steps else []
         if rows and process.is_main:
             print("\n".join(step_lines(rows, headline)))
-            put_into_record(rows, arguments.record, circumstances(*where))
+            put_into_card(arguments.record, **recorded(rows, circumstances(*where)))
             print(f"saved: {arguments.record}")
         return
     result = run("test", task=full)
