@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, publish, run, train
+from helpers import TINY, publish, run, train, validate
 
 from tools.baseline import build_net
 from tools.card import model_card
@@ -24,18 +24,26 @@ def test_a_network_learns_and_leaves_a_record(tmp_path: Path) -> None:
 
 
 def test_a_release_takes_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its card has the network beside the model; weights for other data do not take it."""
+    """Its card has the network beside the model, tested on the same; weights for other data do not take it."""
     monkeypatch.setattr("tools.publish.RELEASES_FOLDER", tmp_path / "weights")
-    train(tmp_path / "run").ok()
+    train(tmp_path / "run", "data.holdout=7").ok()
+    validate("--checkpoint", tmp_path / "run", "--record", "data.holdout=null").ok()
     publish(tmp_path / "run", "--release", "test_mdeq.digits", "--ship").ok()
     path = tmp_path / "weights" / "test_mdeq.digits.json"
     before = json.loads(path.read_text())
-    words = (TINY, "--net", "test_resnet", "--out", tmp_path / "out", "--record", path, "run.epochs=1")
+    net = (TINY, "--net", "test_resnet", "--out", tmp_path / "out", "run.epochs=1", "data.holdout=7")
+    metrics = []
+    for holdout in (7, "null"):  # training sees the same samples
+        run("baseline", *net, f"data.holdout={holdout}").ok()
+        metrics.append(json.loads((tmp_path / "out" / "baseline.json").read_text())["metrics"])
+    words = (*net, "--record", path)
     run("baseline", *words).ok()
     after = json.loads(path.read_text())
     beside = after["card"].pop("baseline")
     assert beside == json.loads((tmp_path / "out" / "baseline.json").read_text())
     assert after == before
+    assert before["card"]["evaluation"]["settings"] == ["data.holdout=null"]
+    assert beside["metrics"] == metrics[1] != metrics[0]
     card = model_card("o/n", after["config"], {**after["card"], "baseline": beside})
     row = f"| timm's test_resnet | {beside['parameters']:,} | 1 | {beside['metrics']['top1']:.4g} % |"
     assert row in card.partition("### Beside an explicit network")[2]

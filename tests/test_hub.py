@@ -367,7 +367,7 @@ def _other_shapes(run: Path) -> None:
         (lambda run: (run / "config.json").write_text("[]"), "config.json is damaged"),
         (lambda run: (run / "config.yaml").unlink(), "no config file"),
         (lambda run: (run / "results.json").unlink(), "train to the end"),
-        (lambda run: (run / "config.yaml").write_text("data: {holdout: 9}"), "without data.holdout"),
+        (lambda run: (run / "config.yaml").write_text("data: {holdout: 9}"), "--record data.holdout=null"),
         (lambda run: (run / "results.json").write_text('{"training": {}}'), "has no evaluation"),
         (_other_architecture, "holds resnet18, which is no model of this package"),
         (_other_shapes, "does not fit its config.json"),

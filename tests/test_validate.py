@@ -50,6 +50,22 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tensor, Tensor]:
     return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
 
 
+def test_a_run_with_held_out_samples_is_published_by_the_test_split(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("tools.publish.RELEASES_FOLDER", tmp_path / "weights")
+    folder, words = tmp_path / "run", ("--release", "test_mdeq.digits", "--ship")
+    train(folder, "data.holdout=20").ok()
+    held_out = json.loads((folder / "results.json").read_text())["evaluation"]["metrics"]
+    assert "on held-out training samples; for its figure on the test split run" in publish(folder, *words).refusal()
+    validate("--checkpoint", folder, "--record", "data.holdout=null").ok()
+    publish(folder, *words).ok()
+    path = tmp_path / "weights" / "test_mdeq.digits.json"
+    release = json.loads(path.read_text())
+    assert release["metrics"]["loss"] != held_out["loss"]
+    assert "recorded" in validate("--record", path).ok()
+    card = model_card("o/n", release["config"], release["card"])
+    assert "handwritten digits, the last 20 training samples held out. Seed 0" in card
+
+
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     return 100 * float((logits.argmax(1) == labels).double().mean())
 

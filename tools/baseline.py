@@ -6,7 +6,7 @@ r"""Train an explicit network of timm by the recipe of a config, to stand beside
 Data, batches, optimiser, schedule and seed are those of the config; what belongs to an equilibrium is left out. ResNets
 have stems for images of 224: with --small-images the first convolution keeps the size and nothing is pooled after it.
 Prints accuracy, parameters and minutes, and saves them as baseline.json; with --record also in the record of a release,
-whose card then has it beside the model.
+whose card then has it beside the model: it is tested on what the release was evaluated on.
 """
 
 import argparse
@@ -48,7 +48,8 @@ class Explicit(nn.Module):
         return (logits, Equilibrium((), None)) if return_equilibrium else logits
 
 
-def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
+def parse_arguments() -> tuple[argparse.Namespace, TrainConfig, TrainConfig]:
+    """Return the settings of training and those of the evaluation, which differ where those of a record did."""
     parser = Parser(description=__doc__)
     parser.add_argument("config", type=Path, help="YAML file of a classification of images")
     parser.add_argument("--net", default="resnet10t", help="a name of timm (default: %(default)s)")
@@ -69,9 +70,12 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
         raise BadInput("a baseline is for the classification of images, without mixup, cutmix and optim.ema_decay")
     if config.data.name in volume_data.NAMES:
         raise BadInput(f"a baseline is for the classification of images, {config.data.name} is of volumes")
-    if arguments.record is not None and (data := read_release(arguments.record).card["data"]) != config.data.name:
-        raise BadInput(f"{arguments.record} is of weights for {data}, not for {config.data.name}")
-    return arguments, config
+    if arguments.record is None:
+        return arguments, config, config
+    card = read_release(arguments.record).card
+    if card["data"] != config.data.name:
+        raise BadInput(f"{arguments.record} is of weights for {card['data']}, not for {config.data.name}")
+    return arguments, config, load_config(None, card["evaluation"].get("settings", []), base=config)
 
 
 def build_net(
@@ -97,12 +101,12 @@ def build_net(
 
 
 def main() -> None:
-    arguments, config = parse_arguments()
+    arguments, config, tested = parse_arguments()
     process = build.start_process(config.run)
     # The model of the config says what images look like to it; the network sees the same.
     spec = build.image_spec(build.build_model(config.model, None, for_training=True), config.data.image_size)
     train, classes = build.build_split(config, spec, process, training=True)
-    test, _ = build.build_split(config, spec, process, training=False)
+    test, _ = build.build_split(tested, spec, process, training=False)
     classes = config.data.num_classes or classes
     if classes is None:
         raise BadInput("set data.num_classes: these data do not say how many classes they have")

@@ -380,7 +380,9 @@ With transformers, `import mdeq` first: `AutoModelForImageClassification.from_pr
 def training(record: Mapping[str, Any], data: Dataset) -> list[str]:
     """Return the section of how the weights came about."""
     run = record["training"]
-    text = f"Data: {data.title}. Seed {run['seed']}, {run['epochs']} epochs"
+    held_out = yaml.safe_load(record["config"])["data"].get("holdout")
+    without = "" if held_out is None else f", the last {held_out:,} training samples held out"
+    text = f"Data: {data.title}{without}. Seed {run['seed']}, {run['epochs']} epochs"
     if "command" in run:
         time = "over several sessions" if run["minutes"] is None else f"{run['minutes']:.0f} minutes"
         versions = ", ".join(f"{key} {value}" for key, value in run["versions"].items())

@@ -113,8 +113,6 @@ def record_of(
     if not run.is_dir():
         raise BadInput(f"no folder {run}")
     config = load_config(run / CONFIG_FILE)
-    if config.data.holdout is not None:
-        raise BadInput(f"{run} was evaluated on held-out training samples; train it again without data.holdout")
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, checkpoint="FILE" if config.model.checkpoint else None),
@@ -136,7 +134,12 @@ def _results(run: Path) -> dict[str, Any]:
     results = read_results(run)
     if "evaluation" not in results:
         raise BadInput(f"{run / 'results.json'} has no evaluation; run tools/validate.py --record on it")
-    config = load_config(run / CONFIG_FILE)
+    config = load_config(run / CONFIG_FILE, results["evaluation"].get("settings", []))  # of what was evaluated
+    if config.data.holdout is not None:
+        raise BadInput(
+            f"{run} was evaluated on held-out training samples; for its figure on the test split run "
+            f"tools/validate.py --checkpoint {run} --record data.holdout=null"
+        )
     # A run that was stopped has no record of its end, only that of an evaluation afterwards.
     return {"training": {"seed": config.run.seed, "epochs": config.run.epochs}, **results}
 
