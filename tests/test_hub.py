@@ -603,6 +603,7 @@ def test_push_all(online: tuple[Talk, Hub, Path], package: Path) -> None:
         assert f"published: revision {commit}" in pushed["out"]
         assert files["model.safetensors"] == (package / "runs" / f"test_mdeq.{tag}" / "model.safetensors").read_bytes()
         assert f"# test_mdeq.{tag}" in files["README.md"].decode()
+        assert json.loads((package / "mdeq" / "weights" / f"test_mdeq.{tag}.json").read_text())["revision"] == commit
 
 
 @pytest.mark.parametrize(

@@ -320,9 +320,16 @@ def main() -> None:
         contents = [publication(arguments.run, arguments.repo, arguments.seeds, arguments.note, arguments.stage)]
     for content in contents:
         show(content)  # makes what goes: all of it before the first goes
+    if arguments.dry_run:
+        return
     for content in contents:
-        if not arguments.dry_run:
-            print(f"published: revision {push(content, arguments.private)} of {content.repo}")
+        commit = push(content, arguments.private)
+        print(f"published: revision {commit} of {content.repo}")
+        if arguments.all:  # the record says from now on where the weights are
+            release = mdeq.RELEASES[content.repo.rpartition("/")[2]]
+            path = release.folder / f"{release.name}.json"
+            write_json(path, {**read_json(path), "revision": commit}, indent=1)
+            print(f"written: {path}")
 
 
 if __name__ == "__main__":
