@@ -19,8 +19,10 @@ from torch import Tensor
 
 from mdeq import Broyden, Picard
 from mdeq.models import MDEQ
+from tools.batches import evaluated_split
 from tools.card import model_card, steps_table
 from tools.engine import evaluate
+from tools.recheck import evaluated_config
 from tools.steps import columns, read_table, save_table
 from tools.tasks import TOP1
 
@@ -62,6 +64,8 @@ def test_a_run_with_held_out_samples_is_published_by_the_test_split(tmp_path: Pa
     release = json.loads(path.read_text())
     assert release["metrics"]["loss"] != held_out["loss"]
     assert "recorded" in validate("--record", path).ok()
+    seen = evaluated_config(release["card"], "it").data  # by which also tools/visualize.py takes its samples
+    assert (seen.holdout, evaluated_split(seen)) == (None, "test")
     card = model_card("o/n", release["config"], release["card"])
     assert "handwritten digits, the last 20 training samples held out. Seed 0" in card
 

@@ -396,8 +396,8 @@ def test_the_data_of_a_run(tmp_path: Path) -> None:
     out = tmp_path / "out"
     said = visualize(tmp_path / "run", "--data", 3, "--out", out, *QUICK).ok()
     assert {path.name for path in out.iterdir()} == ALWAYS | {"steps.png", "evaluations.png", "radius.png"}
-    assert "3 samples of digits, validation" in said
-    assert "3 samples of digits, validation" in check_page(out)
+    assert "3 test samples of digits" in said
+    assert "3 test samples of digits" in check_page(out)
 
 
 @pytest.mark.slow

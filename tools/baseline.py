@@ -30,7 +30,7 @@ from tools.checkpoint import check_folder, make_folder
 from tools.config import BadInput, DEQConfig, TrainConfig, load_config, split_overrides
 from tools.engine import Trainer, evaluate, train_epoch
 from tools.optim import build_optimizer, build_scheduler
-from tools.recheck import put_into_card, read_release
+from tools.recheck import DATA_PLACES, evaluated_config, put_into_card, read_release
 from tools.report import Parser, program
 from tools.results import circumstances, write_json
 from tools.tasks import CLASSIFICATION
@@ -75,7 +75,9 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainConfig, TrainConfig]:
     card = read_release(arguments.record).card
     if card["data"] != config.data.name:
         raise BadInput(f"{arguments.record} is of weights for {card['data']}, not for {config.data.name}")
-    return arguments, config, load_config(None, card["evaluation"].get("settings", []), base=config)
+    places = {key: getattr(config.data, key) for key in DATA_PLACES}
+    data = dataclasses.replace(evaluated_config(card, arguments.record.stem).data, **places)
+    return arguments, config, dataclasses.replace(config, data=data)
 
 
 def build_net(

@@ -125,6 +125,13 @@ def split_name(config: DataConfig, training: bool) -> str:
     return config.train_split if reads_training_split(config, training) else config.test_split
 
 
+def evaluated_split(config: DataConfig) -> str:
+    """Return what people call the samples that are evaluated on."""
+    if config.holdout is not None:
+        return "held-out training"
+    return "test" if config.name in ("digits", "cifar10") else config.test_split  # these two have no names for it
+
+
 def chosen(count: int, config: DataConfig, training: bool) -> slice:
     """Return which samples of a split of so many count: `data.num_train` of those that `data.holdout` leaves, or these.
 

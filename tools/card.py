@@ -8,6 +8,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from mdeq import SolveStatus
+from tools.batches import evaluated_split
+from tools.recheck import evaluated_config
 from tools.segmentation_data import CAMVID_CLASSES, CITYSCAPES_CLASSES
 from tools.steps import ALL
 
@@ -292,10 +294,7 @@ def _release_row(name: str, record: Mapping[str, Any]) -> list[str]:
 
 def split_of(record: Mapping[str, Any]) -> str:
     """Return the name of the split that was evaluated."""
-    if record["data"] in ("digits", "cifar10"):  # which have no names for their two
-        return "test"
-    said = [word.partition("=")[2] for word in record["evaluation"].get("settings", []) if "test_split=" in word]
-    return [*said, yaml.safe_load(record["config"])["data"]["test_split"]][0]
+    return evaluated_split(evaluated_config(record, record["data"]).data)
 
 
 def steps_command(record: Mapping[str, Any]) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from tools import figures, studies
-from tools.batches import Process
+from tools.batches import Process, evaluated_split
 from tools.config import TrainConfig
 from tools.engine import evaluate
 from tools.page import Picture
@@ -38,10 +38,9 @@ CAPTIONS = {
     ),
     "steps": (
         "Accuracy against steps",
-        "Score and mean residual after at most so many steps of the model's own solver, and with the same f applied as "
-        "often (the explicit twin), on the samples of the test split. A flat end says that the score belongs to the "
-        "equilibrium and not to a number of steps. The solver stops at its tolerance, where its residual levels off; "
-        "the twin does not.",
+        "Score and mean residual after so many steps of the model's own solver, whatever its tolerance, and with the "
+        "same f applied as often (the explicit twin). A flat end says that the score belongs to the equilibrium and "
+        "not to a number of steps.",
     ),
     "evaluations": (
         "Evaluations of f",
@@ -137,7 +136,7 @@ class DataStudy:
     @property
     def about(self) -> str:
         """What the samples are."""
-        return f"{len(self.part.samples)} samples of {self.config.data.name}, {self.config.data.test_split}"
+        return f"{len(self.part.samples)} {evaluated_split(self.config.data)} samples of {self.config.data.name}"
 
     def window(self, x: Tensor) -> Tensor:
         """Return samples `(B, C, *S)`: whole or, where the data are predicted by windows, the one in the middle."""

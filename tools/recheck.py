@@ -12,7 +12,8 @@ from tools.config import BadInput, ModelConfig, TrainConfig, load_config, parse_
 from tools.results import write_json
 from tools.tasks import Headline
 
-PLACES = ("data.root=", "data.workers=", "data.download=", "data.cache_on_device=", "data.batch_size=", "run.")
+DATA_PLACES = ("root", "workers", "download", "cache_on_device", "batch_size")
+PLACES = (*(f"data.{key}=" for key in DATA_PLACES), "run.")
 """Settings that say where and how, and leave the figure as it is."""
 PRECISION = ("run.amp=", "run.dtype=")
 """Those that do not."""
@@ -54,6 +55,17 @@ def evaluation_settings(words: Sequence[str]) -> list[str]:
     return list(told.values())
 
 
+def evaluated_config(card: Mapping[str, Any], name: str) -> TrainConfig:
+    """Return the settings by which a record's figure was measured: of its training, but those that it departs by.
+
+    Args:
+        card: of the record.
+        name: of the release, for errors.
+    """
+    trained = parse_config(card["config"], f"the record of {name}")
+    return load_config(None, card["evaluation"].get("settings", []), base=trained)
+
+
 def release_config(release: mdeq.Release, overrides: Sequence[str], *, renew: bool = False) -> TrainConfig:
     """Return the settings to evaluate a release as users have it: its own arguments and weights, its record's data.
 
@@ -65,7 +77,7 @@ def release_config(release: mdeq.Release, overrides: Sequence[str], *, renew: bo
     Raises:
         BadInput: for an override that would change the figure, or weights that are not those of the record.
     """
-    config = parse_config(release.card["config"], f"the record of {release.name}")
+    config = evaluated_config(release.card, release.name)
     other = [word for word in overrides if not neutral(word)]
     if other and not renew:
         raise BadInput(f"{other[0]} would give another figure than the record's; leave it out, or see --renew")
@@ -84,7 +96,7 @@ def release_config(release: mdeq.Release, overrides: Sequence[str], *, renew: bo
         **{key: args.get(key) for key in own},
     )
     config.data.num_classes = release.config["num_classes"]
-    return load_config(None, [*release.card["evaluation"].get("settings", []), *overrides], base=config)
+    return load_config(None, overrides, base=config)
 
 
 def put_into_card(path: Path, **sections: Any) -> None:
@@ -97,7 +109,7 @@ def put_into_card(path: Path, **sections: Any) -> None:
 def renewed(path: Path, evaluation: Mapping[str, Any], steps: Mapping[str, Any]) -> None:
     """Put an evaluation into the record of a release in place of the one that it has; it then comes with its solver.
 
-    Other seeds stay only if they were evaluated alike.
+    Other seeds stay only if they were evaluated alike, an explicit network only if it was tested on the same.
 
     Args:
         path: of the record.
@@ -106,13 +118,16 @@ def renewed(path: Path, evaluation: Mapping[str, Any], steps: Mapping[str, Any])
     """
     record = read_json(path)
     card, figure = record["card"], evaluation["metrics"][evaluation["metric"]]
-    alike = all(card["evaluation"].get(key) == evaluation.get(key) for key in ("solver", "settings"))
+    before = card["evaluation"]
+    alike = all(before.get(key) == evaluation.get(key) for key in ("solver", "settings"))
     seed = card["training"]["seed"]
     others = [s for s in card["seeds"] if s["seed"] != seed] if alike else []
     card["seeds"] = [{"seed": seed, "value": figure}, *others]
     card["evaluation"], record["metrics"] = dict(evaluation), evaluation["metrics"]
     card.pop("steps_by", None)
     card |= {"steps": [], **steps}
+    if before.get("settings") != evaluation.get("settings"):
+        card.pop("baseline", None)
     args, solver = record["config"]["model_args"], evaluation["solver"]
     args["solver"] = told_solver(args.get("solver") or {}, solver)
     write_json(path, record, indent=1)

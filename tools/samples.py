@@ -11,7 +11,8 @@ import mdeq
 from tools.batches import Batch, Batches, Process
 from tools.build import build_test_split
 from tools.checkpoint import CONFIG_FILE
-from tools.config import BadInput, TrainConfig, load_config, parse_config
+from tools.config import BadInput, TrainConfig, load_config
+from tools.recheck import evaluated_config
 from tools.studies import Watch
 
 TOGETHER = 8
@@ -39,7 +40,7 @@ def data_config(name: str, model: nn.Module, overrides: Sequence[str]) -> TrainC
     if place.exists() and path.is_file():
         base = load_config(path)
     elif release is not None:
-        base = parse_config(release.card["config"], f"the record of {release.name}")
+        base = evaluated_config(release.card, release.name)
     config = load_config(None, overrides, base=base)
     config.model = dataclasses.replace(config.model, name=name)
     return config

@@ -30,7 +30,7 @@ def columns(headline: Headline) -> list[str]:
 def steps_table(
     model: Any, steps: Sequence[int], run: Any, headline: Headline, samples: int | None = None
 ) -> list[Row]:
-    """Return score and residual at each number of solver steps, and those of f applied as often.
+    """Return score and residual after each number of solver steps, taken to the last, and those of f applied as often.
 
     Args:
         model: the model.
@@ -41,7 +41,8 @@ def steps_table(
     """
     rows, key = [], headline.key
     for count in sorted(set(steps)):
-        row = run(f"{count} steps", solver=dataclasses.replace(model.deq.solver, max_steps=count))
+        solver = dataclasses.replace(model.deq.solver, max_steps=count, tol=0.0)  # or more steps would change nothing
+        row = run(f"{count} steps", solver=solver)
         twin = run(f"{count} times f", unroll=count)
         picard = Picard(max_steps=count, tol=0.0, divergence_factor=float("inf"))
         plain = run(f"{count} times f, residual", solver=picard, last_iterate=True)
