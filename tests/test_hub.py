@@ -33,6 +33,9 @@ from tools.publish import TABLE_END, TABLE_START, shipped_files, with_table
 WORDS = ("model.kwargs={}", "model.kwargs.dropout=0.1", "model.solver.max_steps=3", "data.image_size=32")
 
 
+RELEASE = ("--release", "test_mdeq.digits")
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run of test_mdeq with its table over steps."""
@@ -50,7 +53,7 @@ def releases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def make_release(finished: Path, folder: Path, *words: str) -> Release:
-    publish(finished, "--release", "test_mdeq.digits", *words).ok()
+    publish(finished, *RELEASE, *words).ok()
     return Release.read(folder / "test_mdeq.digits.json")
 
 
@@ -282,9 +285,23 @@ def test_all_publishes_the_releases(finished: Path, releases: Path, tmp_path: Pa
 def test_a_release_tells_of_the_weights_that_it_started_from(
     finished: Path, releases: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
+    record = releases / "test_mdeq.digits.json"
+    continued, settings = tmp_path / "continued", yaml.safe_load((finished / "config.yaml").read_text())
+    shutil.copytree(finished, continued)
+
+    def start(place: Path) -> None:
+        settings["model"]["checkpoint"] = str(place)
+        (continued / "config.yaml").write_text(yaml.safe_dump(settings))
+
     first = make_release(finished, releases, "--ship")
-    second = make_release(finished, releases, "--ship", "--stage", releases / "test_mdeq.digits.json")
-    third = make_release(finished, releases, "--ship", "--stage", releases / "test_mdeq.digits.json")
+    assert "started from no weights" in publish(finished, *RELEASE, "--stage", record).refusal()
+    start(finished)
+    second, third = (make_release(continued, releases, "--ship", "--stage", record) for _ in range(2))
+    others = tmp_path / "model.safetensors"
+    start(others)
+    make_release(continued, releases, "--ship", "--stage", record)  # weights that are gone cannot be checked
+    others.write_bytes(b"others")
+    assert "are not the weights of test_mdeq.digits" in publish(continued, *RELEASE, "--stage", record).refusal()
     assert [stage["sha256"] for stage in third.card["stages"]] == [first.sha256, second.sha256]
     card = model_card("org/test_mdeq.digits", third.config, third.card)
     assert card.count(f"It started from weights (sha256 {first.sha256[:12]}) of 1 epochs, 0 minutes, seed 0") == 2
@@ -324,6 +341,47 @@ def test_the_readme_says_what_the_records_say() -> None:
     assert with_table(text) == text, "run tools/publish.py --readme"
 
 
+def test_seeds_are_runs_that_differ_in_nothing_else(finished: Path, releases: Path, tmp_path: Path) -> None:
+    def other(name: str, section: str | None = None, **changes: Any) -> Path:
+        folder = tmp_path / name
+        shutil.copytree(finished, folder)
+        results = json.loads((folder / "results.json").read_text())
+        results["training"]["seed"] = 1
+        (folder / "results.json").write_text(json.dumps(results))
+        settings = yaml.safe_load((folder / "config.yaml").read_text())
+        settings["run"]["seed"] = 1
+        settings[section or "run"] |= changes
+        (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+        return folder
+
+    [first, second] = make_release(finished, releases, "--seeds", other("again", out_dir="x")).card["seeds"]
+    assert (first["seed"], second["seed"]) == (0, 1)
+    for folder in (other("longer", epochs=2), other("faster", "optim", lr=0.5), other("larger", "data", batch_size=3)):
+        assert "differs from" in publish(finished, *RELEASE, "--seeds", folder).refusal()
+    assert "runs with other seeds, these have 0, 0" in publish(finished, *RELEASE, "--seeds", finished).refusal()
+    assert "no folder nowhere" in publish(finished, *RELEASE, "--seeds", "nowhere").refusal()
+
+
+def test_a_dry_run_writes_nothing(finished: Path, releases: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    said = publish(finished, *RELEASE, "--ship", "--dry-run").ok()
+    assert said.count("would be written: ") == 2
+    assert not releases.exists()
+    monkeypatch.setattr("tools.publish.ROOT", tmp_path)
+    monkeypatch.setattr(mdeq, "RELEASES", {})
+    (tmp_path / "README.md").write_text(f"{TABLE_START}\nold\n{TABLE_END}\n")
+    assert "would be written" in publish("--readme", "--dry-run").ok()
+    assert "old" in (tmp_path / "README.md").read_text()
+
+
+def test_weights_of_an_earlier_release_do_not_stay(finished: Path, releases: Path) -> None:
+    shipped = make_release(finished, releases, "--ship").shipped
+    make_release(finished, releases, "--revision", "a" * 40)
+    assert shipped.exists()  # the same
+    shipped.write_bytes(b"others")
+    make_release(finished, releases, "--revision", "a" * 40)
+    assert not shipped.exists()
+
+
 REPO = ("--repo", "org/name", "--dry-run")
 
 
@@ -336,6 +394,10 @@ REPO = ("--repo", "org/name", "--dry-run")
         (("RUN", "--stage", "nowhere.json", *REPO), "nowhere.json"),
         (("--repo", "org/name"), "give the folder of a run"),
         (("RUN", "--repo", "name"), "must be ORG/NAME"),
+        (("RUN", "--ship", *REPO), "--ship does not go with --repo"),
+        (("RUN", "--release", "test_mdeq.digits", "--runs", "x"), "--runs does not go with --release"),
+        (("--all", "--note", "x", "--dry-run"), "--note does not go with --all"),
+        (("--readme", "--private"), "--private does not go with --readme"),
         (("RUN", "--all", *REPO), "give one of --repo"),
         (("nowhere", *REPO), "no folder nowhere"),
         (("RUN", "--release", "mdeq_small.digits"), "must be test_mdeq.TAG"),
@@ -381,8 +443,8 @@ def test_bad_run(damage: Any, reason: str, finished: Path, tmp_path: Path) -> No
 
 def test_too_large_to_ship(finished: Path, releases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tools.publish.MAX_SHIPPED", 1000)
-    assert "too many to ship" in publish(finished, "--release", "test_mdeq.digits", "--ship").refusal()
-    assert list(releases.iterdir()) == []
+    assert "too many to ship" in publish(finished, *RELEASE, "--ship").refusal()
+    assert not releases.exists()
 
 
 # Models that others saved.

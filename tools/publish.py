@@ -30,7 +30,7 @@ from huggingface_hub import HfApi
 import mdeq
 from tools.card import dataset, model_card, releases_table
 from tools.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_json, read_weights, write_atomically
-from tools.config import BadInput, config_yaml, load_config
+from tools.config import BadInput, TrainConfig, config_yaml, load_config
 from tools.recheck import read_release, told_solver
 from tools.report import Parser, program
 from tools.results import ROOT, read_results, write_json
@@ -60,6 +60,15 @@ class Publication:
         }
 
 
+WORDS_OF = {
+    "repo": ("seeds", "stage", "note", "private"),
+    "release": ("seeds", "stage", "note", "ship", "keep", "revision"),
+    "all": ("runs", "private"),
+    "readme": (),
+}
+"""What goes with each thing to do; --dry-run goes with all."""
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("run", nargs="?", type=Path, help="folder of a finished run of tools/train.py")
@@ -78,15 +87,18 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--note", action="append", default=[], help="a sentence for the card's limits; repeatable")
     parser.add_argument("--private", action="store_true", help="make new repositories private")
-    parser.add_argument("--dry-run", action="store_true", help="show what would go, without a network")
+    parser.add_argument("--dry-run", action="store_true", help="show what would go; nothing is sent or written")
     arguments = parser.parse_args()
-    chosen = [arguments.all, arguments.readme, arguments.repo is not None, arguments.release is not None]
-    if sum(chosen) != 1:
+    if sum(bool(getattr(arguments, mode)) for mode in WORDS_OF) != 1:
         raise BadInput("give one of --repo ORG/NAME, --release ARCHITECTURE.TAG, --all and --readme")
     of_releases = arguments.all or arguments.readme
     if of_releases == (arguments.run is not None):
         flag = "--all" if arguments.all else "--readme"
         raise BadInput(f"{flag} is for the releases, not for a folder" if of_releases else "give the folder of a run")
+    [mode] = [mode for mode in WORDS_OF if getattr(arguments, mode)]
+    others = [word for words in WORDS_OF.values() for word in words if word not in WORDS_OF[mode]]
+    if unused := [word for word in others if getattr(arguments, word)]:
+        raise BadInput(f"--{unused[0]} does not go with --{mode}")
     if arguments.repo is not None and arguments.repo.count("/") != 1:
         raise BadInput(f"--repo must be ORG/NAME, got {arguments.repo}")
     return arguments
@@ -122,8 +134,8 @@ def record_of(
     return {
         "data": config.data.name,
         **_results(run),
-        "stages": [] if stage is None else _stages(stage),
-        "seeds": [_seed(folder) for folder in (run, *seeds)],
+        "stages": [] if stage is None else _stages(stage, run),
+        "seeds": [_seed(folder) for folder in _alike(run, seeds)],
         "steps": read_table(run / STEPS_FILE) if (run / STEPS_FILE).exists() else [],
         "notes": list(notes),
         "config": config_yaml(config),
@@ -144,10 +156,45 @@ def _results(run: Path) -> dict[str, Any]:
     return {"training": {"seed": config.run.seed, "epochs": config.run.epochs}, **results}
 
 
-def _stages(record: Path) -> list[dict[str, Any]]:
-    """Return how the weights of a release came about, oldest first."""
-    release = read_release(record)
+def _stages(record: Path, run: Path) -> list[dict[str, Any]]:
+    """Return how the weights came about that a run started from, those of a release; oldest first.
+
+    Raises:
+        BadInput: if it started from others.
+    """
+    release, model = read_release(record), load_config(run / CONFIG_FILE).model
+    if model.checkpoint is None and not model.pretrained:
+        raise BadInput(f"{run} started from no weights, not from those of {release.name}")
+    start = Path(model.checkpoint or "")
+    start = start / WEIGHTS_FILE if model.checkpoint and start.is_dir() else start
+    if start.is_file() and sha256(start) != release.sha256:
+        raise BadInput(f"{run} started from {start}, which are not the weights of {release.name}: another sha256")
     return [*release.card.get("stages", []), {"sha256": release.sha256, **release.card["training"]}]
+
+
+def _alike(run: Path, others: Sequence[Path]) -> list[Path]:
+    """Return the folders of runs of one config and evaluation with different seeds.
+
+    Raises:
+        BadInput: for others.
+    """
+
+    def kind(folder: Path) -> list[Any]:
+        config, evaluation = load_config(folder / CONFIG_FILE), _results(folder)["evaluation"]
+        config.model.checkpoint = None
+        config.data = dataclasses.replace(config.data, root="", workers=0, download=False, cache_on_device=False)
+        config.run = dataclasses.replace(TrainConfig().run, epochs=config.run.epochs, amp=config.run.amp)
+        return [config, *(evaluation.get(key) for key in ("metric", "solver", "settings"))]
+
+    for folder in others:
+        if not folder.is_dir():
+            raise BadInput(f"no folder {folder}")
+        if kind(folder) != kind(run):
+            raise BadInput(f"{folder} differs from {run} in more than the seed, or was evaluated in another way")
+    seeds = [_results(folder)["training"]["seed"] for folder in (run, *others)]
+    if len(set(seeds)) < len(seeds):
+        raise BadInput(f"--seeds takes runs with other seeds, these have {', '.join(map(str, seeds))}")
+    return [run, *others]
 
 
 def _seed(run: Path) -> dict[str, Any]:
@@ -219,13 +266,15 @@ def released(release: mdeq.Release, runs: Path | None) -> Publication:
 
 
 def make_release(run: Path, name: str, folder: Path, arguments: argparse.Namespace) -> list[Path]:
-    """Write the record of a release, with `--ship` or `--keep` its weights too; return the files."""
+    """Write the record of a release, with `--ship` or `--keep` its weights too; return the files.
+
+    Weights that lie beside the record and are others are removed. With `--dry-run` nothing is written.
+    """
     content = publication(run, f"{mdeq.HUB_ORG}/{name}", arguments.seeds, arguments.note, arguments.stage)
     architecture, _, tag = name.partition(".")
     if architecture != content.config["architecture"] or not tag:
         raise BadInput(f"--release must be {content.config['architecture']}.TAG, got {name}")
-    size = content.weights.stat().st_size
-    folder.mkdir(exist_ok=True)
+    size, digest = content.weights.stat().st_size, sha256(content.weights)
     written = [folder / f"{name}.json"]
     if arguments.ship or arguments.keep:
         others = sum(p.stat().st_size for p in shipped_files(folder) if p.stem != name)
@@ -236,11 +285,17 @@ def make_release(run: Path, name: str, folder: Path, arguments: argparse.Namespa
         if arguments.keep and any(x.dtype == torch.float32 for x in read_weights(content.weights).values()):
             raise BadInput(f"{content.weights} is float32; --keep takes what tools/convert.py --bf16 makes of it")
         written.insert(0, folder / f"{name}{'.bf16' if arguments.keep else ''}.safetensors")
+    if arguments.dry_run:
+        return written
+    folder.mkdir(exist_ok=True)
+    if written[1:]:
         data = content.weights.read_bytes()
         write_atomically(written[0], lambda path: path.write_bytes(data))
-        (folder / f"{name}{'' if arguments.keep else '.bf16'}.safetensors").unlink(missing_ok=True)  # earlier weights
+    for old in (folder / f"{name}.safetensors", folder / f"{name}.bf16.safetensors"):
+        if old.is_file() and sha256(old) != digest:
+            old.unlink()
     record = {
-        "sha256": sha256(content.weights),
+        "sha256": digest,
         "size": size,
         "revision": arguments.revision,
         "metrics": content.record["evaluation"]["metrics"],
@@ -302,15 +357,17 @@ def show(content: Publication) -> None:
 
 def main() -> None:
     arguments = parse_arguments()
+    done = "would be written" if arguments.dry_run else "written"
     if arguments.readme:
         path = ROOT / "README.md"
         text = with_table(path.read_text(encoding="utf-8"))
-        write_atomically(path, lambda new: new.write_text(text, encoding="utf-8"))
-        print(f"written: {path}")
+        if not arguments.dry_run:
+            write_atomically(path, lambda new: new.write_text(text, encoding="utf-8"))
+        print(f"{done}: {path}")
         return
     if arguments.release is not None:
         for path in make_release(arguments.run, arguments.release, RELEASES_FOLDER, arguments):
-            print(f"written: {path}")
+            print(f"{done}: {path}")
         return
     if arguments.all:
         if not mdeq.RELEASES:
