@@ -101,10 +101,10 @@ def release(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     return tmp_path / "weights" / "test_mdeq.digits.json"
 
 
-def change(record: Path, difference: float) -> None:
-    """Have a record say another accuracy."""
+def change(record: Path, difference: float, metric: str = "top1") -> None:
+    """Have a record say another figure."""
     content = json.loads(record.read_text())
-    content["card"]["evaluation"]["metrics"]["top1"] += difference
+    content["card"]["evaluation"]["metrics"][metric] += difference
     record.write_text(json.dumps(content))
 
 
@@ -125,6 +125,19 @@ def test_a_record_is_derived_again(trained: Path, release: Path) -> None:
     assert outcome.err == f"differs: {line}\n"
     assert outcome.out.startswith(line)
     assert not list(release.parent.glob("results.json"))
+    change(release, -0.06)
+    change(release, 0.2, "evaluations")
+    assert (
+        validate("--record", release).err
+        == "differs: mean evaluations of f of test_mdeq.digits: found 3.00, recorded 3.20\n"
+    )
+    change(release, -0.1, "evaluations")
+    change(release, -0.02, "converged")
+    assert "differs: share that converged of test_mdeq.digits" in validate("--record", release).err
+    change(release, 0.01, "converged")
+    validate("--record", release).ok()
+    change(release, math.nan, "residual_mean")
+    assert "differs: mean residual" in validate("--record", release).err
 
 
 def test_steps_go_into_a_record(trained: Path, release: Path) -> None:

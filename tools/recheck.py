@@ -1,6 +1,7 @@
 """Re-deriving the figure of a release from its weights: what its record says of model and data, and the comparison."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,12 @@ PLACES = (*(f"data.{key}=" for key in DATA_PLACES), "run.")
 """Settings that say where and how, and leave the figure as it is."""
 PRECISION = ("run.amp=", "run.dtype=")
 """Those that do not."""
+COSTS = (
+    ("evaluations", "mean evaluations of f", ".2f"),
+    ("residual_mean", "mean residual", ".2e"),
+    ("converged", "share that converged", ".4f"),
+)
+"""What a record says of the solves beside the score: key, words, format."""
 RENEWED = ("data.", "model.solver.")
 """Settings that another evaluation of the same weights may have; a record keeps them."""
 
@@ -141,6 +148,22 @@ def told_solver(trained: Mapping[str, Any], solver: Mapping[str, Any]) -> dict[s
         for key, value in solver.items()
         if key == "name" or value != usual[key] or (key in trained and trained.get("name") == solver["name"])
     }
+
+
+def differing_costs(release: mdeq.Release, found: Mapping[str, float]) -> list[str]:
+    """Return, in words, what the solves cost and reached otherwise than a record says.
+
+    Rounding differs between machines: within 5 % of mean evaluations and residual, and within one point of the share of
+    samples that converged, they are the same.
+    """
+    metrics, lines = release.card["evaluation"]["metrics"], []
+    for key, words, digits in COSTS:
+        recorded = math.nan if metrics.get(key) is None else metrics[key]  # JSON has no word for what is not finite
+        allowed = 0.01 if key == "converged" else 0.05 * abs(recorded)
+        finite = math.isfinite(found[key]) or math.isfinite(recorded)
+        if finite and not abs(found[key] - recorded) <= allowed:
+            lines.append(f"{words} of {release.name}: found {found[key]:{digits}}, recorded {recorded:{digits}}")
+    return lines
 
 
 def compared(release: mdeq.Release, headline: Headline, found: float) -> tuple[str, bool]:

@@ -8,7 +8,8 @@
 Without --config, the config beside the checkpoint is read; for a --model without one, volumes are prepared as those of
 its training. With --steps, the accuracy and residual at each number of solver steps are printed beside those of the
 explicit twin (the same f applied that many times), and saved as steps.csv and steps.png. With --record FILE the figure
-of a release is derived again from the weights beside its record; if it differs the exit code is 1, and if not --steps
+of a release is derived again from the weights beside its record; if it differs, or evaluations, residual and share that
+converged do by more than rounding on another machine explains, the exit code is 1, and if not --steps
 puts the table into the record. With --renew the evaluation, of other settings maybe, takes the place of the record's.
 """
 
@@ -33,7 +34,15 @@ from tools.engine import evaluate
 from tools.inference import MultiScale
 from tools.metrics import gather
 from tools.pretrained import recorded_config
-from tools.recheck import compared, evaluation_settings, put_into_card, read_release, release_config, renewed
+from tools.recheck import (
+    compared,
+    differing_costs,
+    evaluation_settings,
+    put_into_card,
+    read_release,
+    release_config,
+    renewed,
+)
 from tools.report import Parser, headline_lines, program, result_lines
 from tools.results import circumstances, evaluation, write_results
 from tools.samples import read_part
@@ -149,10 +158,11 @@ def compare(record: Path, headline: Headline, result: dict[str, float], process:
     """Print what a record says and what was found; raise SystemExit with 1 where these differ."""
     if not process.is_main:
         return
-    line, same = compared(read_release(record), headline, result[headline.key])
+    release = read_release(record)
+    line, same = compared(release, headline, result[headline.key])
     print("\n".join([line, *result_lines(result)]))
-    if not same:
-        print(f"differs: {line}", file=sys.stderr)
+    if different := [*([] if same else [line]), *differing_costs(release, result)]:
+        print("\n".join(f"differs: {line}" for line in different), file=sys.stderr)
         sys.exit(1)
 
 
