@@ -16,8 +16,9 @@ class CapturedModel:
     """A model in eval mode, captured for inputs of one shape; calling it replays every kernel by one launch.
 
     A graph cannot look at values: the solve takes all `max_steps` steps of its solver, and never waits for the host.
-    Samples that have converged rest where they are, so results and statistics are those of the model itself, up to
-    rounding. Weights are read where they lie: what changes them in place counts in the next call.
+    Samples that have converged rest where they are, so results are those of the model itself, up to rounding, and so
+    are statistics, but for `nfe` and the length of `trace`. Weights are read where they lie: what changes them in place
+    counts in the next call, and what puts others in their place (`load_state_dict(assign=True)`) does not.
 
     Args:
         model: a model of this package in eval mode, on a CUDA device.
@@ -40,6 +41,8 @@ class CapturedModel:
             raise ValueError(f"a CUDA graph needs a model and an example on a CUDA device, got one on {example.device}")
         with torch.inference_mode(False):  # or later calls could not write into it
             self._input = example.detach().clone()
+        # The graph knows addresses alone: without these references their memory might serve something else.
+        self._weights = [(x, x.detach(), x.data_ptr()) for x in (*model.parameters(), *model.buffers())]
         self._graph = torch.cuda.CUDAGraph()
         # A weight that autocast has cached would lie outside the graph, and be freed.
         precision = torch.autocast(
@@ -61,12 +64,15 @@ class CapturedModel:
         """Return the model's output, or it and the `Equilibrium` it came from, as tensors of their own.
 
         Raises:
-            ValueError: for an input of another shape, dtype or device than the example's.
+            ValueError: for an input of another shape, dtype or device than the example's, or a model that was moved or
+                cast since.
         """
         for name in ("shape", "dtype", "device"):
             given, wanted = getattr(x, name), getattr(self._input, name)
             if given != wanted:
                 raise ValueError(f"captured for inputs of {name} {wanted}, got {given}; capture the model again")
+        if any(x.data_ptr() != place for x, _, place in self._weights):
+            raise ValueError("the weights lie elsewhere than when the model was captured; capture the model again")
         self._input.copy_(x)
         self._graph.replay()
         output = _copy(self._output)

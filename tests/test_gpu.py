@@ -73,6 +73,25 @@ def test_captured_model_follows_weights_that_change_in_place() -> None:
         torch.testing.assert_close(captured(x), model(x), rtol=1e-6, atol=1e-8)
 
 
+def test_captured_model_keeps_its_weights() -> None:
+    """Also when nobody else has the model any more and its memory is asked for; moved weights are not mistaken."""
+    model = official_model().cuda().eval()
+    x = torch.randn(2, 3, 32, 32, device="cuda", dtype=torch.float64)
+    with torch.no_grad():
+        wanted = model(x)
+    captured = mdeq.CapturedModel(model, x)
+    sizes = [p.numel() for p in model.parameters()]
+    del model
+    others = [torch.full((size,), float("nan"), device="cuda", dtype=torch.float64) for size in sizes]
+    torch.testing.assert_close(captured(x), wanted, rtol=1e-6, atol=1e-8)
+    del others
+    model = official_model().cuda().eval()
+    captured = mdeq.CapturedModel(model, x)
+    model.float()
+    with pytest.raises(ValueError, match="capture the model again"):
+        captured(x)
+
+
 def test_a_step_waits_once_for_the_device() -> None:
     model = official_model(torch.float32).cuda().eval()
     x = torch.randn(2, 3, 32, 32, device="cuda")

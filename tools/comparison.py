@@ -56,6 +56,7 @@ MEMORY = (
     "TorchDEQ Anderson",
 )
 IMPLICIT = ("mdeq implicit", "mdeq implicit + warm start", "TorchDEQ implicit", "TorchDEQ implicit + hook")
+TWIN = "explicit twin"
 MEMORY_LIMIT_GIB = 64.0
 
 
@@ -131,25 +132,41 @@ def _timed_solves(
     bench: Bench, part: str, case: str, layers: Mapping[str, nn.Module], fn: StateFn, z0: State
 ) -> list[Row]:
     """Return rows of solves: time, evaluations, time inside f, what was reached."""
-    clocked = {name: Clocked(layer) for name, layer in layers.items()}
+    clocks: dict[str, list[Any]] = {name: [] for name in layers}
 
-    def solve(layer: Clocked) -> tuple[State, Any]:
-        return layer(fn, z0).state, layer.clock
+    def solve(name: str, layer: Clocked) -> State:
+        state = layer(fn, z0).state
+        clocks[name].append(layer.clock)
+        return state
 
-    runs = {name: partial(solve, layer) for name, layer in clocked.items()}
-    times, results = take_turns(runs, bench.repeats, bench.device, f"{part} {case}")
+    runs = {name: partial(solve, name, Clocked(layer)) for name, layer in layers.items()}
+    times, states = take_turns(runs, bench.repeats, bench.device, f"{part} {case}")
     rows = timing_rows(part, case, times)
     for name, row in rows.items():
-        state, clock = results[name][-1]
-        inside = [clock.seconds for _, clock in results[name]]
-        reached = residual(fn, state)
-        row["evaluations"] = float(clock.calls)
-        row["per_sample"] = clock.samples / len(reached)
+        inside = [clock.seconds for clock in clocks[name][1:]]  # the first is not timed
+        found = residual(fn, states[name])
+        row["evaluations"] = float(clocks[name][-1].calls)
+        row["per_sample"] = clocks[name][-1].samples / len(found)
         row["inside_ms"] = 1e3 * statistics.median(inside)
         row |= spread("overhead", [total / f for total, f in zip(times[name], inside)])
-        row["residual"] = float(reached.mean())
-        row["residual_max"] = float(reached.max())
+        if TWIN in times:
+            row |= spread("over_twin", [mine / plain for mine, plain in zip(times[name], times[TWIN])])
+        row["residual"] = float(found.mean())
+        row["residual_max"] = float(found.max())
     return list(rows.values())
+
+
+def _to_tolerance(bench: Bench, rows: Sequence[Row]) -> list[Row]:
+    """Return rows with a time relative to a peer's only where both got to the tolerance, and say where one did not."""
+    late = {row["contender"] for row in rows if row["residual_max"] > bench.tol}
+    for name in sorted(late):
+        print(f"{name} did not get to {bench.tol:g} for every sample: its time is compared with none", flush=True)
+    result = []
+    for row in rows:
+        peer = reference(row["contender"], [other["contender"] for other in rows])
+        dropped = () if late.isdisjoint({row["contender"], peer}) else ("relative", "relative_low", "relative_high")
+        result.append({key: value for key, value in row.items() if key not in dropped})
+    return result
 
 
 def solve_part(bench: Bench, cases: Sequence[str], trained: str) -> list[Row]:
@@ -157,7 +174,7 @@ def solve_part(bench: Bench, cases: Sequence[str], trained: str) -> list[Row]:
     for case in cases:
         name, side, batch = parse_case(case)
         model = bench.model(name)
-        layers = {**bench.solvers(bench.steps, 0.0), "explicit twin": Twin(bench.steps + 1)}
+        layers = {**bench.solvers(bench.steps, 0.0), TWIN: Twin(bench.steps + 1)}
         rows += _timed_solves(bench, "solve", case, layers, *bench.problem(model, bench.inputs(model, side, batch)))
     return rows
 
@@ -171,7 +188,7 @@ def inference_part(bench: Bench, cases: Sequence[str], trained: str) -> list[Row
         x = bench.inputs(model, side, batch)
         layers = bench.solvers(bench.steps, 0.0)
         layers = {k: layers[k] for k in ("mdeq Broyden", "TorchDEQ Broyden", "mdeq Anderson", "TorchDEQ Anderson")}
-        layers["explicit twin"] = Twin(bench.steps + 1)
+        layers[TWIN] = Twin(bench.steps + 1)
         runs: dict[str, Callable[[], Tensor]] = {k: partial(_with_layer, model, v, x) for k, v in layers.items()}
         captured: dict[str, CapturedModel] = {}
         if bench.device.type == "cuda":
@@ -230,7 +247,8 @@ def tolerance_part(bench: Bench, cases: Sequence[str], trained: str) -> list[Row
     name, side, batch = parse_case(trained)
     model = bench.model(name)
     fn, z0 = bench.problem(model, bench.inputs(model, side, batch))
-    return _timed_solves(bench, "tolerance", trained, bench.solvers(2 * bench.steps, bench.tol), fn, z0)
+    layers = bench.solvers(2 * bench.steps, bench.tol)
+    return _to_tolerance(bench, _timed_solves(bench, "tolerance", trained, layers, fn, z0))
 
 
 def ragged_part(bench: Bench, cases: Sequence[str], trained: str) -> list[Row]:
@@ -241,7 +259,7 @@ def ragged_part(bench: Bench, cases: Sequence[str], trained: str) -> list[Row]:
     case = f"{name}:{side}:{RAGGED_BATCH}, {RAGGED_SLOW} take {slow} steps and the rest {fast}"
     layers = bench.solvers(2 * bench.steps, bench.tol)
     layers = {k: v for k, v in layers.items() if "Picard" not in k}
-    return _timed_solves(bench, "ragged", case, layers, fn, z0)
+    return _to_tolerance(bench, _timed_solves(bench, "ragged", case, layers, fn, z0))
 
 
 @torch.no_grad()
@@ -285,7 +303,7 @@ def training_part(bench: Bench, cases: Sequence[str], trained: str) -> list[Row]
         # Where none does, or nobody can say for want of a reference, it takes as many as forward; the errors tell.
         needed[contender] = next(counts, bench.steps)
         layers[contender] = training_layer(contender, bench.steps, needed[contender])
-    for contender in ("mdeq phantom 5", "TorchDEQ phantom 5", "mdeq reversible", "explicit twin"):
+    for contender in ("mdeq phantom 5", "TorchDEQ phantom 5", "mdeq reversible", TWIN):
         layers[contender] = training_layer(contender, bench.steps)
     runs: dict[str, Callable[[], Any]] = {k: partial(_gradient, model, v, x, labels) for k, v in layers.items()}
     if model.spatial_dims == 2:
@@ -324,7 +342,7 @@ def _reference(model: nn.Module, layer: nn.Module, x: Tensor, labels: Tensor) ->
 def training_layer(contender: str, steps: int, backward_steps: int = 0) -> nn.Module:
     """Return a contender of the part `training`: Broyden of so many steps, and a gradient."""
     forward, gradient = Broyden(max_steps=steps, tol=0.0), contender.partition(" ")[2]
-    if contender == "explicit twin":
+    if contender == TWIN:
         return Twin(steps + 1)
     if contender in ("TorchDEQ implicit", "TorchDEQ implicit + hook"):
         backward = dict(b_solver="broyden", b_max_iter=backward_steps, b_tol=0.0, b_stop_mode="rel")

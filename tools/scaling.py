@@ -23,7 +23,7 @@ from tools.timings import Row, save_table, table, take_turns, timing_rows
 
 FACTORS = {"steps": (1 / 3, 2 / 3, 1, 4 / 3, 2), "side": (1 / 2, 3 / 4, 1, 3 / 2, 2), "batch": (1 / 4, 1 / 2, 1, 2)}
 WIDTHS = (1, 2, 3, 4)
-MATRIX, GPU_MATRIX = 2048, 8192
+MATRICES, GPU_MATRICES = (1024, 2048, 4096), (4096, 8192, 16384)
 
 
 def points(bench: Bench, case: str) -> Iterator[tuple[str, float, dict[str, Any]]]:
@@ -79,22 +79,26 @@ def _peak(bench: Bench, settings: dict[str, Any], contender: str) -> float:
 
 @torch.no_grad()
 def roofline(bench: Bench, cases: Sequence[str]) -> list[Row]:
-    """Return for every case the operations of one f, their rate, and the share of the rate of a matrix product.
+    """Return for every case the operations of one f, their rate, and the share of the best rate of a matrix product.
 
-    The product has the precision that f has: bfloat16 under --bf16, else float32, of which cuDNN makes TF32 by default.
+    Products have the precision that f has: bfloat16 under --bf16, else float32, of which cuDNN makes TF32 by default.
     """
     on_gpu = bench.device.type == "cuda"
-    side, dtype = GPU_MATRIX if on_gpu else MATRIX, torch.bfloat16 if bench.bf16 else torch.float32
-    a, b = (torch.randn(side, side, device=bench.device, dtype=dtype) for _ in range(2))
+    dtype = torch.bfloat16 if bench.bf16 else torch.float32
 
-    def product() -> None:
+    def product(a: Tensor, b: Tensor) -> None:
         own = torch.backends.cuda.matmul.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32  # one rule for both
         torch.mm(a, b)
         torch.backends.cuda.matmul.allow_tf32 = own  # solvers have the default
 
-    runs: dict[str, Any] = {"matrix product": product}
-    operations = {"matrix product": 2.0 * side**3}
+    runs: dict[str, Any] = {}
+    operations: dict[str, float] = {}
+    for side in GPU_MATRICES if on_gpu else MATRICES:
+        a, b = (torch.randn(side, side, device=bench.device, dtype=dtype) for _ in range(2))
+        name = f"matrix product of {side}"
+        runs[name], operations[name] = partial(product, a, b), 2.0 * side**3
+    products = len(runs)
     for case in cases:
         name, size, batch = parse_case(case)
         model = bench.model(name)
@@ -108,8 +112,9 @@ def roofline(bench: Bench, cases: Sequence[str]) -> list[Row]:
     for name, row in rows.items():
         rate = operations[name] / row["ms"] / 1e6
         result.append(dict(what=name, gflop=operations[name] / 1e9, ms=row["ms"], gflop_per_s=rate))
+    best = max(row["gflop_per_s"] for row in result[:products])
     for row in result:
-        row["share"] = row["gflop_per_s"] / result[0]["gflop_per_s"]
+        row["share"] = row["gflop_per_s"] / best
     return result
 
 

@@ -27,24 +27,25 @@ def synchronize(device: torch.device) -> None:
 
 def take_turns(
     runs: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device, what: str
-) -> tuple[dict[str, list[float]], dict[str, list[Any]]]:
-    """Return the times of every run in seconds, and what it returned.
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Return the times of every run in seconds, and what it returned last.
 
-    All run once before anything is timed; then they take turns, each round in the order of the mapping.
+    All run once before anything is timed; then they take turns, and another one begins each round.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
-    results: dict[str, list[Any]] = {name: [] for name in runs}
+    results: dict[str, Any] = {}
+    order = list(runs)
     with tqdm(total=len(runs) * (repeats + 1), desc=what, disable=None, leave=False) as bar:
         for turn in range(repeats + 1):
-            for name, run in runs.items():
+            for name in order:
                 synchronize(device)
                 start = time.perf_counter()
-                result = run()
+                results[name] = runs[name]()
                 synchronize(device)
                 if turn > 0:
                     times[name].append(time.perf_counter() - start)
-                    results[name].append(result)
                 bar.update()
+            order.append(order.pop(0))
     return times, results
 
 

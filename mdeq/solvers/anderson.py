@@ -1,6 +1,6 @@
 """Anderson acceleration, with a Gram matrix that gains one row a step."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,12 @@ class _History:
     count: int = 0  # calls so far, k
 
     def take(self, index: Tensor) -> "_History":
-        return _History(*(getattr(self, f.name)[index] for f in fields(self)[:-1]), self.count)
+        # One slot at a time, to the front of the batch: a second history beside this one would be the peak.
+        for slots in (self.mixed, self.dg):
+            for j in range(min(self.count, slots.shape[1])):
+                slots[: len(index), j] = slots[index, j]
+        mixed, dg = self.mixed[: len(index)], self.dg[: len(index)]
+        return _History(mixed, dg, self.gram[index], self.rhs[index], self.last_g[index], self.count)
 
 
 @dataclass(frozen=True, kw_only=True)

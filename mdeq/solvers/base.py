@@ -155,6 +155,11 @@ class FixedPointSolver(ABC):
         """
         return z + self.direction(memory, z, g)
 
+    @property
+    def looks_back(self) -> bool:
+        """Whether `advance` looks at the iterate that it comes from."""
+        return False
+
     def advance(self, fn: FlatFn, memory: Any, z: Tensor, g: Tensor, trial: Tensor) -> tuple[Tensor, Tensor, int]:
         """Return the next iterate, its image under fn, and the number of evaluations spent. A line search goes here."""
         return trial, fn(trial), 1
@@ -220,12 +225,15 @@ class FixedPointSolver(ABC):
                 index = (~progress.active).byte().argsort(stable=True)[:num_active]
                 outer.append((progress, index))
                 progress, memory, fn = progress.take(index), memory.take(index), fn.take(index)
-                z, fz, g = z[index], fz[index], g[index]
+                z = z[index]  # one after the other, which frees the one before
+                fz = fz[index]
+                g = g[index]
             with full_precision(z):  # autocast is for f, not for the solver's own products
                 trial = self.propose(memory, z, fz, g)
             if num_active is None or num_active < z.shape[0]:
                 # Finished samples rest at their best iterate, which is always finite.
-                z = _where(progress.active, z, progress.best)
+                if self.looks_back:
+                    z = _where(progress.active, z, progress.best)
                 trial = _where(progress.active, trial, progress.best)
             z, fz, spent = self.advance(fn, memory, z, g, trial)
             nfe += spent

@@ -135,6 +135,10 @@ class Broyden(FixedPointSolver):
             row = (gram[:, 1:] - short[:, :-1] * gram[:, :-1]) * memory.scale[:, last : last + 1]
             memory.solve[:, last, :last] = (row.unsqueeze(1) @ memory.solve[:, :last, :last]).squeeze(1)
 
+    @property
+    def looks_back(self) -> bool:
+        return self.line_search > 0
+
     def advance(
         self, fn: FlatFn, memory: _Directions, z: Tensor, g: Tensor, trial: Tensor
     ) -> tuple[Tensor, Tensor, int]:
