@@ -64,6 +64,17 @@ def test_grey_images(tmp_path: Path) -> None:
     assert "test accuracy" in run("baseline", *words).ok()
 
 
+def test_settings_of_the_run_and_the_loss_count(tmp_path: Path) -> None:
+    words = (TINY, "--net", "test_resnet", "--out", tmp_path, "run.epochs=1")
+    ways = ((), ("run.dtype=float64", "run.channels_last=true"), ("loss.class_weights=[9,1,1,1,1,1,1,1,1,1]",))
+    losses = []
+    for way in ways:
+        run("baseline", *words, *way).ok()
+        losses.append(json.loads((tmp_path / "baseline.json").read_text())["metrics"]["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert losses[2] != pytest.approx(losses[0], rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

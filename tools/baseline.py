@@ -33,7 +33,7 @@ from tools.optim import build_optimizer, build_scheduler
 from tools.recheck import DATA_PLACES, evaluated_config, put_into_card, read_release
 from tools.report import Parser, program
 from tools.results import circumstances, write_json
-from tools.tasks import CLASSIFICATION
+from tools.tasks import build_task
 
 
 class Explicit(nn.Module):
@@ -41,7 +41,7 @@ class Explicit(nn.Module):
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        self.net, self.num_classes = net, net.num_classes
+        self.net, self.num_classes, self.spatial_dims = net, net.num_classes, 2
 
     def forward(self, x: Tensor, *, return_equilibrium: bool = False, **options: Any) -> Any:
         logits = self.net(x)
@@ -105,6 +105,8 @@ def build_net(
 def main() -> None:
     arguments, config, tested = parse_arguments()
     process = build.start_process(config.run)
+    if process.world_size > 1:
+        raise BadInput("a baseline is trained by one process; start it by python, not by torchrun")
     # The model of the config says what images look like to it; the network sees the same.
     spec = build.image_spec(build.build_model(config.model, None, for_training=True), config.data.image_size)
     train, classes = build.build_split(config, spec, process, training=True)
@@ -114,28 +116,30 @@ def main() -> None:
         raise BadInput("set data.num_classes: these data do not say how many classes they have")
     seed_everything(config.run.seed)
     net = build_net(arguments.net, classes, spec.size, arguments.channels, arguments.small_images)
-    model = Explicit(net).to(process.device)
+    model = build.placed(Explicit(net), config.run, process)
+    task, dtype = build_task(config, model, test, process), build.DTYPES[config.run.dtype]
     optimizer = build_optimizer(dataclasses.replace(config.optim, layer_decay=None), model)
     trainer = Trainer(
         model=model,
         bare=model,
         optimizer=optimizer,
         scheduler=build_scheduler(config.optim, optimizer, config.run.epochs, len(train)),
-        task=CLASSIFICATION,
-        criterion=nn.CrossEntropyLoss(label_smoothing=config.optim.label_smoothing),
+        task=task,
+        criterion=task.criterion,
         optim=config.optim,
         deq=DEQConfig(),
         process=process,
         seed=config.run.seed,
         scaler=torch.amp.GradScaler(process.device.type, enabled=False),
         amp=build.autocast(config.run, process),
+        dtype=dtype,
     )
     parameters, start = sum(p.numel() for p in model.parameters()), time.monotonic()
     with tqdm(total=config.run.epochs * len(train), unit="step", disable=not config.run.progress, leave=False) as bar:
         for epoch in range(config.run.epochs):
             train_epoch(trainer, train, epoch, after_step=lambda done, loss: bar.update() or True)
     minutes = (time.monotonic() - start) / 60
-    result = evaluate(model, test, process, CLASSIFICATION)
+    result = evaluate(model, test, process, task, amp=trainer.amp, dtype=dtype)
     told = f"{arguments.net}, {parameters:,} parameters, {config.run.epochs} epochs in {minutes:.1f} minutes"
     print(f"{told}: test accuracy {result['top1']:.2f} %, loss {result['loss']:.4f}")
     record = dict(

@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from mdeq import SolveStatus
 from tools.batches import evaluated_split
+from tools.data import CIFAR_CLASSES
 from tools.recheck import evaluated_config
 from tools.segmentation_data import CAMVID_CLASSES, CITYSCAPES_CLASSES
 from tools.steps import ALL
@@ -41,7 +42,6 @@ class Dataset:
 
 NO_DEVICE = "It is no medical device; it must not be used for diagnosis or treatment."
 IMAGES = "Images go in as values from 0 to 1, shifted and scaled by the `mean` and `std` of `model.pretrained_cfg`."
-CIFAR10_LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 DATASETS = {
     "digits": Dataset(
         "scikit-learn's handwritten digits",
@@ -53,7 +53,7 @@ DATASETS = {
         "CIFAR-10",
         "not stated by its authors, who ask for a citation",
         "A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009",
-        labels=CIFAR10_LABELS,
+        labels=CIFAR_CLASSES,
         prepared=IMAGES,
     ),
     "cityscapes": Dataset(

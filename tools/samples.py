@@ -20,7 +20,7 @@ TOGETHER = 8
 
 
 def data_config(name: str, model: nn.Module, overrides: Sequence[str]) -> TrainConfig:
-    """Return the settings of the data of a model: those of its run or release, else the defaults, then the overrides.
+    """Return the settings of the data of a model: those of its run or release, where it has one, then the overrides.
 
     Args:
         name: what the model was loaded by, see `pretrained.load_trained`.
@@ -28,20 +28,22 @@ def data_config(name: str, model: nn.Module, overrides: Sequence[str]) -> TrainC
         overrides: `key=value`.
 
     Raises:
-        BadInput: for a setting that is none of the data's, or settings that cannot be read.
+        BadInput: for a setting that is none of the data's, settings that cannot be read, or data that nobody names.
     """
     other = [word for word in overrides if not word.startswith(("data.", "task="))]
     if other:
         raise BadInput(f"{other[0]} is no setting of the data; with --data these are data.* and task")
     place = Path(name.removeprefix("local-dir:"))
     path = (place if place.is_dir() else place.parent) / CONFIG_FILE
-    release = mdeq.RELEASES.get(f"{name.partition('.')[0]}.{model.pretrained_cfg.get('tag')}")
-    base = TrainConfig(task="segmentation" if isinstance(model, mdeq.MDEQSegmenter) else "classification")
+    release = mdeq.RELEASES.get(f"{place.name.partition('.')[0]}.{model.pretrained_cfg.get('tag')}")
+    base = nothing = TrainConfig(task="segmentation" if isinstance(model, mdeq.MDEQSegmenter) else "classification")
     if place.exists() and path.is_file():
         base = load_config(path)
     elif release is not None:
         base = evaluated_config(release.card, release.name)
     config = load_config(None, overrides, base=base)
+    if base is nothing and not any(word.startswith("data.name=") for word in overrides):
+        raise BadInput(f"nothing says which data {name} is for; give data.name=NAME")
     config.model = dataclasses.replace(config.model, name=name)
     return config
 

@@ -12,6 +12,7 @@ import torch
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -151,19 +152,26 @@ def _contenders(rows: Sequence[Row]) -> list[str]:
 def plot(rows: Sequence[Row], path: Path, title: str) -> None:
     axes_names = list(dict.fromkeys(row["axis"] for row in rows))
     figure, axes = plt.subplots(2, len(axes_names), figsize=(3 * len(axes_names), 5.5), layout="constrained")
+    lines: list[Any] = []
     for column, axis in enumerate(axes_names):
         for line, (key, label) in enumerate((("ms", "time of a solve (ms)"), ("peak_mib", "peak memory (MiB)"))):
             ax = axes[line, column]
-            for name in _contenders(rows):
+            lines, slopes = [], []
+            for name, marker in zip(_contenders(rows), "osD"):
                 members = [row for row in rows if row["axis"] == axis and row["contender"] == name]
                 values, costs = [row["value"] for row in members], [row[key] for row in members]
-                ax.loglog(values, costs, "o-", label=f"{name}: slope {exponent(values, costs):.2f}")
+                lines += ax.loglog(values, costs, f"{marker}-", label=name, markersize=5, alpha=0.8)
+                slopes.append(f"{exponent(values, costs):.2f}")
             ax.set_xlabel(f"{axis} (multiple)" if axis == "channels" else axis)
             ax.set_ylabel(label if column == 0 else "")
             ax.set_xticks(values, [f"{value:g}" for value in values], fontsize="x-small")
             ax.minorticks_off()
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter("{x:g}")
+            ax.margins(y=0.15)
             ax.grid(alpha=0.3)
-            ax.legend(fontsize="x-small")
+            ax.legend(lines, slopes, title="slope", fontsize="x-small", title_fontsize="x-small")
+    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), fontsize="small")
     figure.suptitle(title, fontsize="small")
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
     plt.close(figure)

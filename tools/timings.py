@@ -126,7 +126,7 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
             error_kw=dict(elinewidth=0.8, ecolor="0.3"),
             color=[_colour(row["contender"]) for row in shown],
         )
-        ax.bar_label(bars, fmt="%.2f", padding=3, fontsize="small")
+        ax.bar_label(bars, fmt=lambda x: f"{x:.2f}" if x >= 0.1 else f"{x:.1g}", padding=3, fontsize="small")
         ax.axvline(1, color="black", linewidth=0.6)
         ax.margins(x=0.14)
         name, _, note = case.partition(", ")
