@@ -701,6 +701,11 @@ def cut_off(online: tuple[Talk, Hub, Path], finished: Path, package: Path) -> Ta
     record = package / "mdeq" / "weights" / "test_mdeq.gated.json"
     sha = hashlib.sha256((finished / "model.safetensors").read_bytes()).hexdigest()
     record.write_text(json.dumps({**json.loads(record.read_text()), "sha256": sha}))
+    good, pulled = (
+        package / "mdeq" / "weights" / "test_mdeq.good.json",
+        online[1].repos[f"{DEFAULT_ORG}/test_mdeq.good"],
+    )
+    good.write_text(json.dumps({**json.loads(good.read_text()), "revision": pulled.commits[0][0]}))  # before --all
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{unused.getsockname()[1]}"
