@@ -27,6 +27,7 @@ import torch
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -132,6 +133,9 @@ def in_a_process(case: Case) -> dict[str, Any]:
     return peak.in_a_process(__file__, dataclasses.asdict(case)) or killed
 
 
+LINES = ("o-", "s--", "D-", "^:", "v-", "P--")  # some lie on each other
+
+
 def middle(values: list[int]) -> int:
     return values[len(values) // 2]
 
@@ -143,14 +147,18 @@ def save(rows: list[dict[str, Any]], folder: Path, title: str, sides: list[int],
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     side, count = middle(sides), middle(steps)
     for ax, x, fixed, value in ((axes[0], "side", "steps", count), (axes[1], "steps", "side", side)):
-        for name in GRADIENTS:
+        for name, line in zip(GRADIENTS, LINES):
             points = [(r[x], r["peak_mib"]) for r in rows if r["gradient"] == name and r[fixed] == value]
             points = [point for point in points if point[1] != ""]
-            ax.plot(*zip(*points), "o-", label=name) if points else None
+            ax.plot(*zip(*points), line, label=name, alpha=0.8) if points else None
         ax.set(xlabel=x, ylabel="peak memory of a training step (MiB)", yscale="log", title=f"{fixed} {value}")
         ax.set_xticks(sides if x == "side" else steps)
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter("")
         ax.grid(alpha=0.3)
-    axes[1].legend(fontsize="small")
+    named = axes[0].get_legend_handles_labels()
+    figure.legend(*named, loc="outside lower center", ncols=len(GRADIENTS), fontsize="small")
     figure.suptitle(title)
     write_atomically(folder / "memory.png", lambda path: figure.savefig(path, dpi=120, format="png"))
     plt.close(figure)
