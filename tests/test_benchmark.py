@@ -126,7 +126,7 @@ def test_turns() -> None:
 
 
 def test_a_time_to_a_tolerance_that_was_not_reached_is_compared_with_none(capsys: Any) -> None:
-    names = {"mdeq A": 0.05, "TorchDEQ A": 0.2, "mdeq B": 0.3, "TorchDEQ B": 0.1}
+    names = {"mdeq A": 0.05, "TorchDEQ A": 0.2, "mdeq B": math.nan, "TorchDEQ B": 0.1}
     rows = [dict(contender=name, residual_max=worst, relative=1.0) for name, worst in names.items()]
     assert [row["contender"] for row in comparison._to_tolerance(bench(tol=0.1), rows) if "relative" in row] == [
         "TorchDEQ B"

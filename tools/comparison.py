@@ -158,7 +158,7 @@ def _timed_solves(
 
 def _to_tolerance(bench: Bench, rows: Sequence[Row]) -> list[Row]:
     """Return rows with a time relative to a peer's only where both got to the tolerance, and say where one did not."""
-    late = {row["contender"] for row in rows if row["residual_max"] > bench.tol}
+    late = {row["contender"] for row in rows if not row["residual_max"] <= bench.tol}  # nan too
     for name in sorted(late):
         print(f"{name} did not get to {bench.tol:g} for every sample: its time is compared with none", flush=True)
     result = []
