@@ -211,7 +211,7 @@ class ReversibleGradient:
         )
         pair, stats = picard(coupled, torch.cat((z0, z0), dim=1).to(_STATE))
         count, failed = _steps_of_best(stats)
-        stats = replace(stats, nfe=2 * stats.nfe)
+        stats = replace(stats, nfe=2 * stats.nfe, per_step=2)
         if stored is None:
             return pair.chunk(2, dim=1)[1].to(z0.dtype), stats, []
         coupled.stored = None  # autograd keeps the pairs from here on, and lets go of them

@@ -128,6 +128,13 @@ def test_word_without_a_value(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_path_with_an_equals_sign_is_no_setting() -> None:
+    assert split_overrides(["--checkpoint", "runs/lr=0.1", "run.out_dir=runs/lr=0.1"]) == (
+        ["run.out_dir=runs/lr=0.1"],
+        ["--checkpoint", "runs/lr=0.1"],
+    )
+
+
 def test_split_overrides() -> None:
     assert split_overrides(["c.yaml", "a.b=1", "--steps", "2", "--out=x"]) == (
         ["a.b=1"],

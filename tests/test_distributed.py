@@ -1,5 +1,6 @@
 """Two processes on one CPU, joined by gloo, against one process with the whole batch."""
 
+import json
 import math
 import os
 import subprocess
@@ -23,6 +24,8 @@ from helpers import (
 )
 from safetensors.torch import load_file
 
+from tools.batches import Process, shared_batch_size
+from tools.config import BadInput
 from tools.data import ArrayBatches
 
 # What makes two processes compute what one does: no batch statistics, no dropout.
@@ -222,3 +225,19 @@ def test_torchrun_with_bad_input(tmp_path: Path) -> None:
     assert len(errors) == 1, errors
     assert 'tools/train.py", line' not in done.stderr  # no traceback of ours
     assert not (tmp_path / "run").exists()
+
+
+def test_a_test_by_two_processes_is_of_the_weights_that_are_saved(tmp_path: Path) -> None:
+    """Batch norms of each process have seen other samples; one of them is exported, and tested."""
+    folder = tmp_path / "run"
+    for outcome in spawn_distributed(tmp_path / "logs", "train", TINY, f"run.out_dir={folder}", "run.dtype=float64"):
+        outcome.ok()
+    spawn(tmp_path / "logs", "validate", "--checkpoint", folder, "--record").ok()
+    (row,) = rows(folder)
+    alone = json.loads((folder / "results.json").read_text())["evaluation"]["metrics"]
+    assert float(row["test_loss"]) == pytest.approx(alone["loss"], rel=1e-6)
+
+
+def test_fewer_samples_than_processes() -> None:
+    with pytest.raises(BadInput, match="1 training samples are too few for 2 processes"):
+        shared_batch_size(16, 1, Process(0, 2, torch.device("cpu")), training=True)

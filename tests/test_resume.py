@@ -254,3 +254,23 @@ def test_averaged_weights_are_resumed(uninterrupted: Path) -> None:
     """What the tests above compare is the average, and it is not the weights."""
     state = torch.load(uninterrupted / "checkpoint.pt", weights_only=True)
     assert len(changed(state["ema"], state["model"])) > 10
+
+
+def test_a_resumed_run_needs_no_longer_what_it_started_from(tmp_path: Path) -> None:
+    first, folder = tmp_path / "first", tmp_path / "run"
+    train(first).ok()
+    start = first / "model.safetensors"
+    train(folder, f"model.checkpoint={start}", "run.max_minutes=1e-7").ok()
+    start.unlink()
+    assert "test accuracy" in train(folder, "run.resume=true").ok()
+
+
+def test_results_of_earlier_weights_do_not_stay(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train(folder).ok()
+    (folder / "steps.csv").write_text("steps\n1\n")
+    train(folder, "run.resume=true", "run.epochs=3", "run.max_minutes=1e-7").ok()
+    assert not (folder / "results.json").exists()
+    assert not (folder / "steps.csv").exists()
+    train(folder, "run.resume=true", "run.epochs=3").ok()
+    assert (folder / "results.json").exists()

@@ -1,5 +1,6 @@
 """The reversible gradient, against autograd through the same iteration written out."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -194,6 +195,10 @@ def test_evaluations_are_counted() -> None:
     f.__class__ = Counted
     eq = DEQ(Picard(tol=0.0, max_steps=5), ReversibleGradient(0.8))(f, (torch.zeros_like(f.b),))
     assert eq.stats.nfe == len(calls) == 12
+    assert eq.stats.evaluations.tolist() == [12] * 4
+    # A sample that stopped after 2 of 5 steps took part in 3 of 6 pairs of evaluations.
+    part = replace(eq.stats, num_steps=torch.tensor([5, 2, 5, 5]))
+    assert part.evaluations.tolist() == [12, 6, 12, 12]
 
 
 def test_what_it_cannot_do_is_said() -> None:

@@ -58,7 +58,10 @@ def test_a_run_with_held_out_samples_is_published_by_the_test_split(tmp_path: Pa
     train(folder, "data.holdout=20").ok()
     held_out = json.loads((folder / "results.json").read_text())["evaluation"]["metrics"]
     assert "on held-out training samples; for its figure on the test split run" in publish(folder, *words).refusal()
+    validate("--checkpoint", folder, "--steps", 1).ok()  # of held-out samples
     validate("--checkpoint", folder, "--record", "data.holdout=null").ok()
+    assert "measured with other data settings (none) than results.json" in publish(folder, *words).refusal()
+    validate("--checkpoint", folder, "--record", "data.holdout=null", "--steps", 1).ok()
     publish(folder, *words).ok()
     path = tmp_path / "weights" / "test_mdeq.digits.json"
     release = json.loads(path.read_text())

@@ -573,3 +573,13 @@ def test_bad_dataset_json(text: str | None, said: str, tmp_path: Path) -> None:
 def test_voxels_of_a_volume_object() -> None:
     volume = Volume(torch.zeros(1, 4, 5, 6), np.diag([2.0, 3.0, 4.0, 1.0]))
     assert (volume.shape, volume.spacing) == ((4, 5, 6), (2.0, 3.0, 4.0))
+
+
+@pytest.mark.parametrize("name", ["nifti", "medmnist3d"])
+def test_samples_are_held_out_of_whatever_is_trained_on(name: str, tmp_path: Path) -> None:
+    path = decathlon(tmp_path / "set", 10) if name == "nifti" else medmnist(tmp_path / "xmnist3d.npz")
+    whole = read_split(data(name, path, train_split="val"), 1, training=True)
+    held = dict(train_split="val", holdout=1)
+    parts = [read_split(data(name, path, **held), 1, training=training) for training in (True, False)]
+    assert [len(part.images) for part in parts] == [len(whole.images) - 1, 1]
+    assert torch.equal(parts[1].images[0], whole.images[-1])

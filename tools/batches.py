@@ -150,6 +150,11 @@ def shared_batch_size(batch_size: int, count: int, process: Process, training: b
     """Return the size of the batches of a split.
 
     In training every process has as many samples of a batch, or the mean of the processes' gradients is none.
+
+    Raises:
+        BadInput: for fewer training samples than processes.
     """
     size = min(batch_size, count)
+    if training and size < process.world_size:
+        raise BadInput(f"{size} training samples are too few for {process.world_size} processes; start fewer of them")
     return size - size % process.world_size if training else size

@@ -73,7 +73,7 @@ def start_process(run: RunConfig) -> Process:
         return Process(device=device)
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     if device.type == "cuda":
-        device = torch.device("cuda", local)
+        device = find_device(f"cuda:{local}", "run.device")
         torch.cuda.set_device(device)
     torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Process(rank, world, device)
@@ -216,7 +216,14 @@ def build_split(
             f"data.batch_size={config.data.batch_size} must be divisible by {parts}, the number of processes times "
             "optim.accumulate"
         )
-    return build_batches(config.data, spec, process, training=training, seed=config.run.seed)
+    # One process downloads, the others then find it.
+    in_turns = config.data.download and process.world_size > 1
+    if in_turns and not process.is_main:
+        torch.distributed.barrier()
+    split = build_batches(config.data, spec, process, training=training, seed=config.run.seed)
+    if in_turns and process.is_main:
+        torch.distributed.barrier()
+    return split
 
 
 def build_test_split(config: TrainConfig, model: nn.Module, process: Process, *, subset: bool = False) -> Batches:

@@ -332,15 +332,24 @@ def steps_table(
     """Return the section of accuracy against steps: its rows, the split they are of, the command that made them."""
     if not rows:
         return ["The metric against the number of solver steps was not measured."]
-    columns = [c for c in ("steps", metric, "evaluations", "residual_mean", f"twin_{metric}") if c in rows[0]]
+    _kind, words, unit = _metric(metric)
+    of = f" ({unit.strip()})" if unit else ""
+    heads = {
+        "steps": "steps",
+        metric: words + of,
+        "evaluations": "evaluations",
+        "residual_mean": "mean residual",
+        f"twin_{metric}": f"{words} of the twin{of}",
+    }
+    columns = [c for c in heads if c in rows[0]]
     body = [[_number(row[c] if row[c] is None else float(row[c]), ".4g") for c in columns] for row in rows]
     samples = rows[0].get("samples", ALL)
     where = f"the whole {split} split" if samples == ALL else f"{samples} samples spread over the {split} split"
     told = "" if command is None else f"\n\n```bash\n{command}\n```"
     return [
         "### Against the number of solver steps",
-        _table([c.replace("_", " ") for c in columns], body),
-        f"On {where}. `twin`: f applied as often without a solver, the explicit twin of shared weights.{told}",
+        _table([heads[c] for c in columns], body),
+        f"On {where}. The twin: f applied as often without a solver, the explicit twin of shared weights.{told}",
     ]
 
 

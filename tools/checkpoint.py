@@ -25,6 +25,7 @@ STATE_FILE = "checkpoint.pt"
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.yaml"
 RESULTS_FILE = "results.json"
+STEPS_FILE, STEPS_PICTURE = "steps.csv", "steps.png"
 FORMAT = {"format": "pt", "mdeq_format": "1"}  # version of the names and shapes in the file
 
 

@@ -417,8 +417,8 @@ def measure(text: str) -> None:
         try:
             with Peak(str(bench.device), MEMORY_LIMIT_GIB) as peak:
                 call()
-        except RuntimeError as error:  # of a CPU's memory PyTorch says so in words alone
-            if "memory" not in str(error):
+        except (RuntimeError, MemoryError) as error:  # of a CPU's memory PyTorch may say so in words alone
+            if not isinstance(error, MemoryError) and "memory" not in str(error):
                 raise
             peak.mib = math.nan
     print(json.dumps({"mib": peak.mib}))

@@ -299,7 +299,8 @@ def _check(config: TrainConfig) -> None:
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the `key=value` words of a command line, and the rest."""
-    overrides = [word for word in words if "=" in word and not word.startswith("-")]
+    keys = {word: word.partition("=")[0] for word in words if "=" in word and not word.startswith("-")}
+    overrides = [word for word in words if word in keys and "/" not in keys[word]]  # a path may have a = in it
     return overrides, [word for word in words if word not in overrides]
 
 

@@ -111,9 +111,8 @@ def capture(model: nn.Module, x: Tensor, names: dict[int, str]) -> torch.export.
     dims = {a: torch.export.Dim(n) if a == 0 else torch.export.Dim(n, min=least) for a, n in names.items()}
     with torch.no_grad():
         graph = torch.export.export(model, (x,), dynamic_shapes=(dims,) if dims else None)
-    for (
-        node
-    ) in graph.graph.nodes:  # where each came from: several times the weights of a small model, and private paths
+    for node in graph.graph.nodes:
+        # Where each came from: several times the weights of a small model, and private paths.
         node.meta.pop("stack_trace", None)
     return graph
 

@@ -63,6 +63,8 @@ class ReaderBatches:
 
     def __init__(self, loader: Any, process: Process, seed: int) -> None:
         self.loader, self.process, self.seed = loader, process, seed
+        if hasattr(loader.sampler, "seed"):  # timm leaves the order of distributed samples at seed 0
+            loader.sampler.seed = seed
         self.limit = evaluation_sample_limit(loader)
 
     def __len__(self) -> int:
@@ -72,11 +74,12 @@ class ReaderBatches:
         for part in (self.loader.dataset, self.loader.sampler):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
-        seed_everything(self.seed, epoch)  # the order, and the seeds of the workers
+        rank = self.process.rank
+        seed_everything(self.seed, epoch, 0, rank)  # the order in a single process, and the seeds of the workers
         batches = iter(self.loader)
         seen = 0
         for number in range(len(self)):
-            seed_everything(self.seed, epoch, number + 1)  # augmentation, where there are no workers
+            seed_everything(self.seed, epoch, number + 1, rank)  # augmentation, where there are no workers
             x, y = next(batches)
             keep = len(y) if self.limit is None else min(len(y), self.limit - seen)  # a sampler's padding is no data
             seen += len(y)

@@ -119,8 +119,8 @@ def measure(case: Case) -> dict[str, Any]:
     try:
         with peak.Peak(case.device, case.limit_gib) as step_peak:
             step(case.side)
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; that of a CPU has no type of its own
-        if "memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is one; that of a CPU may have no type
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
         return {**row, "peak_mib": "", "note": f"out of memory at {case.limit_gib:g} GiB"}
     return {**row, "peak_mib": round(step_peak.mib, 1), "note": ""}

@@ -69,7 +69,8 @@ def read_nifti(
     train, val, names = read_dataset_json(root)
     if split == "test":
         raise BadInput(f"{root}: the Decathlon's test volumes have no labels; set data.test_split=val")
-    chosen = train[pick(len(train))] if split == "train" else val
+    cases = train if split == "train" else val
+    chosen = cases[pick(len(cases))]
     if not chosen:
         raise BadInput(f"{root}: too few cases, {len(train) + len(val)}, for a split {split}")
     images, labels, spacings = [], [], []

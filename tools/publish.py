@@ -29,12 +29,12 @@ from huggingface_hub import HfApi
 
 import mdeq
 from tools.card import dataset, model_card, releases_table
-from tools.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_json, read_weights, write_atomically
+from tools.checkpoint import CONFIG_FILE, STEPS_FILE, WEIGHTS_FILE, read_json, read_weights, write_atomically
 from tools.config import BadInput, TrainConfig, config_yaml, load_config
 from tools.recheck import read_release, told_solver
 from tools.report import Parser, program
 from tools.results import ROOT, read_results, write_json
-from tools.steps import STEPS_FILE, read_table
+from tools.steps import read_table
 
 RELEASES_FOLDER = ROOT / "mdeq" / "weights"
 TABLE_START, TABLE_END = "<!-- tools/publish.py --readme -->", "<!-- end of the table -->"
@@ -131,9 +131,16 @@ def record_of(
         data=dataclasses.replace(config.data, root="DIR"),
         run=dataclasses.replace(config.run, out_dir=None, resume=False),
     )
+    results = _results(run)
+    measured = results.get("steps_by", {}).get("settings")
+    if measured is not None and measured != results["evaluation"].get("settings", []):
+        raise BadInput(
+            f"{run / STEPS_FILE} was measured with other data settings ({' '.join(measured) or 'none'}) than "
+            "results.json; run tools/validate.py --record with --steps, which measures both"
+        )
     return {
         "data": config.data.name,
-        **_results(run),
+        **results,
         "stages": [] if stage is None else _stages(stage, run),
         "seeds": [_seed(folder) for folder in _alike(run, seeds)],
         "steps": read_table(run / STEPS_FILE) if (run / STEPS_FILE).exists() else [],

@@ -180,11 +180,11 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
 def run(bench: Bench, cases: Sequence[str], base: str, folder: Path, title: str) -> None:
     """Measure growth around one case and the rates of several; print both and save scaling.csv and scaling.png."""
     rates = roofline(bench, cases)
+    save_table(rates, folder / "rates.csv")
     rows = measured(bench, base)
     print(title)
     for lines in (rows, exponents(rows), rates):
         print("\n".join(table(lines)), end="\n\n")
     save_table(rows, folder / "scaling.csv")
-    save_table(rates, folder / "rates.csv")
     plot(rows, folder / "scaling.png", f"{base}; {title}")
     print(f"saved: {folder / 'scaling.csv'}, {folder / 'rates.csv'}, {folder / 'scaling.png'}")

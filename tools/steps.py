@@ -9,12 +9,11 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from mdeq import Picard
-from tools.checkpoint import make_folder, write_atomically
+from tools.checkpoint import STEPS_FILE, STEPS_PICTURE, make_folder, write_atomically
 from tools.tables import write_csv
 from tools.tasks import Headline
 
 SOLVER_COLUMNS = ["residual_mean", "residual_q0.5", "residual_q0.9", "evaluations"]
-STEPS_FILE = "steps.csv"
 ALL = "all"
 """The number of samples where they are the whole split."""
 
@@ -109,4 +108,4 @@ def save_table(rows: Sequence[Row], folder: Path, title: str, headline: Headline
     make_folder(folder)
     write_csv(folder / STEPS_FILE, rows, columns(headline))
     figure = steps_figure(rows, title, headline)
-    write_atomically(folder / "steps.png", lambda path: figure.savefig(path, dpi=120, format="png"))
+    write_atomically(folder / STEPS_PICTURE, lambda path: figure.savefig(path, dpi=120, format="png"))

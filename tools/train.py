@@ -29,7 +29,10 @@ from tools import build
 from tools.batches import Batches, Process
 from tools.checkpoint import (
     CONFIG_FILE,
+    RESULTS_FILE,
     STATE_FILE,
+    STEPS_FILE,
+    STEPS_PICTURE,
     clear_leftovers,
     export,
     make_folder,
@@ -77,7 +80,7 @@ class Run:
         self.amp = build.autocast(config.run, process)
         self.dtype = build.DTYPES[config.run.dtype]
         torch.manual_seed(config.run.seed)  # the weights
-        self.model, self.train_batches, self.test_batches = self._model_and_data()
+        self.model, self.train_batches, self.test_batches = self._model_and_data(resumed=state is not None)
         self.task = build_task(config, self.model, self.test_batches, process)
         self.trainer = self._trainer()
         self.epoch, self.batch = 0, 0  # where to go on: this epoch, after so many batches of it
@@ -94,17 +97,19 @@ class Run:
         if process.is_main:
             self.log = RunLog(self.folder, config.run, dataclasses.asdict(config), self.epoch, self.id)
 
-    def _model_and_data(self) -> tuple[nn.Module, Batches, Batches]:
+    def _model_and_data(self, resumed: bool) -> tuple[nn.Module, Batches, Batches]:
         config, process = self.config, self.process
-        probe = build.build_model(config.model, None, for_training=True) if config.data.num_classes is None else None
-        model = probe or build.build_model(config.model, config.data.num_classes, for_training=True)
+        bare = dataclasses.replace(config.model, checkpoint=None)
+        start = bare if resumed else config.model  # a resumed run has its weights; those it began with may be gone
+        probing = config.data.num_classes is None
+        model = build.build_model(bare if probing else start, config.data.num_classes, for_training=True)
         check_task(config, model)
         spec = build.image_spec(model, config.data.image_size)
         train_batches, classes = build.build_split(config, spec, process, training=True)
         test_batches, test_classes = build.build_split(config, spec, process, training=False)
-        if probe is not None and classes is not None and classes != model.num_classes:
+        if probing and (start.checkpoint is not None or classes not in (None, model.num_classes)):
             torch.manual_seed(config.run.seed)
-            model = build.build_model(config.model, classes, for_training=True)
+            model = build.build_model(start, classes, for_training=True)
         for found, origin in ((classes, "the training split"), (test_classes, "the test split")):
             build.check_classes(model, found, origin)
         config.data.num_classes = model.num_classes  # the effective config, from which validate.py builds the model
@@ -165,6 +170,8 @@ class Run:
         if self.process.is_main and (final or trainer.bad_in_a_row == 0) and self._finite():
             make_folder(self.folder)
             clear_leftovers(self.folder)
+            for name in (RESULTS_FILE, STEPS_FILE, STEPS_PICTURE):  # of weights that are replaced
+                (self.folder / name).unlink(missing_ok=True)
             settings = dataclasses.replace(self.config, run=dataclasses.replace(self.config.run, resume=False))
             text = config_yaml(settings)
             write_atomically(self.folder / CONFIG_FILE, lambda path: path.write_text(text))
@@ -184,7 +191,7 @@ class Run:
             }
             save_state(self.folder, state)
             export(self.final_model, self.folder, build.data_record(self.config, self.test_batches.class_names))
-        self.saved = time.monotonic()
+            self.saved = time.monotonic()
 
     @property
     def minutes(self) -> float | None:
@@ -242,6 +249,7 @@ class Run:
                 self.trained = result.metrics
             self._end_epoch(self.trained)
             if self._out_of_time() and self.epoch < self.config.run.epochs:
+                self.save(final=True)  # also after a step that was skipped
                 return False
         return True
 
@@ -309,6 +317,9 @@ class Run:
 
     def evaluate(self, **kwargs: Any) -> dict[str, float]:
         """Return the metrics of the test split; arguments as in `engine.evaluate`."""
+        if self.process.world_size > 1:  # every process has batch norms of its own samples; one of them is exported
+            for buffer in self.final_model.buffers():
+                torch.distributed.broadcast(buffer, 0)
         return evaluate(
             self.final_model,
             self.test_batches,
@@ -354,26 +365,22 @@ def _peak_resident_mib() -> float:
 def main() -> None:
     path, start = parse_arguments()
     process = build.start_process(start.config.run)
-    try:
-        with claimed(start, run_name(path), is_main=process.is_main) as folder:
-            run = Run(start.config, folder, process, start.state)
-            if process.is_main:
-                count = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-                model = start.config.model
-                origin = model.checkpoint or ("released weights" if model.pretrained else "scratch")
-                print(
-                    f"{model.name} from {origin}: {count:,} trainable parameters on {process.device}, run in {folder}"
-                )
-                if start.config.data.holdout is not None:
-                    print(f"tested on {start.config.data.holdout:,} held-out training samples, not on the test split")
-            if run.train():
-                run.finish()
-            elif process.is_main:
-                place = f"epoch {run.epoch + 1}, step {run.trainer.num_steps}"
-                print(f"time is up at {place}; run.resume=true goes on from there")
-    finally:
-        if process.world_size > 1:
-            torch.distributed.destroy_process_group()
+    with claimed(start, run_name(path), is_main=process.is_main) as folder:
+        run = Run(start.config, folder, process, start.state)
+        if process.is_main:
+            count = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+            model = start.config.model
+            origin = model.checkpoint or ("released weights" if model.pretrained else "scratch")
+            print(f"{model.name} from {origin}: {count:,} trainable parameters on {process.device}, run in {folder}")
+            if start.config.data.holdout is not None:
+                print(f"tested on {start.config.data.holdout:,} held-out training samples, not on the test split")
+        if run.train():
+            run.finish()
+        elif process.is_main:
+            place = f"epoch {run.epoch + 1}, step {run.trainer.num_steps}"
+            print(f"time is up at {place}; run.resume=true goes on from there")
+    if process.world_size > 1:  # not after an error: NCCL would wait for processes that wait for this one
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from tools import build, segmentation_data, volume_data
 from tools.batches import Batches, Process
-from tools.checkpoint import CONFIG_FILE, RESULTS_FILE, check_folder, make_folder
+from tools.checkpoint import CONFIG_FILE, RESULTS_FILE, STEPS_FILE, STEPS_PICTURE, check_folder, make_folder
 from tools.config import BadInput, DataConfig, TrainConfig, load_config, split_overrides
 from tools.engine import evaluate
 from tools.inference import MultiScale
@@ -46,7 +46,7 @@ from tools.recheck import (
 from tools.report import Parser, headline_lines, program, result_lines
 from tools.results import circumstances, evaluation, write_results
 from tools.samples import read_part
-from tools.steps import STEPS_FILE, recorded, save_table, step_lines, steps_table
+from tools.steps import recorded, save_table, step_lines, steps_table
 from tools.tasks import Headline, Task, build_task
 from tools.volumes import Preprocessing
 
@@ -245,8 +245,9 @@ def main() -> None:
             return
         save_table(rows, folder, f"{config.model.name} on {config.data.name}", headline)
         if (folder / RESULTS_FILE).exists():
-            write_results(folder, steps_by=circumstances(*where))
-        print(f"saved: {folder / STEPS_FILE}, {folder / 'steps.png'}")
+            words = split_overrides(sys.argv[1:])[0]
+            write_results(folder, steps_by=circumstances(*where) | {"settings": evaluation_settings(words)})
+        print(f"saved: {folder / STEPS_FILE}, {folder / STEPS_PICTURE}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tqdm import tqdm
 
-from tools.batches import Process, memory_for
+from tools.batches import VOID, Process, memory_for
 from tools.build import find_device
 from tools.checkpoint import check_folder, make_folder, write_atomically
 from tools.config import BadInput, split_overrides
@@ -32,7 +32,7 @@ from tools.pretrained import load_trained
 from tools.report import Parser, program
 from tools.results import circumstances
 from tools.samples import data_config, read_part
-from tools.volumes import prepared_spacing, unpadded
+from tools.volumes import padded, prepared_spacing, unpadded
 
 SAMPLES = 64
 """Samples of a data set, where --data has no number."""
@@ -168,7 +168,9 @@ def main() -> None:
             shown = part.samples[:MOST_LINES]
             inputs = [study.window(x) for x, _ in shown]
             spacing = config.data.spacing if predictor.is_3d else None
-            truth = unpadded(shown[0][1][0], inputs[0].shape[2:]) if predictor.dense else None
+            if predictor.dense:  # a window may be larger than its volume, or smaller than the padded one
+                size = inputs[0].shape[2:]
+                truth = unpadded(padded(shown[0][1][0], size, VOID), size)
             about = study.about if len(inputs) == len(part.samples) else f"{len(inputs)} of {study.about}"
     subject = Subject(predictor, name, inputs, about, truth, spacing, steps, most, watch)
     with memory_for("an input", "--size, --patch or --most-steps"):

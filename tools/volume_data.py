@@ -129,9 +129,11 @@ def read_npz(root: Path, pattern: str, split: str, pick: Pick) -> Volumes:
     voxels = torch.from_numpy(images)
     if voxels.is_floating_point():
         checked_finite(voxels, f"{root}: {split}_images")
+    order = torch.arange(len(voxels))
     if split == "train":  # sorted by class, maybe: the first so many are to be of all
-        order = torch.randperm(len(voxels), generator=generator(0))[pick(len(voxels))]
-        voxels, checked = voxels[order], checked[order]
+        order = torch.randperm(len(voxels), generator=generator(0))
+    order = order[pick(len(voxels))]
+    voxels, checked = voxels[order], checked[order]
     return Volumes(voxels.unsqueeze(1), checked, names)
 
 

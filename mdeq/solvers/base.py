@@ -35,10 +35,11 @@ class SolveStats:
     Attributes:
         status: `(B,)` int64, values of `SolveStatus`.
         residual: `(B,)` residual of the returned iterate, relative (unitless) or absolute (units of z) by `stop_mode`.
-        num_steps: `(B,)` int64, updates until that sample stopped. It took `num_steps + 1` evaluations, plus those
-            of a line search; one fewer where the first was known.
+        num_steps: `(B,)` int64, updates until that sample stopped. It took `num_steps + 1` evaluations (times
+            `per_step`), plus those of a line search; one fewer where the first was known.
         nfe: evaluations of f, for the whole batch.
         trace: `(steps + 1, B)` residual at every iterate, the starting point first; a finished sample's last repeats.
+        per_step: evaluations that a step takes by itself, and the start; 2 for the reversible iteration.
     """
 
     status: Tensor
@@ -46,6 +47,7 @@ class SolveStats:
     num_steps: Tensor
     nfe: int
     trace: Tensor
+    per_step: int = 1
 
     @property
     def converged(self) -> Tensor:
@@ -58,10 +60,10 @@ class SolveStats:
 
         A line search evaluates f for every sample that is still on its way; these are shared out evenly over the steps.
         """
-        steps = len(self.trace) - 1
-        first = 1 if self.nfe > steps else 0  # or the first was known
-        more = self.nfe - steps - first
-        return first + self.num_steps.double() * (1 + more / max(steps, 1))
+        steps, calls = len(self.trace) - 1, self.nfe / self.per_step
+        first = 1 if calls > steps else 0  # or the first was known
+        more = calls - steps - first
+        return self.per_step * (first + self.num_steps.double() * (1 + more / max(steps, 1)))
 
     def summary(self) -> dict[str, float]:
         """Means, residual quantiles and the share of each status, for logging. One host synchronisation."""
