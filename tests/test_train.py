@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,8 +34,8 @@ from torch import Tensor
 import mdeq
 from mdeq import SolveStatus
 from tools.batches import Process
-from tools.build import placed
-from tools.config import BadInput, load_config
+from tools.build import build_model, placed
+from tools.config import BadInput, ModelConfig, load_config
 from tools.data import Arrays
 from tools.engine import evaluate
 from tools.metrics import QUANTILES, SolveLog, Tally
@@ -417,3 +418,13 @@ def test_evaluation_counts_every_image_once(tmp_path: Path) -> None:
     assert len(y) == 20
     assert result["top1"] == pytest.approx(100 * float((logits.argmax(1) == y).double().mean()))
     assert result["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, y)), rel=1e-5)
+
+
+def test_one_setting_of_the_model_s_own_solver() -> None:
+    config = ModelConfig(name="test_mdeq", solver={"max_steps": 7})
+    own = build_model(ModelConfig(name="test_mdeq"), None, for_training=True).deq.solver
+    model = build_model(config, None, for_training=True)
+    assert model.deq.solver == replace(own, max_steps=7) != own
+    assert mdeq.build_solver(config.solver) == model.deq.solver  # what a run saves
+    with pytest.raises(BadInput, match="unknown argument max_step; did you mean max_steps"):
+        build_model(ModelConfig(name="test_mdeq", solver={"max_step": 7}), None, for_training=True)

@@ -1,5 +1,6 @@
 """From a config to the objects of a run: device and processes, model, data, optimiser."""
 
+import dataclasses
 import inspect
 import os
 import re
@@ -121,11 +122,18 @@ def _reason(error: Exception) -> str:
     return f"unknown argument {unknown[2]}; {nearest(unknown[2], valid)}"
 
 
+def _told(solver: mdeq.FixedPointSolver) -> dict[str, Any]:
+    """Return the settings that a config names a solver by: those that are not the usual ones."""
+    usual = type(solver)()
+    told = {key: value for key, value in dataclasses.asdict(solver).items() if value != getattr(usual, key)}
+    return {"name": type(solver).__name__.lower(), **told}
+
+
 def build_model(config: ModelConfig, num_classes: int | None, *, for_training: bool) -> nn.Module:
     """Return the model of a config with its weights.
 
     Args:
-        config: name, arguments and weights.
+        config: name, arguments, weights; a solver without a name gets what it lacks from that of the model itself.
         num_classes: classes; None for the model's own.
         for_training: whether a checkpoint with another number of classes gives the rest of its weights, or is an error.
 
@@ -141,8 +149,12 @@ def build_model(config: ModelConfig, num_classes: int | None, *, for_training: b
             kwargs[name] = getattr(config, name)
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
+    create = partial(timm.create_model, known_model(config.name), pretrained=config.pretrained)
     try:
-        model = timm.create_model(known_model(config.name), pretrained=config.pretrained, **kwargs)
+        if config.solver is not None and "name" not in config.solver:  # a few settings of the model's own
+            rest = {key: value for key, value in kwargs.items() if key != "solver"}
+            config.solver = kwargs["solver"] = _told(create(**rest).deq.solver) | config.solver
+        model = create(**kwargs)
     except mdeq.WeightsError as error:
         hint = "; model.pretrained=false starts from scratch" if for_training else ""
         raise BadInput(f"model {config.name}: {error}{hint}") from None
