@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tools.config import BadInput, DataConfig
 
-MIN_SIZE = 16
+MIN_SIZE = 16  # of a side of an input
 VOID = 255
 """Label of pixels and voxels that do not count, whatever the number they have in the files."""
 

@@ -149,8 +149,8 @@ def build_model(config: ModelConfig, num_classes: int | None, *, for_training: b
             kwargs[name] = getattr(config, name)
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
-    create = partial(timm.create_model, known_model(config.name), pretrained=config.pretrained)
     try:
+        create = partial(timm.create_model, known_model(config.name), pretrained=config.pretrained)
         if config.solver is not None and "name" not in config.solver:  # a few settings of the model's own
             rest = {key: value for key, value in kwargs.items() if key != "solver"}
             config.solver = kwargs["solver"] = _told(create(**rest).deq.solver) | config.solver

@@ -1,6 +1,7 @@
 """Checkpoints that are complete or not there at all, and weights read from files that may be damaged or hostile."""
 
 import copy
+import hashlib
 import json
 import os
 import re
@@ -104,6 +105,11 @@ def load_state(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or "optimizer" not in state:
         raise BadInput(f"{path} holds no training state to resume from")
     return state
+
+
+def sha256(path: Path) -> str:
+    """Return the sha256 of a file in hex."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:

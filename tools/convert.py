@@ -15,7 +15,6 @@ config.yaml of a run comes along, so that `tools/validate.py --checkpoint DIR --
 """
 
 import argparse
-import hashlib
 import json
 import os
 import re
@@ -44,6 +43,7 @@ from tools.checkpoint import (
     export,
     read_json,
     read_weights,
+    sha256,
     write_atomically,
 )
 from tools.config import BadInput, nearest
@@ -193,7 +193,7 @@ def main() -> None:
     config = json.loads((out / "config.json").read_text())
     print(f"{layout} layout, {cfg['architecture']}, arguments: {config.get('model_args', {})}")
     print(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
-    print(f"sha256: {hashlib.sha256((out / WEIGHTS_FILE).read_bytes()).hexdigest()}  {WEIGHTS_FILE}")
+    print(f"sha256: {sha256(out / WEIGHTS_FILE)}  {WEIGHTS_FILE}")
     print(f"written and read back, logits equal: {arguments.out}")
 
 

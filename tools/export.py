@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import mdeq
+from tools.batches import MIN_SIZE
 from tools.build import build_model
 from tools.checkpoint import check_folder, write_atomically
 from tools.config import BadInput, ModelConfig
@@ -34,7 +35,6 @@ from tools.pretrained import load_trained
 from tools.report import Parser, program
 
 FORMATS = ("onnx", "pt2")
-MIN_SIZE = 16
 AXES = ("depth", "height", "width")
 Run = Callable[[Tensor], Tensor]
 

@@ -1,6 +1,5 @@
 """A trained model from a name, the Hub, a folder or a file, with what its config.json says of classes and inputs."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import mdeq
 from tools import convert
 from tools.build import build_model, data_record, known_model, renew_cfg
 from tools.card import DATASETS
-from tools.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_weights
+from tools.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_json, read_weights
 from tools.config import BadInput, ModelConfig, load_config
 from tools.segmentation_data import CITYSCAPES_CLASSES
 
@@ -67,10 +66,10 @@ def recorded_config(name: str) -> dict[str, Any]:
     """
     source, _, place = name.partition(":")
     if source == "hf-hub":
-        return _read_json(mdeq.hub_config(place))
+        return read_json(mdeq.hub_config(place))
     if source == "local-dir":
         path = Path(place) / "config.json"
-        return _read_json(path) if path.is_file() else {}
+        return read_json(path) if path.is_file() else {}
     tagged = [release for key, release in mdeq.RELEASES.items() if name in (key, key.partition(".")[0])]
     return dict(tagged[0].config) if tagged else {}
 
@@ -80,7 +79,7 @@ def _from_path(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     if not path.exists():
         raise BadInput(f"no checkpoint {path}")
     if (folder / "config.json").is_file():
-        config = _read_json(folder / "config.json")
+        config = read_json(folder / "config.json")
         if config.get("architecture") not in mdeq.list_models():
             raise BadInput(f"{folder} holds a model {config.get('architecture')}, which is none of this package's")
         weights = path / WEIGHTS_FILE if path.is_dir() else path
@@ -97,16 +96,6 @@ def _from_path(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     model = build_model(source, None if classifier is None else len(classifier), for_training=False)
     renew_cfg(model, run.data)
     return model, data_record(run, ())  # the names of the classes are not in it
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path} is damaged: {error}") from None
-    if not isinstance(config, dict):
-        raise BadInput(f"{path} is damaged: expected an object")
-    return config
 
 
 def _label_names(model: nn.Module, config: dict[str, Any]) -> tuple[str, ...]:

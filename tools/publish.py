@@ -12,7 +12,6 @@ Weights that are neither are looked for in DIR/ARCHITECTURE.TAG.
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import sys
 import tempfile
@@ -29,7 +28,7 @@ from huggingface_hub import HfApi
 
 import mdeq
 from tools.card import dataset, model_card, releases_table
-from tools.checkpoint import CONFIG_FILE, STEPS_FILE, WEIGHTS_FILE, read_json, read_weights, write_atomically
+from tools.checkpoint import CONFIG_FILE, STEPS_FILE, WEIGHTS_FILE, read_json, read_weights, sha256, write_atomically
 from tools.config import BadInput, TrainConfig, config_yaml, load_config
 from tools.recheck import read_release, told_solver
 from tools.report import Parser, program
@@ -102,10 +101,6 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.repo is not None and arguments.repo.count("/") != 1:
         raise BadInput(f"--repo must be ORG/NAME, got {arguments.repo}")
     return arguments
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def record_of(
