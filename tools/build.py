@@ -1,6 +1,5 @@
 """From a config to the objects of a run: device and processes, model, data, optimiser."""
 
-import dataclasses
 import inspect
 import os
 import re
@@ -21,6 +20,8 @@ from tools.batches import Batches, ImageSpec, Process
 from tools.checkpoint import load_weights, read_json
 from tools.config import BadInput, DataConfig, ModelConfig, RunConfig, TrainConfig, nearest
 from tools.data import build_batches
+from tools.recheck import told_solver
+from tools.results import solver_settings
 from tools.tasks import check_task
 
 _UNUSABLE = (
@@ -122,13 +123,6 @@ def _reason(error: Exception) -> str:
     return f"unknown argument {unknown[2]}; {nearest(unknown[2], valid)}"
 
 
-def _told(solver: mdeq.FixedPointSolver) -> dict[str, Any]:
-    """Return the settings that a config names a solver by: those that are not the usual ones."""
-    usual = type(solver)()
-    told = {key: value for key, value in dataclasses.asdict(solver).items() if value != getattr(usual, key)}
-    return {"name": type(solver).__name__.lower(), **told}
-
-
 def build_model(config: ModelConfig, num_classes: int | None, *, for_training: bool) -> nn.Module:
     """Return the model of a config with its weights.
 
@@ -153,7 +147,8 @@ def build_model(config: ModelConfig, num_classes: int | None, *, for_training: b
         create = partial(timm.create_model, known_model(config.name), pretrained=config.pretrained)
         if config.solver is not None and "name" not in config.solver:  # a few settings of the model's own
             rest = {key: value for key, value in kwargs.items() if key != "solver"}
-            config.solver = kwargs["solver"] = _told(create(**rest).deq.solver) | config.solver
+            own = solver_settings(create(**rest).deq.solver)
+            config.solver = kwargs["solver"] = told_solver({}, own) | config.solver
         model = create(**kwargs)
     except mdeq.WeightsError as error:
         hint = "; model.pretrained=false starts from scratch" if for_training else ""

@@ -81,6 +81,11 @@ def circumstances(device: torch.device, processes: int = 1) -> dict[str, Any]:
     return {"command": command(), "hardware": hardware(device, processes), "versions": {**versions, **commit()}}
 
 
+def solver_settings(solver: mdeq.FixedPointSolver) -> dict[str, Any]:
+    """Return all settings of a solver, its name first, as `mdeq.build_solver` takes them."""
+    return {"name": type(solver).__name__.lower(), **dataclasses.asdict(solver)}
+
+
 def evaluation(
     model: Any,
     result: dict[str, float],
@@ -103,7 +108,6 @@ def evaluation(
         settings: `key=value` words of the data in which it departs from the config.
         data_note: what a card has to say of the data as they were read.
     """
-    solver = model.deq.solver
     more = {"settings": list(settings), "data_note": data_note}
     return {
         **{key: value for key, value in more.items() if value},
@@ -111,7 +115,7 @@ def evaluation(
         "metric": metric,
         "metrics": result,
         "metrics_at_twice_the_steps": twice,
-        "solver": {"name": type(solver).__name__.lower(), **dataclasses.asdict(solver)},
+        "solver": solver_settings(model.deq.solver),
         **circumstances(device, processes),
     }
 

@@ -224,13 +224,13 @@ def main() -> None:
     fresh = Path("runs") / f"validate_{config.model.name.replace('/', '_')}"
     beside = fresh if checkpoint is None else checkpoint if checkpoint.is_dir() else checkpoint.parent
     folder = arguments.out or beside
+    earlier = read_release(arguments.record).card["evaluation"].get("settings", []) if of_release else []
+    settings = evaluation_settings([*earlier, *split_overrides(sys.argv[1:])[0]])
     if arguments.record:
-        words = split_overrides(sys.argv[1:])[0]
-        earlier = read_release(arguments.record).card["evaluation"].get("settings", []) if of_release else []
         record = evaluation(
             model, result, twice, *where,
             metric=headline.key,
-            settings=evaluation_settings([*earlier, *words]),
+            settings=settings,
             data_note=getattr(batches, "note", ""),
         )  # fmt: skip
         if of_release:
@@ -245,8 +245,7 @@ def main() -> None:
             return
         save_table(rows, folder, f"{config.model.name} on {config.data.name}", headline)
         if (folder / RESULTS_FILE).exists():
-            words = split_overrides(sys.argv[1:])[0]
-            write_results(folder, steps_by=circumstances(*where) | {"settings": evaluation_settings(words)})
+            write_results(folder, steps_by=circumstances(*where) | {"settings": settings})
         print(f"saved: {folder / STEPS_FILE}, {folder / STEPS_PICTURE}")
 
 
