@@ -126,6 +126,29 @@ def test_labels_lie_alike_at_odd_and_even_sizes(dims: int, size: tuple[int, ...]
         torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("size", "stem_stride", "whole"),
+    [((18, 21), 2, (20, 24)), ((17, 24, 19), 2, (20, 24, 20)), ((17, 17, 18), (1, 2, 4), (18, 20, 24))],
+)
+def test_padded_to_the_coarsest_stride(size: tuple[int, ...], stem_stride: Any, whole: tuple[int, ...]) -> None:
+    """What the same input gives with zeros at its ends, cropped; by every way into the model."""
+    model = small(len(size), stem_stride=stem_stride, pad_to_stride=True).eval()
+    x = batch(*size)
+    even = F.pad(x, [k for n, m in zip(reversed(size), reversed(whole)) for k in (0, m - n)])
+    with torch.no_grad():
+        logits, equilibrium = model(x, return_equilibrium=True)
+        assert torch.equal(logits, model(even)[(..., *map(slice, size))])
+        assert torch.equal(model.forward_features(x), model.forward_features(even))
+        assert torch.equal(model.solve(x).state[1], equilibrium.state[1])
+        maps = model.forward_intermediates(x, intermediates_only=True)
+        assert torch.equal(maps[-1], equilibrium.state[1])
+        warm = mdeq.WarmStart(model)  # a second solve of the same window starts where the first ended
+        place = [slice(0, 1), slice(0, 1), *map(slice, [0] * len(size), size)]
+        warm(x[:1], [place])
+        seen = warm._start(x[:1], [place])
+        assert torch.equal(seen[0], warm._seen[0][0][None])
+
+
 def test_warm_start_solver_and_unroll() -> None:
     model = small().eval()
     x = batch(16, 16)

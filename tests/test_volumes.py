@@ -78,7 +78,7 @@ def test_anisotropic_stem() -> None:
     model = timm.create_model("mdeq3d_tiny_seg", stem_stride=(1, 2, 2), **ONE_STEP).eval()
     logits, equilibrium = model(volume(16, 33, 20), return_equilibrium=True)
     assert logits.shape == (2, 3, 16, 33, 20)
-    assert [z.shape[2:] for z in equilibrium.state] == [(16, 17, 10), (8, 9, 5)]
+    assert [z.shape[2:] for z in equilibrium.state] == [(16, 18, 10), (8, 9, 5)]  # padded to (16, 36, 20)
     maps = timm.create_model("mdeq3d_tiny", features_only=True, stem_stride=(1, 2, 2), **ONE_STEP)(volume(16, 16, 16))
     assert [m.shape[2:] for m in maps] == [(16, 8, 8), (16, 8, 8), (8, 4, 4)]
 

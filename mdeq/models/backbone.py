@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -105,6 +106,7 @@ class Backbone(nn.Module):
                 )
             )
         self.stem_stride = tuple(a * b for a, b in zip(*strides))  # per axis
+        self.size_divisor = (1,) * spatial_dims  # inputs are padded to multiples of it, per axis
         self.equilibrium = MultiscaleDEQ(cell, DEQ(solver, gradient))
         self.last_tap: int | None = None  # set by pruning: the index in feature_info where the features end
         self.feature_info = feature_table(spatial_dims, channels, stem_stride)
@@ -145,7 +147,7 @@ class Backbone(nn.Module):
         Raises:
             ValueError: for an input of wrong rank, channels or size, or a z0 of wrong shapes.
         """
-        x = checked_input(x, self.spatial_dims, self.in_chans)
+        x = padded(checked_input(x, self.spatial_dims, self.in_chans), self.size_divisor)
         return self.equilibrium(self.inject(self.stem(x)), z0, solver, unroll, jacobian_probes)
 
     def _features(self, x: Tensor, **options: Any) -> tuple[Tensor, Equilibrium | None]:
@@ -212,7 +214,7 @@ class Backbone(nn.Module):
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
         take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
         complete = not (stop_early or intermediates_only) and self.last_tap is None
-        x = checked_input(x, self.spatial_dims, self.in_chans)
+        x = padded(checked_input(x, self.spatial_dims, self.in_chans), self.size_divisor)
         x = self.stem.act1(self.stem.norm1(self.stem.conv1(x)))
         taps = [x]
         equilibrium = None
@@ -280,6 +282,14 @@ def checked_input(x: Tensor, spatial_dims: int, in_chans: int) -> Tensor:
     if not is_static(x) and min(x.shape[2:]) < MIN_SIZE:
         raise ValueError(f"every side of the input must be >= {MIN_SIZE}, got {tuple(x.shape[2:])}")
     return x
+
+
+@torch.fx.wrap
+def padded(x: Tensor, divisor: Sequence[int]) -> Tensor:
+    """Return x with zeros at the end of every axis of space, up to a multiple of the divisor of that axis."""
+    if max(divisor) == 1:
+        return x
+    return F.pad(x, [n for size, d in zip(x.shape[:1:-1], reversed(divisor)) for n in (0, -size % d)])
 
 
 @torch.fx.wrap

@@ -36,6 +36,9 @@ class MDEQSegmenter(Backbone):
         channels: C_i per branch, highest resolution first; one branch makes a single-scale model.
         stem_stride: total stride of the stem, 1, 2 or 4, for all axes or per axis.
         expansion, num_groups, dropout, weight_norm, post_norm_affine: see `MultiscaleCell`.
+        pad_to_stride: pad inputs with zeros, at their ends, to a multiple of the coarsest branch's stride, and crop the
+            logits. Elsewhere the branches of such sizes lie up to half a point apart, and labels suffer. Features and
+            states have the padded size. The official networks do not pad.
         drop_rate: dropout before the classifier.
         norm_momentum: momentum of the batch norms.
         solver: forward solver, or its description.
@@ -65,6 +68,7 @@ class MDEQSegmenter(Backbone):
         drop_rate: float = 0.0,
         weight_norm: bool = True,
         post_norm_affine: bool = True,
+        pad_to_stride: bool = False,
         norm_momentum: float = 0.01,
         solver: SolverSpec = Broyden(max_steps=18),
         gradient: GradientSpec = ImplicitGradient(Broyden(max_steps=20)),
@@ -87,6 +91,8 @@ class MDEQSegmenter(Backbone):
             device=device,
             dtype=dtype,
         )
+        if pad_to_stride:
+            self.size_divisor = tuple(stride * 2 ** (len(channels) - 1) for stride in self.stem_stride)
         self.drop_rate = drop_rate
         self.head = SegmentationHead(
             channels, spatial_dims=spatial_dims, norm_momentum=norm_momentum, device=device, dtype=dtype

@@ -60,13 +60,13 @@ def mdeq3d_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 @register_model
 def mdeq3d_tiny_seg(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """A segmenter of two branches, under 0.3M parameters."""
-    return create(MDEQSegmenter, "mdeq3d_tiny_seg", pretrained, _TINY, kwargs)
+    return create(MDEQSegmenter, "mdeq3d_tiny_seg", pretrained, dict(_TINY, pad_to_stride=True), kwargs)
 
 
 @register_model
 def mdeq3d_small_seg(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """A segmenter of three branches."""
-    return create(MDEQSegmenter, "mdeq3d_small_seg", pretrained, _SMALL, kwargs)
+    return create(MDEQSegmenter, "mdeq3d_small_seg", pretrained, dict(_SMALL, pad_to_stride=True), kwargs)
 
 
 @register_model
