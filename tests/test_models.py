@@ -155,7 +155,7 @@ def test_eval_sees_the_equilibrium_itself(name: str) -> None:
 def test_train_mode_sees_one_more_application_of_f() -> None:
     model = small("mdeq_tiny_cifar", dropout=0.0).eval()
     x = image(16, 16)
-    injection = model.inject(model.stem(x)).detach()
+    injection = model.injection(x).detach()
     state = model.equilibrium(injection).state
     expected = model.equilibrium.fn(injection)(state)
     model.equilibrium.train()

@@ -135,7 +135,7 @@ def test_the_default_is_exact_at_the_default_steps_of_a_model(name: str) -> None
     model = timm.create_model(name, num_classes=4, dropout=0.0).train()
     x = torch.randn(2, 3, 32, 32)
     model.deq.gradient = ReversibleGradient()
-    injection = model.inject(model.stem(x)).detach()
+    injection = model.injection(x).detach()
     z0 = model.equilibrium.cell.zero_state(injection)
     eq = model.deq(model.equilibrium.fn(injection), z0)
     parameters = [p for p in model.equilibrium.parameters() if p.requires_grad]

@@ -311,7 +311,7 @@ def test_explicit_twin(table: tuple[Path, str], model: MDEQ, split: tuple[Tensor
         count = int(line["steps"])
         with torch.no_grad():
             logits, equilibrium = model(x, return_equilibrium=True, unroll=count)
-            fn = model.equilibrium.fn(model.inject(model.stem(x)))
+            fn = model.equilibrium.fn(model.injection(x))
             z = torch.cat([s.flatten(1) for s in equilibrium.state], 1)
             f = torch.cat([s.flatten(1) for s in fn(equilibrium.state)], 1)
         assert float(line["twin_top1"]) == pytest.approx(accuracy(logits, y), abs=1e-6)

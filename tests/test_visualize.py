@@ -85,8 +85,8 @@ def test_traces_are_the_residuals_of_the_iterates(classifier: tuple[Path, nn.Mod
     table = studies.residual_traces(model, inputs, studies.compared_solvers(Broyden(), 4)["Picard"], silent)
     assert table.shape == (5, 2)
     for k, x in enumerate(inputs):
-        fn = model.equilibrium.fn(model.inject(model.stem(x)))
-        z = model.equilibrium.cell.zero_state(model.inject(model.stem(x)))
+        fn = model.equilibrium.fn(model.injection(x))
+        z = model.equilibrium.cell.zero_state(model.injection(x))
         for residual in table[:, k]:
             image_of_z = fn(z)
             expected = (flat(image_of_z) - flat(z)).norm() / flat(image_of_z).norm()
@@ -132,7 +132,7 @@ def test_snapshots(classifier: tuple[Path, nn.Module], image: Tensor) -> None:
     torch.testing.assert_close(flat(once.state), flat(twin.state))
     torch.testing.assert_close(once.logits, model(image, unroll=1))
     solved = studies.after(model, image, studies.long_run(Broyden(), 3))
-    f = flat(model.equilibrium.fn(model.inject(model.stem(image)))(solved.state))
+    f = flat(model.equilibrium.fn(model.injection(image))(solved.state))
     assert solved.residual == pytest.approx(float((f - flat(solved.state)).norm() / f.norm()), rel=1e-3)
     settled = studies.equilibrium(model, image, 60)
     assert settled.title == "equilibrium"

@@ -120,7 +120,7 @@ class Bench:
     @torch.no_grad()
     def problem(self, model: nn.Module, x: Tensor) -> tuple[StateFn, State]:
         """Return f for a batch of inputs, and the state of zeros."""
-        injection = model.inject(model.stem(x))
+        injection = model.injection(x)
         return model.equilibrium.fn(injection), model.equilibrium.cell.zero_state(injection)
 
     def solvers(self, steps: int, tol: float) -> dict[str, nn.Module]:

@@ -51,7 +51,7 @@ class Twin(nn.Module):
         self.cells = nn.ModuleList(again(name, num_classes=classes).equilibrium.cell for _ in range(steps))
 
     def forward(self, x: Tensor) -> Tensor:
-        injection = self.model.inject(self.model.stem(x))
+        injection = self.model.injection(x)
         state = self.cells[0].zero_state(injection)
         injections = (injection, *(None for _ in state[1:]))
         for cell in self.cells:

@@ -104,6 +104,6 @@ def spectral_radii(model: nn.Module, batches: Sequence[Batch], max_steps: int, w
     solver, radii = long_run(model.deq.solver, max_steps, SETTLED_TOL), []
     for x, _ in watch(batches, "spectral radius"):
         state = model.solve(x, solver=solver).state
-        fn = model.equilibrium.fn(model.inject(model.stem(x)))
+        fn = model.equilibrium.fn(model.injection(x))
         radii.append(model.deq.spectral_radius(fn, state, RADIUS_ITERATIONS))
     return torch.cat(radii).double().cpu().numpy()

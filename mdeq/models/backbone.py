@@ -147,8 +147,18 @@ class Backbone(nn.Module):
         Raises:
             ValueError: for an input of wrong rank, channels or size, or a z0 of wrong shapes.
         """
+        return self.equilibrium(self.injection(x), z0, solver, unroll, jacobian_probes)
+
+    def injection(self, x: Tensor) -> Tensor:
+        """Return what f is given of an input `(B, in_chans, *S)`, in every evaluation: `(B, channels[0], *S_finest)`.
+
+        `model.equilibrium.fn(model.injection(x))` is f itself, from a state to a state.
+
+        Raises:
+            ValueError: for an input of wrong rank, channels or size.
+        """
         x = padded(checked_input(x, self.spatial_dims, self.in_chans), self.size_divisor)
-        return self.equilibrium(self.inject(self.stem(x)), z0, solver, unroll, jacobian_probes)
+        return self.inject(self.stem(x))
 
     def _features(self, x: Tensor, **options: Any) -> tuple[Tensor, Equilibrium | None]:
         """Return the features that are pooled, and the equilibrium they came from; options as in `solve`."""
