@@ -144,7 +144,7 @@ class Linear:
 
     def __init__(self) -> None:
         self.deq = DEQ(Broyden(), {"name": "phantom"}).eval()
-        self.stem = self.inject = nn.Identity()
+        self.injection = nn.Identity()
         self.equilibrium = SimpleNamespace(fn=lambda x: lambda z: (x * z[0] + 1,))
 
     def solve(self, x: Tensor, solver: Any) -> Any:
