@@ -157,8 +157,11 @@ class Backbone(nn.Module):
         Raises:
             ValueError: for an input of wrong rank, channels or size.
         """
-        x = padded(checked_input(x, self.spatial_dims, self.in_chans), self.size_divisor)
-        return self.inject(self.stem(x))
+        return self.inject(self.stem(self._prepared(x)))
+
+    def _prepared(self, x: Tensor) -> Tensor:
+        """Return an input, checked, as the stem takes it."""
+        return padded(checked_input(x, self.spatial_dims, self.in_chans), self.size_divisor)
 
     def _features(self, x: Tensor, **options: Any) -> tuple[Tensor, Equilibrium | None]:
         """Return the features that are pooled, and the equilibrium they came from; options as in `solve`."""
@@ -224,8 +227,7 @@ class Backbone(nn.Module):
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
         take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
         complete = not (stop_early or intermediates_only) and self.last_tap is None
-        x = padded(checked_input(x, self.spatial_dims, self.in_chans), self.size_divisor)
-        x = self.stem.act1(self.stem.norm1(self.stem.conv1(x)))
+        x = self.stem.act1(self.stem.norm1(self.stem.conv1(self._prepared(x))))
         taps = [x]
         equilibrium = None
         if complete or max_index > 0:

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..layers import without_metadata
 from ..solvers import FixedPointSolver, SolveStats
 from ..state import State
+from .backbone import padded
 from .segmenter import MDEQSegmenter
 
 Place = Sequence[slice]
@@ -59,8 +60,8 @@ class WarmStart:
 
     def _start(self, windows: Tensor, places: Sequence[Place]) -> State:
         """Return the state to start from: what is known of each window, and zero."""
-        whole = [-(-s // divisor) * divisor for s, divisor in zip(windows.shape[2:], self.model.size_divisor)]
-        size = [-(-s // stride) for s, stride in zip(whole, self.model.stem_stride)]
+        whole = padded(windows, self.model.size_divisor)
+        size = [-(-s // stride) for s, stride in zip(whole.shape[2:], self.model.stem_stride)]
         z0 = self.model.equilibrium.cell.zero_state(windows.new_zeros((len(windows), 1, *size)))
         for k, place in enumerate(places):
             for i, seen in enumerate(self._seen.get(place[0].start, ())):
