@@ -356,6 +356,21 @@ def test_seeds_are_runs_that_differ_in_nothing_else(finished: Path, releases: Pa
 
     [first, second] = make_release(finished, releases, "--seeds", other("again", out_dir="x")).card["seeds"]
     assert (first["seed"], second["seed"]) == (0, 1)
+    record, weights = releases / "test_mdeq.digits.json", releases / "test_mdeq.digits.safetensors"
+    before = make_release(finished, releases, "--ship")
+    later = ("--release", before.name, "--seeds", tmp_path / "again")
+    publish(*later, "--dry-run").ok()
+    assert len(json.loads(record.read_text())["card"]["seeds"]) == 1
+    publish(*later).ok()
+    after = json.loads(record.read_text())
+    assert after["card"].pop("seeds") == [first, second]
+    assert after["card"] == {key: value for key, value in before.card.items() if key != "seeds"}
+    assert (after["sha256"], weights.is_file()) == (before.sha256, True)
+    assert "runs with other seeds, these have 0, 1, 1" in publish(*later).refusal()
+    assert "--ship takes the folder of a run" in publish(*later, "--ship").refusal()
+    assert "nothing.tag.json" in publish("--release", "nothing.tag", *later[2:]).refusal()
+    assert "differs from test_mdeq.digits" in publish(*later[:3], other("again longer", epochs=2)).refusal()
+    assert "give the folder of a run" in publish("--release", before.name).refusal()
     for folder in (other("longer", epochs=2), other("faster", "optim", lr=0.5), other("larger", "data", batch_size=3)):
         assert "differs from" in publish(finished, *RELEASE, "--seeds", folder).refusal()
     assert "runs with other seeds, these have 0, 0" in publish(finished, *RELEASE, "--seeds", finished).refusal()

@@ -2,6 +2,7 @@
 
     python tools/publish.py runs/NAME --repo ORG/NAME [--private] [--dry-run]
     python tools/publish.py runs/NAME --release ARCHITECTURE.TAG [--ship | --keep]    add it to the package's releases
+    python tools/publish.py --release ARCHITECTURE.TAG --seeds RUN ...        add runs of other seeds to its record
     python tools/publish.py --all [--runs DIR] [--dry-run]                    publish every release
     python tools/publish.py --readme                                          bring the README's table up to date
 
@@ -29,8 +30,8 @@ from huggingface_hub import HfApi
 import mdeq
 from tools.card import dataset, model_card, releases_table
 from tools.checkpoint import CONFIG_FILE, STEPS_FILE, WEIGHTS_FILE, read_json, read_weights, sha256, write_atomically
-from tools.config import BadInput, TrainConfig, config_yaml, load_config
-from tools.recheck import read_release, told_solver
+from tools.config import BadInput, TrainConfig, config_yaml, load_config, parse_config
+from tools.recheck import put_into_card, read_release, told_solver
 from tools.report import Parser, program
 from tools.results import ROOT, read_results, write_json
 from tools.steps import read_table
@@ -91,13 +92,16 @@ def parse_arguments() -> argparse.Namespace:
     if sum(bool(getattr(arguments, mode)) for mode in WORDS_OF) != 1:
         raise BadInput("give one of --repo ORG/NAME, --release ARCHITECTURE.TAG, --all and --readme")
     of_releases = arguments.all or arguments.readme
-    if of_releases == (arguments.run is not None):
+    adds_seeds = arguments.release is not None and arguments.run is None and bool(arguments.seeds)
+    if of_releases == (arguments.run is not None) and not adds_seeds:
         flag = "--all" if arguments.all else "--readme"
         raise BadInput(f"{flag} is for the releases, not for a folder" if of_releases else "give the folder of a run")
     [mode] = [mode for mode in WORDS_OF if getattr(arguments, mode)]
     others = [word for words in WORDS_OF.values() for word in words if word not in WORDS_OF[mode]]
     if unused := [word for word in others if getattr(arguments, word)]:
         raise BadInput(f"--{unused[0]} does not go with --{mode}")
+    if adds_seeds and (unused := [word for word in WORDS_OF["release"][1:] if getattr(arguments, word)]):
+        raise BadInput(f"--{unused[0]} takes the folder of a run; seeds are added to a release without one")
     if arguments.repo is not None and arguments.repo.count("/") != 1:
         raise BadInput(f"--repo must be ORG/NAME, got {arguments.repo}")
     return arguments
@@ -137,7 +141,7 @@ def record_of(
         "data": config.data.name,
         **results,
         "stages": [] if stage is None else _stages(stage, run),
-        "seeds": [_seed(folder) for folder in _alike(run, seeds)],
+        "seeds": _with_seeds(run, load_config(run / CONFIG_FILE), results["evaluation"], [_seed(results)], seeds),
         "steps": read_table(run / STEPS_FILE) if (run / STEPS_FILE).exists() else [],
         "notes": list(notes),
         "config": config_yaml(config),
@@ -174,35 +178,63 @@ def _stages(record: Path, run: Path) -> list[dict[str, Any]]:
     return [*release.card.get("stages", []), {"sha256": release.sha256, **release.card["training"]}]
 
 
-def _alike(run: Path, others: Sequence[Path]) -> list[Path]:
-    """Return the folders of runs of one config and evaluation with different seeds.
+def _with_seeds(
+    of: Path | str, config: TrainConfig, evaluation: Mapping[str, Any], known: Sequence[Mapping[str, Any]],
+    runs: Sequence[Path],
+) -> list[Mapping[str, Any]]:  # fmt: skip
+    """Return the seeds that are known, and those of runs of the same config and evaluation.
+
+    Args:
+        of: run or release that the others are seeds of, for errors.
+        config: by which it was trained.
+        evaluation: of it.
+        known: seeds with their figures.
+        runs: folders of the others.
 
     Raises:
-        BadInput: for others.
+        BadInput: for a run that differs in more than the seed, or has one that is known.
     """
 
-    def kind(folder: Path) -> list[Any]:
-        config, evaluation = load_config(folder / CONFIG_FILE), _results(folder)["evaluation"]
-        config.model.checkpoint = None
-        config.data = dataclasses.replace(config.data, root="", workers=0, download=False, cache_on_device=False)
-        config.run = dataclasses.replace(TrainConfig().run, epochs=config.run.epochs, amp=config.run.amp)
-        return [config, *(evaluation.get(key) for key in ("metric", "solver", "settings"))]
+    def kind(config: TrainConfig, evaluation: Mapping[str, Any]) -> list[Any]:
+        model = dataclasses.replace(config.model, checkpoint=None)
+        data = dataclasses.replace(config.data, root="", workers=0, download=False, cache_on_device=False)
+        run = dataclasses.replace(TrainConfig().run, epochs=config.run.epochs, amp=config.run.amp)
+        trained = dataclasses.replace(config, model=model, data=data, run=run)
+        return [trained, evaluation["metric"], evaluation["solver"], sorted(evaluation.get("settings", []))]
 
-    for folder in others:
+    seeds = list(known)
+    for folder in runs:
         if not folder.is_dir():
             raise BadInput(f"no folder {folder}")
-        if kind(folder) != kind(run):
-            raise BadInput(f"{folder} differs from {run} in more than the seed, or was evaluated in another way")
-    seeds = [_results(folder)["training"]["seed"] for folder in (run, *others)]
-    if len(set(seeds)) < len(seeds):
-        raise BadInput(f"--seeds takes runs with other seeds, these have {', '.join(map(str, seeds))}")
-    return [run, *others]
+        results = _results(folder)
+        if kind(load_config(folder / CONFIG_FILE), results["evaluation"]) != kind(config, evaluation):
+            raise BadInput(f"{folder} differs from {of} in more than the seed, or was evaluated in another way")
+        seeds.append(_seed(results))
+    numbers = [seed["seed"] for seed in seeds]
+    if len(set(numbers)) < len(numbers):
+        raise BadInput(f"--seeds takes runs with other seeds, these have {', '.join(map(str, numbers))}")
+    return seeds
 
 
-def _seed(run: Path) -> dict[str, Any]:
-    results = _results(run)
+def _seed(results: Mapping[str, Any]) -> dict[str, Any]:
     evaluation = results["evaluation"]
     return {"seed": results["training"]["seed"], "value": evaluation["metrics"][evaluation["metric"]]}
+
+
+def add_seeds(record: Path, runs: Sequence[Path], *, dry_run: bool) -> None:
+    """Add the figures of runs of other seeds to the record of a release; its weights stay those that they are.
+
+    Args:
+        record: the file.
+        runs: their folders; see `_with_seeds`.
+        dry_run: check alone.
+    """
+    release = read_release(record)
+    card = release.card
+    config = parse_config(card["config"], f"the record of {release.name}")
+    seeds = _with_seeds(release.name, config, card["evaluation"], card["seeds"], runs)
+    if not dry_run:
+        put_into_card(record, seeds=seeds)
 
 
 def config_of(run: Path, name: str, data: str) -> dict[str, Any]:
@@ -366,6 +398,11 @@ def main() -> None:
         if not arguments.dry_run:
             write_atomically(path, lambda new: new.write_text(text, encoding="utf-8"))
         print(f"{done}: {path}")
+        return
+    if arguments.release is not None and arguments.run is None:
+        record = RELEASES_FOLDER / f"{arguments.release}.json"
+        add_seeds(record, arguments.seeds, dry_run=arguments.dry_run)
+        print(f"{done}: {record}")
         return
     if arguments.release is not None:
         for path in make_release(arguments.run, arguments.release, RELEASES_FOLDER, arguments):
