@@ -43,7 +43,10 @@ class _FlatFn:
             self.tensors = fn.tensors
 
     def __call__(self, z: Tensor) -> Tensor:
-        f_z = self.layout.flatten(self.fn(self.layout.unflatten(z.to(self.inner))), self.outer)
+        state = self.fn(self.layout.unflatten(z.to(self.inner)))
+        if not isinstance(state, (tuple, list)):
+            raise ValueError(f"f must return a tuple of tensors, one per branch, got {type(state).__name__}")
+        f_z = self.layout.flatten(tuple(state), self.outer)
         if f_z.shape != z.shape:
             raise ValueError(f"f must keep the batch size, {z.shape[0]}, got {f_z.shape[0]}")
         return f_z

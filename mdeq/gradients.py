@@ -180,7 +180,7 @@ def build_gradient(spec: GradientSpec) -> GradientEstimator:
         ValueError: for what describes no estimator, an unknown name or a setting out of range.
         TypeError: for a setting that the estimator does not have.
     """
-    if hasattr(spec, "solve") and not isinstance(spec, FixedPointSolver):
+    if hasattr(spec, "solve") and not isinstance(spec, (FixedPointSolver, type)):
         return spec
     if not isinstance(spec, Mapping):
         raise ValueError(f"expected a gradient estimator or a mapping such as {{'name': 'implicit'}}, got {spec!r}")

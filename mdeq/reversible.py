@@ -120,7 +120,8 @@ class _Reverse(torch.autograd.Function):
                 return x
             rows, was = stored[step]
             was = torch.where(took, x.index_copy(0, rows, was.chunk(2, dim=1)[half]), x)
-            worst = torch.maximum(worst, torch.linalg.vector_norm(was - x, dim=1) / size)
+            away = torch.linalg.vector_norm(was - x, dim=1) / size
+            worst = torch.maximum(worst, torch.where(failed, 0, away))
             return was
 
         # Where no step was possible, zero would pass for a gradient.
@@ -166,8 +167,9 @@ class ReversibleGradient:
     2e-7 after 10 steps and 3e-3 after 14 at beta 0.8, and 3e-10 after 18 at beta 0.5 (tests/test_reversible.py).
 
     It evaluates f again in backward, so fn has to say what it closes over that gradients are due to: `fn.tensors()`
-    returns a sequence of tensors. The models of this package do; in a map of your own write a class with `__call__` and
-    `tensors`. A sample that failed without a finite step gets a gradient of nan.
+    returns a sequence of tensors, none of which is computed from another: name an injection or what it is computed
+    from, not both. The models of this package do; in a map of your own write a class with `__call__` and `tensors`. A
+    sample that failed without a finite step gets a gradient of nan.
 
     Args:
         beta: relaxation, in (0, 1). Larger is faster where f contracts, smaller is reversed more exactly.
@@ -196,7 +198,7 @@ class ReversibleGradient:
             if not hasattr(fn, "tensors"):
                 raise ValueError(
                     "ReversibleGradient evaluates f again in backward: f needs a method tensors() that returns what it "
-                    "closes over that gradients are due to"
+                    "closes over that gradients are due to, none of it computed from another"
                 )
             tensors = [x for x in fn.tensors() if x.requires_grad]
         stored = _Stored(self.store_every or self._distance(), solver.max_steps) if tensors else None
@@ -229,9 +231,13 @@ class ReversibleGradient:
 
 
 def _steps_of_best(stats: SolveStats) -> tuple[Tensor, Tensor]:
-    """Return after how many steps each sample was at the iterate that was returned, and whether there was none."""
+    """Return after how many steps each sample was at the iterate that was returned, and whether there was none.
+
+    A sample of none counts one step: backward goes through it, and so takes its nan to all that f is made of.
+    """
     step = torch.arange(len(stats.trace), device=stats.trace.device).unsqueeze(1)
     competed = (step > 0) & (step <= stats.num_steps) & torch.isfinite(stats.trace)
     is_best = competed & (stats.trace == stats.residual)
     count = torch.where(is_best.any(dim=0), is_best.int().argmax(dim=0), 0)
-    return count, (count == 0) & (stats.status != SolveStatus.CONVERGED)
+    failed = (count == 0) & (stats.status != SolveStatus.CONVERGED)
+    return torch.where(failed, 1, count), failed

@@ -296,6 +296,9 @@ def test_specs() -> None:
 
 def test_shape_errors() -> None:
     deq = DEQ(Broyden(), ImplicitGradient())
+    for result in (torch.zeros(2, 3), None):
+        with pytest.raises(ValueError, match=r"f must return a tuple of tensors.*got (Tensor|NoneType)"):
+            deq(lambda z, result=result: result, (torch.zeros(2, 3),))
     with pytest.raises(ValueError, match=r"expected a state of shapes \[\(3,\)\], got \[\(2,\)\]"):
         deq(lambda z: (z[0][:, :2],), (torch.zeros(2, 3),))
     with pytest.raises(ValueError, match="one batch size"):

@@ -5,6 +5,7 @@ import weakref
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor
 
@@ -363,6 +364,8 @@ def test_build_gradient() -> None:
         build_gradient({"name": "implicit", "solver": {"name": "newton"}})
     with pytest.raises(TypeError, match="num_step"):
         build_gradient({"name": "phantom", "num_step": 3})
+    with pytest.raises(ValueError, match=r"expected a gradient estimator or .*, got <class .*PhantomGradient'>"):
+        build_gradient(PhantomGradient)
 
 
 @pytest.mark.parametrize(
@@ -525,6 +528,16 @@ def test_diagnostics_under_inference_mode() -> None:
         z = torch.zeros(2, 3)
         assert spectral_radius(lambda z: -0.5 * z, z).tolist() == pytest.approx([0.5, 0.5], rel=1e-6)
         assert jacobian_frobenius(lambda z: -0.5 * z, z) > 0
+
+
+def test_diagnostics_of_a_model_under_inference_mode() -> None:
+    """f is then made of tensors that autograd refuses."""
+    model = timm.create_model("test_mdeq", dropout=0.1, solver=Broyden(max_steps=2)).train()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        eq = model.solve(x, jacobian_probes=1)
+        assert eq.jacobian_penalty > 0
+        assert (DEQ.spectral_radius(model.equilibrium.fn(model.injection(x)), eq.state, 4) > 0).all()
 
 
 @pytest.mark.parametrize("settings", [{}, dict(history=4), dict(history_dtype="bfloat16")], ids=str)

@@ -2,13 +2,14 @@
 
 import copy
 import json
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from timm.models import create_feature_extractor, save_for_hf
-from torch import Tensor
+from torch import Tensor, nn
 
 import mdeq
 from tests.official import official_model
@@ -374,6 +375,8 @@ def test_reset_classifier() -> None:
     assert model(x).shape == (2, 7)
     model.reset_classifier(0, "")
     assert model(x).shape == (2, model.num_features, 1, 1)
+    with pytest.raises(ValueError, match='global_pool="" leaves nothing for a classifier'):
+        model.reset_classifier(7)
 
 
 @pytest.mark.parametrize("name", LIGHT)
@@ -387,3 +390,36 @@ def test_pruned_models_end_at_the_last_map(name: str) -> None:
         assert features.shape[1] == pruned.num_features == model.feature_info[last]["num_chs"]
         features.square().sum().backward()
         assert [key for key, p in pruned.named_parameters() if p.grad is None] == []
+    model.prune_intermediate_layers([0])
+    for use in (lambda: model.deq, lambda: model.solve(x)):
+        with pytest.raises(RuntimeError, match="pruned to its stem"):
+            use()
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["all train", "stem frozen"])
+@pytest.mark.parametrize("gradient", ["implicit", "phantom", "reversible"])
+def test_replicas_of_data_parallel_train_all_that_the_model_does(gradient: str, frozen: bool) -> None:
+    """In a replica parameters are plain tensors, which parameters() does not list."""
+    model = timm.create_model("test_mdeq", gradient={"name": gradient}, solver=mdeq.Picard(max_steps=2)).train()
+    if frozen:
+        model.stem.requires_grad_(False)
+        model.inject.requires_grad_(False)
+    x = image(32, 32)
+    trained = []
+    for net in (model, replica(model)):
+        model.zero_grad()
+        net(x).square().sum().backward()
+        trained.append({name for name, p in model.named_parameters() if p.grad is not None})
+    assert trained[0] == trained[1] == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def replica(model: nn.Module) -> nn.Module:
+    """Return what torch.nn.parallel.replicate makes of a model for one device, without one."""
+    copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, other in copies.items():
+        other._former_parameters = OrderedDict()
+        for name, child in module._modules.items():
+            setattr(other, name, copies.get(child))
+        for name, p in module._parameters.items():
+            setattr(other, name, None if p is None else p.view_as(p))
+    return copies[model]

@@ -1,5 +1,6 @@
 """The reversible gradient, against autograd through the same iteration written out."""
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +28,7 @@ class Tanh:
         return [self.a, self.b]
 
     def take(self, index: Tensor) -> "Tanh":
-        part = object.__new__(Tanh)
+        part = object.__new__(type(self))
         part.a, part.b = self.a, self.b[index]
         return part
 
@@ -224,6 +225,27 @@ def test_a_bad_sample_does_not_touch_the_others() -> None:
     (grad,) = torch.autograd.grad((f.upstream * eq.state[0]).sum(), f.b)
     assert torch.isnan(grad[1]).all()
     assert torch.isfinite(grad[[0, 2, 3]]).all()
+
+
+@pytest.mark.parametrize("bad", [[1], [0, 1, 2, 3]], ids=["one", "all"])
+def test_a_failed_sample_shows_in_all_gradients(bad: list[int]) -> None:
+    """Zeros, or none at all, would pass for gradients; relu is one whose derivative at nan is no nan."""
+
+    class Relu(Tanh):
+        def __call__(self, z: tuple[Tensor, ...]) -> tuple[Tensor]:
+            return (torch.relu(z[0] @ self.a + self.b),)
+
+    f = Relu()
+    with torch.no_grad():
+        f.b[bad] = float("nan")
+    eq = DEQ(Picard(tol=1e-6, max_steps=5), ReversibleGradient(0.5))(f, (torch.zeros_like(f.b),))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing to say of how far a sample came back that went nowhere
+        grad_a, grad_b = torch.autograd.grad((f.upstream * eq.state[0]).sum(), (f.a, f.b))
+    assert torch.isnan(grad_a).all()
+    good = [i for i in range(4) if i not in bad]
+    assert torch.isnan(grad_b[bad]).all()
+    assert torch.isfinite(grad_b[good]).all()
 
 
 def test_a_model_trains_with_it() -> None:

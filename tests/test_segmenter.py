@@ -201,6 +201,20 @@ def test_pruned(last: int) -> None:
     assert [key for key, p in model.named_parameters() if p.grad is None] == []
 
 
+@pytest.mark.parametrize("stem_stride", [1, 2, 4, (4, 2)])
+@pytest.mark.parametrize("last", [0, 1, 2])
+def test_pruned_models_give_logits_of_the_whole_input(stem_stride: int | tuple[int, int], last: int) -> None:
+    model = small(in_chans=3, stem_stride=stem_stride).eval()
+    model.prune_intermediate_layers([last], prune_head=False)
+    x = torch.randn(1, 3, 64, 48)
+    other = x.clone()
+    other[..., 40:, :] = 0  # what a magnified corner of the map would not see
+    logits, changed = model(x), model(other)
+    assert logits.shape == (1, 5, 64, 48)
+    assert not torch.equal(logits[..., 32:, :], changed[..., 32:, :])
+    assert torch.equal(logits[..., :16, :], changed[..., :16, :]) == (last < len(model.feature_info) - 2)
+
+
 @pytest.mark.parametrize("gradient", [mdeq.ImplicitGradient(), mdeq.PhantomGradient(2)])
 def test_gradient_checkpointing_changes_nothing(gradient: mdeq.GradientEstimator) -> None:
     model = small(3, gradient=gradient, dtype=torch.float64).train()

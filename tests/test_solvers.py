@@ -546,3 +546,10 @@ def test_a_diverging_sample_stays_alone(solver: FixedPointSolver) -> None:
         assert stats.num_steps[i] == benign.num_steps[i]
         assert stats.residual[i] == benign.residual[i]
     assert z.isfinite().all()
+
+
+def test_residual_of_zeros_in_float16() -> None:
+    """The denominator's smallest value must be one that the dtype has."""
+    _, stats = Picard()(lambda z: 0 * z, torch.zeros(2, 3, dtype=torch.float16))
+    assert stats.converged.all()
+    assert stats.residual.tolist() == [0, 0]

@@ -124,7 +124,22 @@ class Backbone(nn.Module):
     @property
     def deq(self) -> DEQ:
         """The equilibrium layer; its `solver` and `gradient` may be replaced."""
-        return self.equilibrium.deq
+        return self._implicit().deq
+
+    def _implicit(self) -> MultiscaleDEQ:
+        if isinstance(self.equilibrium, nn.Identity):
+            raise RuntimeError("this model was pruned to its stem, and has no equilibrium any more")
+        return self.equilibrium
+
+    @property
+    def feature_strides(self) -> tuple[int, ...]:
+        """Pixels or voxels of the input per point of the features, per axis; those of a pruned model may be coarse."""
+        if self.last_tap is None:
+            return self.stem_stride
+        branch = self.last_tap - self._num_stem_taps
+        if branch >= 0:
+            return tuple(stride * 2**branch for stride in self.stem_stride)
+        return tuple(min(stride, 2) for stride in self.stem_stride) if self.last_tap == 0 else self.stem_stride
 
     def solve(
         self,
@@ -147,7 +162,7 @@ class Backbone(nn.Module):
         Raises:
             ValueError: for an input of wrong rank, channels or size, or a z0 of wrong shapes.
         """
-        return self.equilibrium(self.injection(x), z0, solver, unroll, jacobian_probes)
+        return self._implicit()(self.injection(x), z0, solver, unroll, jacobian_probes)
 
     def injection(self, x: Tensor) -> Tensor:
         """Return what f is given of an input `(B, in_chans, *S)`, in every evaluation: `(B, channels[0], *S_finest)`.

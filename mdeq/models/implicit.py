@@ -51,8 +51,9 @@ class CellFn:
 
     def tensors(self) -> list[Tensor]:
         """Return what f is made of beside its state: injection, kernels, norms."""
-        norms = [p for m in self.cell.modules() if isinstance(m, nn.GroupNorm) for p in m.parameters()]
-        return [*(u for u in self.injection if u is not None), *self.kernels.values(), *norms]
+        # By name: in a replica of nn.DataParallel a module's parameters() is empty.
+        norms = [p for m in self.cell.modules() if isinstance(m, nn.GroupNorm) for p in (m.weight, m.bias)]
+        return [*(x for x in (*self.injection, *norms) if x is not None), *self.kernels.values()]
 
 
 @register_notrace_module
@@ -71,8 +72,13 @@ class MultiscaleDEQ(nn.Module):
     def fn(self, injection: Tensor, checkpoint: bool = False) -> CellFn:
         """Return f for a batch, given the injection into branch 0 `(B, C_0, *S)`; draws the dropout masks."""
         cell = self.cell
-        injections = (injection, *[None] * (len(cell.channels) - 1))
-        return CellFn(cell, injections, cell.sample_masks(injection), cell.kernels(), checkpoint)
+        masks, kernels = cell.sample_masks(injection), cell.kernels()
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+            # Derivatives of f, such as its spectral radius, are asked for in this mode too, whose tensors have none.
+            with torch.inference_mode(False), torch.no_grad():
+                injection, kernels = injection.clone(), {name: kernel.clone() for name, kernel in kernels.items()}
+                masks = None if masks is None else tuple(mask.clone() for mask in masks)
+        return CellFn(cell, (injection, *[None] * (len(cell.channels) - 1)), masks, kernels, checkpoint)
 
     def forward(
         self,
@@ -90,12 +96,12 @@ class MultiscaleDEQ(nn.Module):
             if given != [tuple(z.shape) for z in start]:
                 raise ValueError(f"z0 must have shapes {[tuple(z.shape) for z in start]}, got {given}")
             start = tuple(without_metadata(z).to(s) for z, s in zip(z0, start))
+        # The implicit gradient goes through one evaluation many times: nothing to gain from computing it again.
+        checkpoint = self.grad_checkpointing and (unroll > 0 or isinstance(self.deq.gradient, PhantomGradient))
+        fn = self.fn(injection, checkpoint)
         # With everything upstream frozen no backward solve is due, although f(z) depends on z.
-        learns = injection.requires_grad or any(p.requires_grad for p in self.cell.parameters())
+        learns = any(x.requires_grad for x in fn.tensors())
         with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
-            # The implicit gradient goes through one evaluation many times: nothing to gain from computing it again.
-            checkpoint = self.grad_checkpointing and (unroll > 0 or isinstance(self.deq.gradient, PhantomGradient))
-            fn = self.fn(injection, checkpoint)
             return self.deq(fn, start, solver=solver, unroll=unroll, jacobian_probes=jacobian_probes)
 
 

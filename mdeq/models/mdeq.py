@@ -38,7 +38,8 @@ class MDEQ(Backbone):
     Args:
         in_chans: channels of the input.
         num_classes: classes; 0 leaves out the classifier.
-        global_pool: pooling before the classifier, as in timm (`"avg"`, `"max"`, `"catavgmax"`, ..., `""` for none).
+        global_pool: pooling before the classifier, as in timm (`"avg"`, `"max"`, `"catavgmax"`, ...); with
+            num_classes=0 also `""`, for none.
         spatial_dims: 2 for images, 3 for volumes.
         channels: C_i per branch, highest resolution first; one branch makes a single-scale model.
         head_channels: width of the head's bottleneck per branch.
@@ -104,6 +105,8 @@ class MDEQ(Backbone):
         self._init_weights()
 
     def _make_classifier(self, num_classes: int, global_pool: str, dd: dict[str, Any]) -> None:
+        if num_classes > 0 and not global_pool:
+            raise ValueError('global_pool="" leaves nothing for a classifier to work on; give num_classes=0 with it')
         pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
         self.head_hidden_size = self.num_features * pool.feat_mult()
         classifier = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()

@@ -108,7 +108,7 @@ class MDEQSegmenter(Backbone):
         return x if pre_logits else self.classifier(x)
 
     def _output(self, features: Tensor, x: Tensor) -> Tensor:
-        return enlarged(self.forward_head(features), x, self.stem_stride)
+        return enlarged(self.forward_head(features), x, self.feature_strides)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier.

@@ -216,7 +216,8 @@ class FixedPointSolver(ABC):
             absolute = torch.linalg.vector_norm(g, dim=1)
             residual = absolute
             if self.stop_mode == "rel":
-                residual = absolute / (torch.linalg.vector_norm(fz, dim=1) + 1e-9)
+                tiny = max(1e-9, torch.finfo(fz.dtype).tiny)  # 1e-9 is 0 in float16
+                residual = absolute / (torch.linalg.vector_norm(fz, dim=1) + tiny)
             look = not static and (step % self.check_every == 0 or step == self.max_steps)
             num_active = progress.update(self, step, z, absolute, residual, look)
             if step == self.max_steps or num_active == 0:
