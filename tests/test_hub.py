@@ -295,6 +295,11 @@ def test_a_release_tells_of_the_weights_that_it_started_from(
 
     first = make_release(finished, releases, "--ship")
     assert "started from no weights" in publish(finished, *RELEASE, "--stage", record).refusal()
+    settings["model"] |= {"pretrained": True, "name": "mdeq_tiny_cifar.cifar10"}
+    (continued / "config.yaml").write_text(yaml.safe_dump(settings))
+    line = publish(continued, *RELEASE, "--stage", record).refusal()
+    assert "started from the weights of mdeq_tiny_cifar.cifar10, not from those of test_mdeq.digits" in line
+    settings["model"] |= {"pretrained": False, "name": "test_mdeq"}
     start(finished)
     second, third = (make_release(continued, releases, "--ship", "--stage", record) for _ in range(2))
     others = tmp_path / "model.safetensors"

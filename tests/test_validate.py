@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from helpers import FOUR_BRANCHES, TINY, image_folder, make_run, publish, rows, train, validate
+from helpers import FOUR_BRANCHES, ROOT, TINY, image_folder, make_run, publish, rows, train, validate
 from PIL import Image
 from torch import Tensor
 
@@ -201,7 +201,7 @@ def test_a_record_is_renewed(trained: Path, release: Path) -> None:
         assert word in validate("--record", release, "--renew", word).refusal()
 
 
-def test_records_that_cannot_be_checked(release: Path, tmp_path: Path) -> None:
+def test_records_that_cannot_be_checked(trained: Path, release: Path, tmp_path: Path) -> None:
     assert "--model" in validate("--record", release, "--model", "test_mdeq").refusal()
     assert "--samples" in validate("--record", release, "--samples", "2").refusal()
     assert "--samples" in validate("--record", release, "--steps", "2", "--samples", "0").refusal()
@@ -209,6 +209,16 @@ def test_records_that_cannot_be_checked(release: Path, tmp_path: Path) -> None:
     assert "run.amp=bf16" in validate("--record", release, "run.amp=bf16").refusal()
     assert "model.solver.max_steps=9" in validate("--record", release, "model.solver.max_steps=9").refusal()
     assert "nowhere.json" in validate("--record", tmp_path / "nowhere.json").refusal()
+    shipped = "mdeq_tiny_cifar.cifar10"
+    assert f"{shipped}.json" in validate("--record", shipped).refusal()
+    of_package = ROOT / "mdeq" / "weights" / shipped
+    assert "say where the data (cifar10) lie: data.root=" in validate("--record", f"{of_package}.json").refusal()
+    assert "the .json file beside them" in validate("--record", f"{of_package}.safetensors").refusal()
+    line = validate("--model", "mdeq_tiny_cifar.cifar100", "data.name=digits").refusal()
+    assert "no weights mdeq_tiny_cifar.cifar100; did you mean mdeq_tiny_cifar.cifar10" in line
+    for words in (["--flip"], ["--scales", "1", "2"], ["model.kwargs.dropout=0.5"], ["run.dtype=float64"]):
+        line = validate("--checkpoint", trained, "--record", *words).refusal()
+        assert f"--record keeps what a figure is found again by, settings of data and solver; not {words[0]}" in line
     without = json.loads(release.read_text())
     del without["card"]["config"]
     for text in (json.dumps(without), "{", "[]", "{}", '{"sha256": "", "size": 1, "card": {"evaluation": 1}}'):

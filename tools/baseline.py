@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from mdeq import Equilibrium
 from tools import build, volume_data
-from tools.batches import seed_everything
+from tools.batches import evaluated_split, seed_everything
 from tools.checkpoint import check_folder, make_folder
 from tools.config import BadInput, DEQConfig, TrainConfig, load_config, split_overrides
 from tools.engine import Trainer, evaluate, train_epoch
@@ -68,15 +68,22 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainConfig, TrainConfig]:
     config = load_config(arguments.config, overrides)
     if config.task != "classification" or config.data.mixup or config.data.cutmix or config.optim.ema_decay:
         raise BadInput("a baseline is for the classification of images, without mixup, cutmix and optim.ema_decay")
+    if any(word.startswith("run.max_minutes=") for word in overrides):
+        raise BadInput("a baseline is trained to its end; leave out run.max_minutes")
     if config.data.name in volume_data.NAMES:
         raise BadInput(f"a baseline is for the classification of images, {config.data.name} is of volumes")
     if arguments.record is None:
         return arguments, config, config
-    card = read_release(arguments.record).card
+    release = read_release(arguments.record)
+    card = release.card
     if card["data"] != config.data.name:
         raise BadInput(f"{arguments.record} is of weights for {card['data']}, not for {config.data.name}")
+    trained = evaluated_config(card, release.name)
+    alike = [(c.model.name.partition(".")[0], c.run.epochs, c.optim) for c in (config, trained)]
+    if alike[0] != alike[1]:
+        raise BadInput(f"{arguments.record} is of a {trained.model.name} by another recipe or number of epochs")
     places = {key: getattr(config.data, key) for key in DATA_PLACES}
-    data = dataclasses.replace(evaluated_config(card, arguments.record.stem).data, **places)
+    data = dataclasses.replace(trained.data, **places)
     return arguments, config, dataclasses.replace(config, data=data)
 
 
@@ -89,6 +96,8 @@ def build_net(
         BadInput: for an unknown one, or one that these settings are not for.
     """
     options = {} if channels is None else {"channels": channels}
+    if channels is not None and len(channels) != 4:
+        raise BadInput(f"--channels takes four numbers, one for each stage of a ResNet, got {len(channels)}")
     try:
         net = timm.create_model(name, num_classes=num_classes, in_chans=size[0], **options)
         net.eval()(torch.zeros(1, *size))
@@ -141,10 +150,11 @@ def main() -> None:
     minutes = (time.monotonic() - start) / 60
     result = evaluate(model, test, process, task, amp=trainer.amp, dtype=dtype)
     told = f"{arguments.net}, {parameters:,} parameters, {config.run.epochs} epochs in {minutes:.1f} minutes"
-    print(f"{told}: test accuracy {result['top1']:.2f} %, loss {result['loss']:.4f}")
+    split = evaluated_split(tested.data)
+    print(f"{told}: {split} accuracy {result['top1']:.2f} %, loss {result['loss']:.4f}")
     record = dict(
         net=arguments.net, channels=arguments.channels, parameters=parameters, minutes=minutes, metrics=result,
-        seed=config.run.seed, epochs=config.run.epochs, **circumstances(process.device),
+        split=split, seed=config.run.seed, epochs=config.run.epochs, **circumstances(process.device),
     )  # fmt: skip
     make_folder(arguments.out)
     write_json(arguments.out / "baseline.json", record)

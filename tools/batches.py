@@ -132,6 +132,13 @@ def evaluated_split(config: DataConfig) -> str:
     return "test" if config.name in ("digits", "cifar10") else config.test_split  # these two have no names for it
 
 
+def told_holdout(config: DataConfig) -> list[str]:
+    """Return the line to print where a score is not of the test split."""
+    if config.holdout is None:
+        return []
+    return [f"tested on {config.holdout:,} held-out training samples, not on the test split"]
+
+
 def chosen(count: int, config: DataConfig, training: bool) -> slice:
     """Return which samples of a split of so many count: `data.num_train` of those that `data.holdout` leaves, or these.
 

@@ -144,7 +144,8 @@ def build_model(config: ModelConfig, num_classes: int | None, *, for_training: b
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
     try:
-        create = partial(timm.create_model, known_model(config.name), pretrained=config.pretrained)
+        name = known_weights(config.name) if config.pretrained else known_model(config.name)
+        create = partial(timm.create_model, name, pretrained=config.pretrained)
         if config.solver is not None and "name" not in config.solver:  # a few settings of the model's own
             rest = {key: value for key, value in kwargs.items() if key != "solver"}
             own = solver_settings(create(**rest).deq.solver)

@@ -171,6 +171,9 @@ def _stages(record: Path, run: Path) -> list[dict[str, Any]]:
     release, model = read_release(record), load_config(run / CONFIG_FILE).model
     if model.checkpoint is None and not model.pretrained:
         raise BadInput(f"{run} started from no weights, not from those of {release.name}")
+    named = model.checkpoint is None and ":" not in model.name
+    if named and model.name not in (release.name, release.name.partition(".")[0]):
+        raise BadInput(f"{run} started from the weights of {model.name}, not from those of {release.name}")
     start = Path(model.checkpoint or "")
     start = start / WEIGHTS_FILE if model.checkpoint and start.is_dir() else start
     if start.is_file() and sha256(start) != release.sha256:

@@ -34,6 +34,12 @@ def read_release(path: Path) -> mdeq.Release:
     Raises:
         BadInput: for a file that is none, or one without an evaluation.
     """
+    if not path.exists() and path.name in mdeq.RELEASES:
+        raise BadInput(
+            f"{path} is the name of a release; its record is {mdeq.RELEASES[path.name].folder / path.name}.json"
+        )
+    if path.suffix == ".safetensors":
+        raise BadInput(f"{path} holds weights; their record is the .json file beside them")
     content = read_json(path)
     try:
         release = mdeq.Release(name=path.stem, folder=path.parent, **content)
@@ -73,6 +79,17 @@ def evaluated_config(card: Mapping[str, Any], name: str) -> TrainConfig:
     return load_config(None, card["evaluation"].get("settings", []), base=trained)
 
 
+def check_place(config: TrainConfig) -> TrainConfig:
+    """Return settings that came of a record.
+
+    Raises:
+        BadInput: if nobody has said where the data lie: a record does not know.
+    """
+    if config.data.root == "DIR" and config.data.name != "digits" and not Path("DIR").exists():
+        raise BadInput(f"say where the data ({config.data.name}) lie: data.root=FOLDER")
+    return config
+
+
 def release_config(release: mdeq.Release, overrides: Sequence[str], *, renew: bool = False) -> TrainConfig:
     """Return the settings to evaluate a release as users have it: its own arguments and weights, its record's data.
 
@@ -103,7 +120,7 @@ def release_config(release: mdeq.Release, overrides: Sequence[str], *, renew: bo
         **{key: args.get(key) for key in own},
     )
     config.data.num_classes = release.config["num_classes"]
-    return load_config(None, overrides, base=config)
+    return check_place(load_config(None, overrides, base=config))
 
 
 def put_into_card(path: Path, **sections: Any) -> None:

@@ -12,7 +12,7 @@ from tools.batches import Batch, Batches, Process
 from tools.build import build_test_split
 from tools.checkpoint import CONFIG_FILE
 from tools.config import BadInput, TrainConfig, load_config
-from tools.recheck import evaluated_config
+from tools.recheck import check_place, evaluated_config
 from tools.studies import Watch
 
 TOGETHER = 8
@@ -41,7 +41,7 @@ def data_config(name: str, model: nn.Module, overrides: Sequence[str]) -> TrainC
         base = load_config(path)
     elif release is not None:
         base = evaluated_config(release.card, release.name)
-    config = load_config(None, overrides, base=base)
+    config = check_place(load_config(None, overrides, base=base))
     if base is nothing and not any(word.startswith("data.name=") for word in overrides):
         raise BadInput(f"nothing says which data {name} is for; give data.name=NAME")
     config.model = dataclasses.replace(config.model, name=name)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import mdeq
 from tools import build
-from tools.batches import Batches, Process
+from tools.batches import Batches, Process, told_holdout
 from tools.checkpoint import (
     CONFIG_FILE,
     RESULTS_FILE,
@@ -372,8 +372,7 @@ def main() -> None:
             model = start.config.model
             origin = model.checkpoint or ("released weights" if model.pretrained else "scratch")
             print(f"{model.name} from {origin}: {count:,} trainable parameters on {process.device}, run in {folder}")
-            if start.config.data.holdout is not None:
-                print(f"tested on {start.config.data.holdout:,} held-out training samples, not on the test split")
+            print("".join(f"{line}\n" for line in told_holdout(start.config.data)), end="")
         if run.train():
             run.finish()
         elif process.is_main:

@@ -1,7 +1,7 @@
 """Evaluate a model on a test split, and its accuracy against the number of solver steps.
 
     python tools/validate.py --checkpoint runs/digits_mdeq_tiny_cifar/model.safetensors
-    python tools/validate.py --config CONFIG --model mdeq_small.in1k data.root=DIR --steps 1 2 4 8 16
+    python tools/validate.py --config CONFIG --model mdeq_tiny_cifar.cifar10 data.root=DIR --steps 1 2 4 8 16
     python tools/validate.py --record mdeq/weights/NAME.json data.root=DIR
     python tools/validate.py --record mdeq/weights/NAME.json --renew model.solver.max_steps=32 data.root=DIR
 
@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from tools import build, segmentation_data, volume_data
-from tools.batches import Batches, Process
+from tools.batches import Batches, Process, told_holdout
 from tools.checkpoint import CONFIG_FILE, RESULTS_FILE, STEPS_FILE, STEPS_PICTURE, check_folder, make_folder
 from tools.config import BadInput, DataConfig, TrainConfig, load_config, split_overrides
 from tools.engine import evaluate
@@ -35,9 +35,11 @@ from tools.inference import MultiScale
 from tools.metrics import gather
 from tools.pretrained import recorded_config
 from tools.recheck import (
+    RENEWED,
     compared,
     differing_costs,
     evaluation_settings,
+    neutral,
     put_into_card,
     read_release,
     release_config,
@@ -97,6 +99,13 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
         if given:
             raise BadInput(f"--record {arguments.record} says what to evaluate, and how; leave out --{given[0]}")
         return arguments, release_config(read_release(arguments.record), overrides, renew=arguments.renew)
+    if arguments.record == HERE:
+        given = [f"--{name}" for name in ("scales", "flip") if getattr(arguments, name)]
+        given += [word for word in overrides if not (neutral(word) or word.startswith(RENEWED))]
+        if given:
+            raise BadInput(
+                f"--record keeps what a figure is found again by, settings of data and solver; not {given[0]}"
+            )
     if arguments.renew:
         raise BadInput("--renew goes with --record FILE, a record in mdeq/weights/")
     if checkpoint is not None:
@@ -216,7 +225,7 @@ def main() -> None:
     rows = against_steps() if arguments.steps else []
     if not process.is_main:
         return
-    print(f"{config.model.name} on {config.data.name}, {solver}")
+    print("\n".join([f"{config.model.name} on {config.data.name}, {solver}", *told_holdout(config.data)]))
     lines = headline_lines(headline, result, twice, solver.max_steps, digits=2)
     top5 = f", top-5 {result['top5']:.2f} %" if "top5" in result else ""
     print("\n".join([f"{lines[0]}{top5}, loss {result['loss']:.4f}", *lines[1:], *result_lines(result)]))

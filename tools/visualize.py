@@ -165,7 +165,8 @@ def main() -> None:
         part = read_part(config, predictor.model, arguments.data, process, watch, subset=told)
         study = DataStudy(predictor, name, steps, most, watch, config, part)
         if not inputs:
-            shown = part.samples[:MOST_LINES]
+            count = min(MOST_LINES, len(part.samples))  # spread over them: a split may be sorted by class
+            shown = [part.samples[i * len(part.samples) // count] for i in range(count)]
             inputs = [study.window(x) for x, _ in shown]
             spacing = config.data.spacing if predictor.is_3d else None
             if predictor.dense:  # a window may be larger than its volume, or smaller than the padded one
