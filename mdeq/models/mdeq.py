@@ -105,8 +105,6 @@ class MDEQ(Backbone):
         self._init_weights()
 
     def _make_classifier(self, num_classes: int, global_pool: str, dd: dict[str, Any]) -> None:
-        if num_classes > 0 and not global_pool:
-            raise ValueError('global_pool="" leaves nothing for a classifier to work on; give num_classes=0 with it')
         pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
         self.head_hidden_size = self.num_features * pool.feat_mult()
         classifier = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
@@ -117,7 +115,11 @@ class MDEQ(Backbone):
         x = self.head_drop(
             self.global_pool(x if self.spatial_dims == 2 or not self.global_pool.pool_type else x.flatten(3))
         )
-        return x if pre_logits else self.classifier(x)
+        if pre_logits:
+            return x
+        if self.num_classes > 0 and not self.global_pool.pool_type:
+            raise ValueError('a classifier needs pooled features; global_pool="" goes with num_classes=0')
+        return self.classifier(x)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier, and the pooling where one is named."""
