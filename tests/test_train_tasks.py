@@ -136,7 +136,8 @@ def test_windows_of_a_release_are_those_of_its_record(volumes: Path) -> None:
     assert "would give another figure" in run("windows", *words, "data.patch_size=[32,32,32]").refusal()
     assert "give --checkpoint" in run("windows", *words, "--checkpoint", volumes).refusal()
     assert "give --checkpoint" in run("windows", "--count", 1).refusal()
-    assert "the task of" in run("windows", "--record", RECORD.with_name("mdeq_tiny_cifar.cifar10.json")).refusal()
+    other = RECORD.with_name("mdeq_tiny_cifar.cifar10.json")
+    assert "the task of" in run("windows", "--record", other, f"data.root={volumes}").refusal()
 
 
 @pytest.mark.parametrize("task", [SEGMENTER, CLASSIFIER], ids=["segmentation", "classification"])
