@@ -372,7 +372,8 @@ def main() -> None:
             model = start.config.model
             origin = model.checkpoint or ("released weights" if model.pretrained else "scratch")
             print(f"{model.name} from {origin}: {count:,} trainable parameters on {process.device}, run in {folder}")
-            print("".join(f"{line}\n" for line in told_holdout(start.config.data)), end="")
+            for line in told_holdout(start.config.data):
+                print(line)
         if run.train():
             run.finish()
         elif process.is_main:
