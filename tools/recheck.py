@@ -62,6 +62,11 @@ def neutral(word: str) -> bool:
     return word.startswith(PLACES) and not word.startswith(PRECISION)
 
 
+def unkept(words: Sequence[str]) -> list[str]:
+    """Return the `key=value` words that change the figure of an evaluation, and that no record keeps."""
+    return [word for word in words if not neutral(word) and not word.startswith(RENEWED)]
+
+
 def evaluation_settings(words: Sequence[str]) -> list[str]:
     """Return the last word of each setting of the data that changes the figure: what a record keeps."""
     told = {word.partition("=")[0]: word for word in words if word.startswith("data.") and not neutral(word)}
@@ -105,7 +110,7 @@ def release_config(release: mdeq.Release, overrides: Sequence[str], *, renew: bo
     other = [word for word in overrides if not neutral(word)]
     if other and not renew:
         raise BadInput(f"{other[0]} would give another figure than the record's; leave it out, or see --renew")
-    if bad := [word for word in other if not word.startswith(RENEWED)]:
+    if bad := unkept(overrides):
         raise BadInput(f"{bad[0]} is no setting of the data or of the solver, which --renew takes")
     try:
         weights = mdeq.local_file(release)

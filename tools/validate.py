@@ -35,15 +35,14 @@ from tools.inference import MultiScale
 from tools.metrics import gather
 from tools.pretrained import recorded_config
 from tools.recheck import (
-    RENEWED,
     compared,
     differing_costs,
     evaluation_settings,
-    neutral,
     put_into_card,
     read_release,
     release_config,
     renewed,
+    unkept,
 )
 from tools.report import Parser, headline_lines, program, result_lines
 from tools.results import circumstances, evaluation, write_results
@@ -101,8 +100,7 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
         return arguments, release_config(read_release(arguments.record), overrides, renew=arguments.renew)
     if arguments.record == HERE:
         given = [f"--{name}" for name in ("scales", "flip") if getattr(arguments, name)]
-        given += [word for word in overrides if not (neutral(word) or word.startswith(RENEWED))]
-        if given:
+        if given := [*given, *unkept(overrides)]:
             raise BadInput(
                 f"--record keeps what a figure is found again by, settings of data and solver; not {given[0]}"
             )

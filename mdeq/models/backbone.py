@@ -134,12 +134,10 @@ class Backbone(nn.Module):
     @property
     def feature_strides(self) -> tuple[int, ...]:
         """Pixels or voxels of the input per point of the features, per axis; those of a pruned model may be coarse."""
-        if self.last_tap is None:
-            return self.stem_stride
-        branch = self.last_tap - self._num_stem_taps
-        if branch >= 0:
-            return tuple(stride * 2**branch for stride in self.stem_stride)
-        return tuple(min(stride, 2) for stride in self.stem_stride) if self.last_tap == 0 else self.stem_stride
+        if self.last_tap == 0:
+            return self.stem.conv1.stride
+        branch = 0 if self.last_tap is None else max(self.last_tap - self._num_stem_taps, 0)
+        return tuple(stride * 2**branch for stride in self.stem_stride)
 
     def solve(
         self,

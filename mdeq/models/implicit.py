@@ -30,6 +30,8 @@ class CellFn:
     """Whether the cell is called as it is where it was compiled."""
 
     def __call__(self, z: State) -> State:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and self.injection[0].is_inference():
+            return self._differentiable()(z)
         cell = self.cell.forward if self.is_eager else self.cell
         if self.cell._compiled_call_impl is not None and not torch.compiler.is_compiling():
             for x in (*z, *self.injection, *(self.masks or ())):
@@ -38,6 +40,13 @@ class CellFn:
         if self.checkpoint and torch.is_grad_enabled():
             return checkpoint(cell, z, self.injection, self.masks, self.kernels, use_reentrant=False)
         return cell(z, self.injection, self.masks, self.kernels)
+
+    def _differentiable(self) -> "CellFn":
+        """Return f made of ordinary tensors: its spectral radius is asked for under inference_mode too."""
+        injection = tuple(None if u is None else u.clone() for u in self.injection)
+        masks = None if self.masks is None else tuple(m.clone() for m in self.masks)
+        kernels = {name: kernel.clone() for name, kernel in self.kernels.items()}
+        return replace(self, injection=injection, masks=masks, kernels=kernels)
 
     def eager(self) -> "CellFn":
         """Return f as it is where the cell was compiled: derivatives of a compiled one cannot be differentiated."""
@@ -72,13 +81,8 @@ class MultiscaleDEQ(nn.Module):
     def fn(self, injection: Tensor, checkpoint: bool = False) -> CellFn:
         """Return f for a batch, given the injection into branch 0 `(B, C_0, *S)`; draws the dropout masks."""
         cell = self.cell
-        masks, kernels = cell.sample_masks(injection), cell.kernels()
-        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
-            # Derivatives of f, such as its spectral radius, are asked for in this mode too, whose tensors have none.
-            with torch.inference_mode(False), torch.no_grad():
-                injection, kernels = injection.clone(), {name: kernel.clone() for name, kernel in kernels.items()}
-                masks = None if masks is None else tuple(mask.clone() for mask in masks)
-        return CellFn(cell, (injection, *[None] * (len(cell.channels) - 1)), masks, kernels, checkpoint)
+        injections = (injection, *[None] * (len(cell.channels) - 1))
+        return CellFn(cell, injections, cell.sample_masks(injection), cell.kernels(), checkpoint)
 
     def forward(
         self,
