@@ -26,6 +26,7 @@ from .models import (
     inflate,
     list_models,
     local_file,
+    rescale,
     transfer,
     translate_checkpoint,
 )
@@ -69,6 +70,7 @@ __all__ = [
     "jacobian_frobenius",
     "list_models",
     "local_file",
+    "rescale",
     "spectral_radius",
     "transfer",
     "translate_checkpoint",

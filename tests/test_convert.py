@@ -110,6 +110,24 @@ def test_weights_of_a_run_in_bfloat16(tmp_path: Path) -> None:
     assert torch.equal(again.classifier.weight, model.classifier.weight.bfloat16().float())
 
 
+def test_rescaled_weights_of_a_run(tmp_path: Path) -> None:
+    """Kernels of a new model's length, the same logits, and still a run that can be evaluated."""
+    model = timm.create_model("test_mdeq", num_classes=3).eval()
+    with torch.no_grad():
+        model.stem.conv1.weight.mul_(30)
+        logits = model(x := torch.randn(2, 3, 32, 32))
+    source = tmp_path / "run"
+    source.mkdir()
+    export(model, source)
+    (source / "config.yaml").write_text("model: {name: test_mdeq}\n")
+    run("convert", source, "--rescale", "--out", tmp_path / "out").ok()
+    again = local(tmp_path / "out")
+    assert again.stem.conv1.weight.flatten(1).norm(dim=1).square().mean().sqrt().item() == pytest.approx(3**-0.5)
+    with torch.no_grad():
+        assert torch.allclose(again(x), logits, atol=1e-3)
+    assert (tmp_path / "out" / "config.yaml").is_file()
+
+
 def test_native_weights_alone(tmp_path: Path) -> None:
     model = timm.create_model("test_mdeq", weight_norm=False, num_classes=0)
     save_file(model.state_dict(), tmp_path / "weights.safetensors")

@@ -10,8 +10,10 @@ from the model's defaults are found likewise, and stand in config.json; afterwar
     timm.create_model("local-dir:DIR", pretrained=True)
 
 gives the model, as `hf-hub:` does once the folder is uploaded. With --inflate the 2D weights become those of the same
-model over volumes (`mdeq.inflate`), a start for training. With --bf16 they are rounded to bfloat16, half the size; the
-config.yaml of a run comes along, so that `tools/validate.py --checkpoint DIR --record` tells what they reach then.
+model over volumes (`mdeq.inflate`), a start for training. With --bf16 they are rounded to bfloat16, half the size, and with
+--rescale kernels that grew in training get the length they began with, which changes no output but makes fine-tuning
+easier (`mdeq.rescale`); the config.yaml of a run comes along, so that `tools/validate.py --checkpoint DIR --record`
+tells what they reach then.
 """
 
 import argparse
@@ -65,6 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument("--tag", help="name of these weights, as in ARCHITECTURE.TAG; default: locuslab")
     parser.add_argument("--inflate", action="store_true", help="write the 3D model that has the 2D kernels inside")
+    parser.add_argument("--rescale", action="store_true", help="give kernels before norms their initial length again")
     parser.add_argument("--bf16", action="store_true", help="round the weights to bfloat16, and write them so")
     arguments = parser.parse_args()
     check_folder(arguments.out)
@@ -166,6 +169,8 @@ def main() -> None:
     model, layout = load(arguments.checkpoint, arguments.model)
     if arguments.inflate:
         model = inflated(model)
+    if arguments.rescale:
+        mdeq.rescale(model)
     if arguments.bf16:
         round_weights(model)
     cfg = model.pretrained_cfg
@@ -180,7 +185,8 @@ def main() -> None:
         write(model, temporary, told(arguments.checkpoint))
         if arguments.bf16:
             narrow_file(temporary / WEIGHTS_FILE)
-        if arguments.bf16 and not arguments.inflate and (arguments.checkpoint / CONFIG_FILE).is_file():
+        same_model = (arguments.bf16 or arguments.rescale) and not arguments.inflate
+        if same_model and (arguments.checkpoint / CONFIG_FILE).is_file():
             shutil.copy(arguments.checkpoint / CONFIG_FILE, temporary)
             if (arguments.checkpoint / RESULTS_FILE).is_file():  # what the weights reached is no longer theirs
                 training = read_results(arguments.checkpoint).get("training")

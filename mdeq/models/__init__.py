@@ -6,6 +6,7 @@ from .factory import list_models
 from .implicit import compile_cell
 from .mdeq import MDEQ
 from .official import identify_checkpoint, translate_checkpoint
+from .rescale import rescale
 from .segmenter import MDEQSegmenter
 from .transfer import Transfer, inflate, transfer
 from .weights import HUB_ORG, RELEASES, Release, WeightsError, hub_config, hub_errors, local_file
@@ -28,6 +29,7 @@ __all__ = [
     "inflate",
     "list_models",
     "local_file",
+    "rescale",
     "transfer",
     "translate_checkpoint",
     "volumes",

@@ -1,0 +1,70 @@
+"""Kernels as long as those of a new model: the same function, ready for training at ordinary rates."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .cell import ResidualBlock
+
+_BATCH_NORMS = (nn.BatchNorm2d, nn.BatchNorm3d)
+_CONVS = (nn.Conv2d, nn.Conv3d)
+_NORMS = (*_BATCH_NORMS, nn.GroupNorm)
+_DIRECTION = math.sqrt(1 / 3)  # length of a new direction, PyTorch's default: uniform with variance 1 / (3 fan_in)
+
+
+@torch.no_grad()
+def rescale(model: nn.Module) -> None:
+    """Scale every kernel whose length a norm takes out again to the length that it had in a new model; in place.
+
+    Kernels before a norm, and the directions of weight-normed ones, grow while they are trained, under Muon some
+    tenfold. What the model computes does not depend on their length, but what training does: a step of the same
+    length turns a kernel the less, the longer it is (van Laarhoven 2017, L2 Regularization versus Batch and Weight
+    Normalization, eq. 4). Fine-tuning then needs rates of its own, and the ordinary ones learn slowly.
+
+    Logits stay as they are but for rounding, and for the epsilon of group norms, which counts for more before shorter
+    kernels; that of batch norms in eval mode is made up for in their statistics.
+
+    Args:
+        model: an `MDEQ` or `MDEQSegmenter`; layers that no norm follows, such as classifiers, are left alone.
+    """
+    for module in model.modules():
+        if hasattr(module, "parametrizations") and "weight" in module.parametrizations:
+            direction = module.parametrizations.weight.original1  # (out, in, *kernel)
+            direction.mul_(_DIRECTION / _row_lengths(direction))
+    for layer, norm in _pairs(model):
+        length = layer.weight.norm()
+        if length == 0:
+            continue
+        scale = _DIRECTION * math.sqrt(len(layer.weight)) / length
+        layer.weight.mul_(scale)
+        if layer.bias is not None:
+            layer.bias.mul_(scale)
+        if isinstance(norm, _BATCH_NORMS):
+            norm.running_mean.mul_(scale)
+            # So that scale^2 (variance + eps) is what it divides by.
+            norm.running_var.add_(norm.eps).mul_(scale**2).sub_(norm.eps).clamp_(min=0)
+
+
+def _row_lengths(x: Tensor) -> Tensor:
+    """Return the length of each x[i], to be broadcast with x; 1 for rows of zeros."""
+    lengths = x.flatten(1).norm(dim=1).view(-1, *(1 for _ in x.shape[1:]))
+    return torch.where(lengths == 0, 1, lengths)
+
+
+def _pairs(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """Return the convolutions without weight norm that a norm follows, each with it."""
+    pairs = []
+    for parent in model.modules():
+        children = list(parent.children())
+        if isinstance(parent, ResidualBlock):
+            children = children[:2]  # what follows conv2 has the injection added
+        if len(children) == 2 and all(isinstance(child, nn.ModuleList) for child in children):  # `Downsample`
+            children = [child for pair in zip(*children) for child in pair]
+        pairs += [pair for pair in zip(children, children[1:]) if _is_pair(*pair)]
+    return pairs
+
+
+def _is_pair(first: nn.Module, second: nn.Module) -> bool:
+    plain = isinstance(first, _CONVS) and not hasattr(first, "parametrizations")
+    return plain and isinstance(second, _NORMS)
