@@ -111,7 +111,7 @@ def test_weights_of_a_run_in_bfloat16(tmp_path: Path) -> None:
 
 
 def test_rescaled_weights_of_a_run(tmp_path: Path) -> None:
-    """Kernels of a new model's length, the same logits, and still a run that can be evaluated."""
+    """Kernels of the default length, the same logits, and still a run that can be evaluated."""
     model = timm.create_model("test_mdeq", num_classes=3).eval()
     with torch.no_grad():
         model.stem.conv1.weight.mul_(30)

@@ -1,4 +1,4 @@
-"""mdeq.rescale: kernels as long as a new model's, and the same function."""
+"""mdeq.rescale: kernels as long as PyTorch draws them, and the same function."""
 
 import math
 from typing import Any
@@ -54,8 +54,8 @@ def test_the_function_stays(name: str, kwargs: dict[str, Any]) -> None:
         torch.testing.assert_close(now, before, rtol=1e-3, atol=1e-3)
 
 
-def test_lengths_are_those_of_a_new_model() -> None:
-    """Every kernel but the classifier's, and the second of a block without weight norm, to which the injection is added."""
+def test_lengths_are_the_default_ones() -> None:
+    """Every kernel but the classifier's, and a block's second without weight norm: the injection is added to it."""
     model = grown("test_mdeq")
     classifier = model.classifier.weight.clone()
     lengths = {name: p.detach().clone() for name, p in model.named_parameters() if name.endswith("original0")}

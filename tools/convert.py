@@ -10,10 +10,10 @@ from the model's defaults are found likewise, and stand in config.json; afterwar
     timm.create_model("local-dir:DIR", pretrained=True)
 
 gives the model, as `hf-hub:` does once the folder is uploaded. With --inflate the 2D weights become those of the same
-model over volumes (`mdeq.inflate`), a start for training. With --bf16 they are rounded to bfloat16, half the size, and with
---rescale kernels that grew in training get the length they began with, which changes no output but makes fine-tuning
-easier (`mdeq.rescale`); the config.yaml of a run comes along, so that `tools/validate.py --checkpoint DIR --record`
-tells what they reach then.
+model over volumes (`mdeq.inflate`), a start for training. With --rescale kernels that grew in training get an
+ordinary length again (`mdeq.rescale`): the same outputs, but weights that are easier to fine-tune. With --bf16 they are
+rounded to bfloat16, half the size. The config.yaml of a run comes along, so that `tools/validate.py --checkpoint DIR
+--record` tells what they reach then.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument("--tag", help="name of these weights, as in ARCHITECTURE.TAG; default: locuslab")
     parser.add_argument("--inflate", action="store_true", help="write the 3D model that has the 2D kernels inside")
-    parser.add_argument("--rescale", action="store_true", help="give kernels before norms their initial length again")
+    parser.add_argument("--rescale", action="store_true", help="give kernels before norms an ordinary length again")
     parser.add_argument("--bf16", action="store_true", help="round the weights to bfloat16, and write them so")
     arguments = parser.parse_args()
     check_folder(arguments.out)

@@ -1,6 +1,7 @@
-"""Kernels as long as those of a new model: the same function, ready for training at ordinary rates."""
+"""Kernels as long as PyTorch draws them: the same function, ready for training at ordinary rates."""
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -10,17 +11,17 @@ from .cell import ResidualBlock
 _BATCH_NORMS = (nn.BatchNorm2d, nn.BatchNorm3d)
 _CONVS = (nn.Conv2d, nn.Conv3d)
 _NORMS = (*_BATCH_NORMS, nn.GroupNorm)
-_DIRECTION = math.sqrt(1 / 3)  # length of a new direction, PyTorch's default: uniform with variance 1 / (3 fan_in)
+_LENGTH = math.sqrt(1 / 3)  # of a row by PyTorch's default, which is uniform with variance 1 / (3 fan_in)
 
 
 @torch.no_grad()
 def rescale(model: nn.Module) -> None:
-    """Scale every kernel whose length a norm takes out again to the length that it had in a new model; in place.
+    """Scale every kernel whose length a norm takes out again to that of PyTorch's default initialisation; in place.
 
     Kernels before a norm, and the directions of weight-normed ones, grow while they are trained, under Muon some
     tenfold. What the model computes does not depend on their length, but what training does: a step of the same
     length turns a kernel the less, the longer it is (van Laarhoven 2017, L2 Regularization versus Batch and Weight
-    Normalization, eq. 4). Fine-tuning then needs rates of its own, and the ordinary ones learn slowly.
+    Normalization). Fine-tuning then needs rates of its own, and the ordinary ones learn slowly.
 
     Logits stay as they are but for rounding, and for the epsilon of group norms, which counts for more before shorter
     kernels; that of batch norms in eval mode is made up for in their statistics.
@@ -31,12 +32,12 @@ def rescale(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "parametrizations") and "weight" in module.parametrizations:
             direction = module.parametrizations.weight.original1  # (out, in, *kernel)
-            direction.mul_(_DIRECTION / _row_lengths(direction))
+            direction.mul_(_LENGTH / _row_lengths(direction))
     for layer, norm in _pairs(model):
         length = layer.weight.norm()
         if length == 0:
             continue
-        scale = _DIRECTION * math.sqrt(len(layer.weight)) / length
+        scale = _LENGTH * math.sqrt(len(layer.weight)) / length
         layer.weight.mul_(scale)
         if layer.bias is not None:
             layer.bias.mul_(scale)
@@ -61,7 +62,7 @@ def _pairs(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
             children = children[:2]  # what follows conv2 has the injection added
         if len(children) == 2 and all(isinstance(child, nn.ModuleList) for child in children):  # `Downsample`
             children = [child for pair in zip(*children) for child in pair]
-        pairs += [pair for pair in zip(children, children[1:]) if _is_pair(*pair)]
+        pairs += [pair for pair in pairwise(children) if _is_pair(*pair)]
     return pairs
 
 
