@@ -1,5 +1,6 @@
 """Released weights: records, shipped files, the cache, push to and pull from a Hub, and what goes wrong there."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -27,6 +28,7 @@ import mdeq
 from mdeq.models import weights
 from mdeq.models.weights import DEFAULT_ORG, Release, WeightsError, local_file, with_releases
 from tools.card import model_card
+from tools.config import TrainConfig, load_config, parse_config
 from tools.publish import TABLE_END, TABLE_START, shipped_files, with_table
 
 # The whole of the architecture, as a released tag has it.
@@ -84,6 +86,21 @@ def digest_of(path: Path) -> str:
         value = value.float() if value.dtype == torch.bfloat16 else value  # as a model has them
         total.update(name.encode() + value.numpy().tobytes())
     return total.hexdigest()
+
+
+@pytest.mark.parametrize("name", sorted(mdeq.RELEASES))
+def test_the_recipe_of_a_release_is_the_config_of_its_name(name: str) -> None:
+    """configs/DATA/ARCHITECTURE.yaml trains as its record says, wherever the data lie and the run goes."""
+    card = mdeq.RELEASES[name].card
+    recipe = load_config(ROOT / "configs" / card["data"] / f"{name.partition('.')[0]}.yaml")
+    trained = parse_config(card["config"], name)
+
+    def settings(config: TrainConfig) -> list[Any]:
+        data = dataclasses.replace(config.data, root="DIR", num_classes=None, workers=0)
+        run = (config.run.epochs, config.run.seed, config.run.amp)
+        return [config.task, config.model, data, config.loss, config.optim, config.deq, run]
+
+    assert settings(recipe) == settings(trained)
 
 
 @pytest.mark.parametrize("name", sorted(mdeq.RELEASES))

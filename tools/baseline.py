@@ -1,6 +1,6 @@
 r"""Train an explicit network of timm by the recipe of a config, to stand beside a model of this package.
 
-    python tools/baseline.py configs/cifar10/mdeq_tiny_cifar_cpu.yaml --channels 16 32 48 64 --small-images \
+    python tools/baseline.py configs/cifar10/mdeq_tiny_cifar.yaml --channels 16 32 48 64 --small-images \
         data.root=DIR
 
 Data, batches, optimiser, schedule and seed are those of the config; what belongs to an equilibrium is left out. ResNets

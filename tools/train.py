@@ -1,7 +1,7 @@
 """Train a model.
 
     python tools/train.py                                             digits, embedded, a minute or two on a CPU
-    python tools/train.py configs/cifar10/mdeq_tiny_cifar.yaml data.root=DIR optim.lr=5e-4
+    python tools/train.py configs/cifar10/mdeq_tiny_cifar.yaml data.root=DIR optim.lr=4e-3
     torchrun --nproc-per-node 8 tools/train.py CONFIG key=value       several GPUs
 
 A config file holds what a run changes; `key=value` overrides it; all settings and defaults are in tools/config.py.
