@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import mdeq
 
@@ -25,6 +25,11 @@ def grown(name: str, **kwargs: Any) -> nn.Module:
             if parameter.ndim > 2 and parameter[0].numel() > 1:
                 parameter.mul_(30 * (1 + torch.rand(())))
     return model.eval()
+
+
+def length(kernel: Tensor) -> float:
+    """Of a row, the root of the mean of squares."""
+    return kernel.detach().flatten(1).norm(dim=1).square().mean().sqrt().item()
 
 
 @pytest.mark.parametrize(
@@ -62,8 +67,7 @@ def test_lengths_are_the_default_ones() -> None:
     mdeq.rescale(model)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 2 and not name.endswith("original0"):
-            rms = parameter.detach().flatten(1).norm(dim=1).square().mean().sqrt().item()
-            assert rms == pytest.approx(NEW), name
+            assert length(parameter) == pytest.approx(NEW), name
         if name in lengths:
             assert torch.equal(parameter, lengths[name])
     assert torch.equal(model.classifier.weight, classifier)
@@ -71,9 +75,7 @@ def test_lengths_are_the_default_ones() -> None:
     second = plain.equilibrium.cell.blocks[0].conv2.weight.clone()
     mdeq.rescale(plain)
     assert torch.equal(plain.equilibrium.cell.blocks[0].conv2.weight, second)
-    assert plain.equilibrium.cell.blocks[0].conv1.weight.flatten(1).norm(dim=1).square().mean().sqrt().item() == (
-        pytest.approx(NEW)
-    )
+    assert length(plain.equilibrium.cell.blocks[0].conv1.weight) == pytest.approx(NEW)
 
 
 def test_zeros_stay_zeros() -> None:

@@ -5,11 +5,13 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+from ..layers import BATCH_NORM, CONV
 from .cell import ResidualBlock
 
-_BATCH_NORMS = (nn.BatchNorm2d, nn.BatchNorm3d)
-_CONVS = (nn.Conv2d, nn.Conv3d)
+_CONVS = tuple(CONV.values())
+_BATCH_NORMS = tuple(BATCH_NORM.values())
 _NORMS = (*_BATCH_NORMS, nn.GroupNorm)
 _LENGTH = math.sqrt(1 / 3)  # of a row by PyTorch's default, which is uniform with variance 1 / (3 fan_in)
 
@@ -30,7 +32,7 @@ def rescale(model: nn.Module) -> None:
         model: an `MDEQ` or `MDEQSegmenter`; layers that no norm follows, such as classifiers, are left alone.
     """
     for module in model.modules():
-        if hasattr(module, "parametrizations") and "weight" in module.parametrizations:
+        if parametrize.is_parametrized(module, "weight"):
             direction = module.parametrizations.weight.original1  # (out, in, *kernel)
             direction.mul_(_LENGTH / _row_lengths(direction))
     for layer, norm in _pairs(model):
@@ -67,5 +69,5 @@ def _pairs(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
 
 
 def _is_pair(first: nn.Module, second: nn.Module) -> bool:
-    plain = isinstance(first, _CONVS) and not hasattr(first, "parametrizations")
+    plain = isinstance(first, _CONVS) and not parametrize.is_parametrized(first)
     return plain and isinstance(second, _NORMS)
