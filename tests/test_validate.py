@@ -105,9 +105,12 @@ def release(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 
 def change(record: Path, difference: float, metric: str = "top1") -> None:
-    """Have a record say another figure."""
+    """Have a record say another figure, wherever it does."""
     content = json.loads(record.read_text())
-    content["card"]["evaluation"]["metrics"][metric] += difference
+    metrics = content["card"]["evaluation"]["metrics"]
+    metrics[metric] += difference
+    content["metrics"] = metrics
+    content["card"]["seeds"][0]["value"] = metrics["top1"]
     record.write_text(json.dumps(content))
 
 
@@ -139,8 +142,55 @@ def test_a_record_is_derived_again(trained: Path, release: Path) -> None:
     assert "differs: share that converged of test_mdeq.digits" in validate("--record", release).err
     change(release, 0.01, "converged")
     validate("--record", release).ok()
+    change(release, 1.0, "top5")
+    assert "differs: top5 of test_mdeq.digits" not in validate("--record", release).err
+    change(release, 9.0, "top5")
+    assert "differs: top5 of test_mdeq.digits: found" in validate("--record", release).err
     change(release, math.nan, "residual_mean")
     assert "differs: mean residual" in validate("--record", release).err
+
+
+def test_figures_at_twice_the_steps_are_derived_again(release: Path, tmp_path: Path) -> None:
+    """They are, where they are asked for."""
+    figure = json.loads(release.read_text())["card"]["evaluation"]["metrics_at_twice_the_steps"]["top1"]
+    line = f"accuracy of test_mdeq.digits at twice the steps: found {figure:.4f} %, recorded"
+    assert f"{line} {figure:.4f} %\n" in validate("--record", release, "--twice").ok()
+    content = json.loads(release.read_text())
+    content["card"]["evaluation"]["metrics_at_twice_the_steps"]["top1"] += 0.1
+    release.write_text(json.dumps(content))
+    validate("--record", release).ok()
+    outcome = validate("--record", release, "--twice")
+    assert outcome.code == 1
+    assert outcome.err == f"differs: {line} {figure + 0.1:.4f} %\n"
+    assert "--twice" in validate("--record", release, "--renew", "--twice").refusal()
+    assert "--twice" in validate("--model", "test_mdeq", "--twice").refusal()
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        ("size", 1),
+        ("metrics/top1", 99.5),
+        ("card/seeds/0/value", 99.5),
+        ("card/evaluation/parameters", 1),
+        ("card/evaluation/solver/max_steps", 99),
+    ],
+)
+def test_a_record_agrees_with_itself_and_its_weights(release: Path, where: str, value: float) -> None:
+    """What is said twice is said alike."""
+    content = json.loads(release.read_text())
+    *path, last = [int(word) if word.isdecimal() else word for word in where.split("/")]
+    place = content
+    for word in path:
+        place = place[word]
+    assert place[last] != value
+    place[last] = value
+    release.write_text(json.dumps(content))
+    outcome = validate("--record", release)
+    assert outcome.code == 1
+    assert outcome.err.startswith("differs: ")
+    assert f" of test_mdeq.digits: recorded {value}" in outcome.err or str(value) in outcome.err
+    assert outcome.err.count("\n") == 1
 
 
 def test_steps_go_into_a_record(trained: Path, release: Path) -> None:

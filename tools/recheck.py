@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import mdeq
-from mdeq import build_solver
+from mdeq import MDEQ, MDEQSegmenter, build_solver
 from tools.checkpoint import read_json
 from tools.config import BadInput, ModelConfig, TrainConfig, load_config, parse_config
-from tools.results import write_json
+from tools.results import solver_settings, write_json
 from tools.tasks import Headline
 
 DATA_PLACES = ("root", "workers", "download", "cache_on_device", "batch_size")
@@ -18,12 +18,14 @@ PLACES = (*(f"data.{key}=" for key in DATA_PLACES), "run.")
 """Settings that say where and how, and leave the figure as it is."""
 PRECISION = ("run.amp=", "run.dtype=")
 """Those that do not."""
-COSTS = (
-    ("evaluations", "mean evaluations of f", ".2f"),
-    ("residual_mean", "mean residual", ".2e"),
-    ("converged", "share that converged", ".4f"),
-)
-"""What a record says of the solves beside the score: key, words, format."""
+WORDS = {
+    "evaluations": ("mean evaluations of f", ".2f"),
+    "residual_mean": ("mean residual", ".2e"),
+    "converged": ("share that converged", ".4f"),
+}
+"""Of some of the figures beside the one that counts, words and format."""
+SHARES = ("converged", "max_steps", "diverged", "nonfinite")
+"""Of samples, whose solves ended in this way."""
 RENEWED = ("data.", "model.solver.")
 """Settings that another evaluation of the same weights may have; a record keeps them."""
 
@@ -172,29 +174,58 @@ def told_solver(trained: Mapping[str, Any], solver: Mapping[str, Any]) -> dict[s
     }
 
 
-def differing_costs(release: mdeq.Release, found: Mapping[str, float]) -> list[str]:
-    """Return, in words, what the solves cost and reached otherwise than a record says.
+def contradictions(release: mdeq.Release, model: MDEQ | MDEQSegmenter) -> list[str]:
+    """Return, in words, where a record does not agree with itself or with its weights.
 
-    Rounding differs between machines: within 5 % of mean evaluations and residual, and within one point of the share of
-    samples that converged, they are the same.
+    Args:
+        release: the record's.
+        model: as `release_config` has it built.
     """
-    metrics, lines = release.card["evaluation"]["metrics"], []
-    for key, words, digits in COSTS:
-        recorded = math.nan if metrics.get(key) is None else metrics[key]  # JSON has no word for what is not finite
-        allowed = 0.01 if key == "converged" else 0.05 * abs(recorded)
-        finite = math.isfinite(found[key]) or math.isfinite(recorded)
-        if finite and not abs(found[key] - recorded) <= allowed:
-            lines.append(f"{words} of {release.name}: found {found[key]:{digits}}, recorded {recorded:{digits}}")
+    evaluation, seed = release.card["evaluation"], release.card["training"]["seed"]
+    figures = [entry["value"] for entry in release.card["seeds"] if entry["seed"] == seed]
+    pairs = {
+        "size": (release.size, mdeq.local_file(release).stat().st_size),
+        "metrics": (release.metrics, evaluation["metrics"]),
+        f"card.seeds, seed {seed}": (figures, [recorded_figure(release)]),
+        "card.evaluation.parameters": (evaluation["parameters"], sum(p.numel() for p in model.parameters())),
+        "card.evaluation.solver": (evaluation["solver"], solver_settings(model.deq.solver)),
+    }
+    return [
+        f"{name} of {release.name}: recorded {said}, should be {true}"
+        for name, (said, true) in pairs.items()
+        if said != true
+    ]
+
+
+def differing(release: mdeq.Release, found: Mapping[str, float]) -> list[str]:
+    """Return, in words, what an evaluation found otherwise than a record says, beside the figure that counts.
+
+    Rounding differs between machines: within 5 %, or one point of a share of samples, they are the same. The largest
+    residual is that of one sample, maybe one that does not converge: within a half.
+    """
+    evaluation, lines = release.card["evaluation"], []
+    for key, value in evaluation["metrics"].items():
+        recorded = math.nan if value is None else value  # JSON has no word for what is not finite
+        there = found.get(key, math.nan)
+        allowed = 0.01 if key in SHARES else (0.5 if key == "residual_q1" else 0.05) * abs(recorded)
+        finite = math.isfinite(there) or math.isfinite(recorded)
+        if key != evaluation["metric"] and finite and not abs(there - recorded) <= allowed:
+            words, digits = WORDS.get(key, (key, ".4g"))
+            lines.append(f"{words} of {release.name}: found {there:{digits}}, recorded {recorded:{digits}}")
     return lines
 
 
-def compared(release: mdeq.Release, headline: Headline, found: float) -> tuple[str, bool]:
+def compared(name: str, headline: Headline, found: float, recorded: float) -> tuple[str, bool]:
     """Return the figure of a record and the one that was found, in words, and whether they are the same.
 
     They are where they differ by no more than half of the last digit that is published: 0.1 % or, of a Dice, 0.001.
+
+    Args:
+        name: what the figure is of.
+        headline: which it is.
+        found, recorded: the two.
     """
-    recorded = recorded_figure(release)
     half = 0.5 * 10 ** -(1 if headline.per_cent else 3)
     same = abs(found - recorded) <= half
     texts = [headline.text(value, 4) for value in (found, recorded)]
-    return f"{headline.name} of {release.name}: found {texts[0]}, recorded {texts[1]}", same
+    return f"{headline.name} of {name}: found {texts[0]}, recorded {texts[1]}", same

@@ -8,9 +8,10 @@
 Without --config, the config beside the checkpoint is read; for a --model without one, volumes are prepared as those of
 its training. With --steps, the accuracy and residual at each number of solver steps are printed beside those of the
 explicit twin (the same f applied that many times), and saved as steps.csv and steps.png. With --record FILE the figure
-of a release is derived again from the weights beside its record; if it differs, or evaluations, residual and share that
-converged do by more than rounding on another machine explains, the exit code is 1, and if not --steps
-puts the table into the record. With --renew the evaluation, of other settings maybe, takes the place of the record's.
+of a release is derived again from the weights beside its record; if it differs, or another figure of that evaluation
+does by more than rounding on another machine explains, the exit code is 1, and if not --steps puts the table into the
+record. With --twice the figure at twice the steps is derived again too, in a second pass that takes longer. With --renew
+the evaluation, of other settings maybe, takes the place of the record's.
 """
 
 import argparse
@@ -26,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from tqdm import tqdm
 
+import mdeq
 from tools import build, segmentation_data, volume_data
 from tools.batches import Batches, Process, told_holdout
 from tools.checkpoint import CONFIG_FILE, RESULTS_FILE, STEPS_FILE, STEPS_PICTURE, check_folder, make_folder
@@ -36,10 +38,12 @@ from tools.metrics import gather
 from tools.pretrained import recorded_config
 from tools.recheck import (
     compared,
-    differing_costs,
+    contradictions,
+    differing,
     evaluation_settings,
     put_into_card,
     read_release,
+    recorded_figure,
     release_config,
     renewed,
     unkept,
@@ -81,6 +85,7 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
         "evaluate the weights beside it on its data and compare",
     )
     parser.add_argument("--renew", action="store_true", help="with --record FILE: have it hold this evaluation")
+    parser.add_argument("--twice", action="store_true", help="with --record FILE: compare at twice the steps too")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the config")
     overrides, rest = split_overrides(sys.argv[1:])
     arguments = parser.parse_args(rest)
@@ -92,6 +97,8 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
         raise BadInput("--samples goes with --steps and must be >= 1")
     if arguments.out is not None:
         check_folder(arguments.out)
+    if arguments.twice and (arguments.record in (None, HERE) or arguments.renew):
+        raise BadInput("--twice goes with --record FILE, which it compares; without FILE that is always measured")
     path, checkpoint = arguments.config, arguments.checkpoint
     if arguments.record not in (None, HERE):
         given = [name for name in NOT_OF_A_RECORD if getattr(arguments, name)]
@@ -161,14 +168,30 @@ def averaged(task: Task, config: TrainConfig, scales: list[float], flip: bool) -
     return dataclasses.replace(task, inference=MultiScale(tuple(scales), flip, task.inference))
 
 
-def compare(record: Path, headline: Headline, result: dict[str, float], process: Process) -> None:
-    """Print what a record says and what was found; raise SystemExit with 1 where these differ."""
-    if not process.is_main:
-        return
-    release = read_release(record)
-    line, same = compared(release, headline, result[headline.key])
+def compare(
+    release: mdeq.Release,
+    model: torch.nn.Module,
+    headline: Headline,
+    result: dict[str, float],
+    twice: dict[str, float] | None,
+) -> None:
+    """Print what a record says and what was found; raise SystemExit with 1 where these differ.
+
+    Args:
+        release: the record's.
+        model: its model.
+        headline: which metric counts.
+        result, twice: what was found, and at twice the steps if that was measured.
+    """
+    line, same = compared(release.name, headline, result[headline.key], recorded_figure(release))
+    different = [*([] if same else [line]), *differing(release, result), *contradictions(release, model)]
     print("\n".join([line, *result_lines(result)]))
-    if different := [*([] if same else [line]), *differing_costs(release, result)]:
+    if twice is not None:
+        said = release.card["evaluation"]["metrics_at_twice_the_steps"][headline.key]
+        line, same = compared(f"{release.name} at twice the steps", headline, twice[headline.key], said)
+        print(line)
+        different += [] if same else [line]
+    if different:
         print("\n".join(f"differs: {line}" for line in different), file=sys.stderr)
         sys.exit(1)
 
@@ -208,10 +231,15 @@ def main() -> None:
     full = build_task(config, model, batches, process, distances=True)
     if arguments.scales or arguments.flip:
         full = task = averaged(full, config, arguments.scales or [1.0], arguments.flip)
+    more_steps = dataclasses.replace(solver, max_steps=2 * solver.max_steps, tol=0.0)
     of_release = arguments.record not in (None, HERE)
     where = (process.device, process.world_size)
     if of_release and not arguments.renew:
-        compare(arguments.record, headline, run("test", task), process)
+        release = read_release(arguments.record)
+        result = run("test", full)
+        twice = run("twice the steps", task, solver=more_steps) if arguments.twice else None
+        if process.is_main:
+            compare(release, model, headline, result, twice)
         rows = against_steps() if arguments.steps else []
         if rows and process.is_main:
             print("\n".join(step_lines(rows, headline)))
@@ -219,7 +247,7 @@ def main() -> None:
             print(f"saved: {arguments.record}")
         return
     result = run("test", task=full)
-    twice = run("twice the steps", task, solver=dataclasses.replace(solver, max_steps=2 * solver.max_steps, tol=0.0))
+    twice = run("twice the steps", task, solver=more_steps)
     rows = against_steps() if arguments.steps else []
     if not process.is_main:
         return
