@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .deq import Equilibrium
+from .layers import with_metadata, without_metadata
 from .solvers import FixedPointSolver, SolveStats
 
 _WARMUP_CALLS = 3  # in which libraries choose kernels and set up workspaces, none of which may happen in a capture
@@ -40,7 +41,7 @@ class CapturedModel:
         if not example.is_cuda:
             raise ValueError(f"a CUDA graph needs a model and an example on a CUDA device, got one on {example.device}")
         with torch.inference_mode(False):  # or later calls could not write into it
-            self._input = example.detach().clone()
+            self._input = without_metadata(example).detach().clone()
         # The graph knows addresses alone: without these references their memory might serve something else.
         self._weights = [(x, x.detach(), x.data_ptr()) for x in (*model.parameters(), *model.buffers())]
         self._graph = torch.cuda.CUDAGraph()
@@ -73,9 +74,11 @@ class CapturedModel:
                 raise ValueError(f"captured for inputs of {name} {wanted}, got {given}; capture the model again")
         if any(x.data_ptr() != place for x, _, place in self._weights):
             raise ValueError("the weights lie elsewhere than when the model was captured; capture the model again")
-        self._input.copy_(x)
+        self._input.copy_(without_metadata(x))
         self._graph.replay()
         output = _copy(self._output)
+        if isinstance(output, Tensor):
+            output = with_metadata(output, x)
         return (output, _copy_equilibrium(self._equilibrium)) if return_equilibrium else output
 
 

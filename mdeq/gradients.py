@@ -1,8 +1,7 @@
 """How to differentiate through an equilibrium: estimators, each of which owns the forward solve."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -29,8 +28,8 @@ class GradientEstimator(Protocol):
             fn: the map `(B, D) -> (B, D)`.
             z0: `(B, D)` starting point; no gradient flows to it.
             solver: the forward solver.
-            training: True returns f(z*) (phantom: its last damped step), False returns z* itself, bit for bit the
-                same with and without gradients.
+            training: True returns f(z*) (phantom: its last damped step; reversible: z* too), False returns z* itself,
+                bit for bit the same with and without gradients.
         """
         ...
 
@@ -45,10 +44,15 @@ class _Implicit(torch.autograd.Function):
         z: Tensor,
         value: Tensor,
         solver: FixedPointSolver,
-        start: Callable[[Tensor], Tensor] | None,
+        start: Callable[[Any, Tensor], Tensor] | None,
+        memory: Any,
         record: list[SolveStats],
     ) -> Tensor:
-        ctx.save_for_backward(f_z, z)
+        # Its tensors by autograd, which lets go of them in backward: kept in ctx, they would live as long as the loss.
+        ctx.names = [f.name for f in fields(memory)] if is_dataclass(memory) else []
+        ctx.names = [name for name in ctx.names if isinstance(getattr(memory, name), Tensor)]
+        ctx.save_for_backward(f_z, z, *(getattr(memory, name) for name in ctx.names))
+        ctx.memory = replace(memory, **dict.fromkeys(ctx.names)) if ctx.names else memory
         ctx.solver, ctx.start, ctx.record = solver, start, record
         return value.clone()
 
@@ -58,7 +62,7 @@ class _Implicit(torch.autograd.Function):
             raise RuntimeError(
                 "the implicit gradient cannot be differentiated again (create_graph=True); use PhantomGradient"
             )
-        f_z, z = ctx.saved_tensors
+        f_z, z, *kept = ctx.saved_tensors
         # The system is linear: solved for a gradient of unit length, it stops alike at every scale of the loss.
         size = torch.linalg.vector_norm(grad, dim=1, keepdim=True)
         rhs = grad / torch.where(size > 0, size, torch.ones_like(size))
@@ -69,12 +73,13 @@ class _Implicit(torch.autograd.Function):
         if ctx.start is None:  # from zero, where the first evaluation is known
             u, stats, _ = ctx.solver.solve(adjoint, torch.zeros_like(rhs), f0=rhs)
         else:
-            u, stats = ctx.solver(adjoint, ctx.start(rhs))
+            memory = replace(ctx.memory, **dict(zip(ctx.names, kept))) if kept else ctx.memory
+            u, stats = ctx.solver(adjoint, ctx.start(memory, rhs))
         ctx.record.append(stats)
         # Where no step was possible, zero would pass for a gradient. From zero, the first step goes to what is known.
         lost = (stats.status == SolveStatus.NONFINITE) & (stats.num_steps <= (ctx.start is None))
         u = u.masked_fill(lost.unsqueeze(1), float("nan"))
-        return u * size, None, None, None, None, None
+        return u * size, *(None,) * 6
 
 
 @dataclass(frozen=True)
@@ -108,10 +113,12 @@ class ImplicitGradient:
         record: list[SolveStats] = []
         if not differentiable:
             return (fn(z_star) if training else z_star), stats, record
-        start = partial(solver.inverse_transposed, memory, stats) if self.warm_start else None
         z, f_z = evaluate(fn, z_star)
         value = f_z.detach() if training else z_star
-        return _Implicit.apply(f_z, z, value, self.solver, start, record), stats, record
+        start, kept = None, None
+        if self.warm_start:
+            start, kept = (lambda memory, w: solver.inverse_transposed(memory, stats, w)), memory
+        return _Implicit.apply(f_z, z, value, self.solver, start, kept, record), stats, record
 
 
 class _Substitute(torch.autograd.Function):

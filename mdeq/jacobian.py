@@ -46,7 +46,7 @@ def jacobian_frobenius(fn: FlatFn, z: Tensor, num_probes: int = 1) -> Tensor:
         retain = differentiable or probe + 1 < num_probes
         product = vjp(f_z, z, torch.randn_like(z), create_graph=differentiable, retain_graph=retain)
         total = total + product.square().sum()
-    return total / (num_probes * z.numel())
+    return total / (num_probes * max(z.numel(), 1))  # an empty batch has no penalty
 
 
 def spectral_radius(fn: FlatFn, z: Tensor, num_iters: int = 100) -> Tensor:

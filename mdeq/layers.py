@@ -14,6 +14,16 @@ _CONV_FN = {2: F.conv2d, 3: F.conv3d}
 _LINEAR_MODE = {2: "bilinear", 3: "trilinear"}
 
 
+class GroupNorm(nn.GroupNorm):
+    """PyTorch's, also of groups of one element, where its bias is all that is left.
+
+    PyTorch's refuses a batch in which no group has more, so that a sample could be solved beside others and not alone.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
 def conv(
     spatial_dims: SpatialDims,
     in_channels: int,
@@ -54,3 +64,12 @@ def channel_mask(x: Tensor, channels: int, p: float) -> Tensor:
 def without_metadata(x: Tensor) -> Tensor:
     """Return one of MONAI's tensors, which do more at every operation, as a plain one."""
     return x.as_tensor() if hasattr(x, "copy_meta_from") else x
+
+
+def with_metadata(output: Tensor, x: Tensor) -> Tensor:
+    """Return an output as what the input x is: MONAI's tensors know where they lie and what was done to them."""
+    if not hasattr(x, "copy_meta_from"):
+        return output
+    result = type(x)(output)
+    result.copy_meta_from(x)
+    return result

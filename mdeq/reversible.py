@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .jacobian import evaluate
-from .solvers import FixedPointSolver, FlatFn, Picard, SolveStats, SolveStatus
+from .solvers import FixedPointSolver, FlatFn, Picard, SolveStats
 
 _STATE = torch.float64  # reversal divides by 1 - beta at every step, which amplifies what rounding took away
 _AMPLIFICATION = 1e8  # of rounding, between two stored pairs, for an f that expands by
@@ -76,10 +76,10 @@ class _Reverse(torch.autograd.Function):
         z0: Tensor,
         pair: Tensor,
         count: Tensor,
-        failed: Tensor,
+        converged: Tensor,
         *extra: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(z0, pair, count, failed, *extra)
+        ctx.save_for_backward(z0, pair, count, converged, *extra)
         ctx.coupled, ctx.steps, ctx.autocast = coupled, steps, _autocast(pair.device.type)
         return pair.chunk(2, dim=1)[1].to(coupled.dtype, copy=True)
 
@@ -89,7 +89,11 @@ class _Reverse(torch.autograd.Function):
             raise RuntimeError(
                 "the reversible gradient cannot be differentiated again (create_graph=True); use PhantomGradient"
             )
-        z0, pair, count, failed, *extra = ctx.saved_tensors
+        z0, pair, count, converged, *extra = ctx.saved_tensors
+        # Where no step was taken, zero would pass for a gradient. Such a sample counts one step: backward goes through
+        # it, and so takes its nan to all that f is made of.
+        lost = (count == 0) & (~converged | (grad != 0).any(dim=1))
+        count = torch.where(lost, 1, count)
         coupled, beta, known = ctx.coupled, ctx.coupled.beta, len(ctx.steps)
         tensors = extra[: len(extra) - 2 * known]
         rows, pairs = extra[len(tensors) : len(extra) - known], extra[len(extra) - known :]
@@ -121,11 +125,10 @@ class _Reverse(torch.autograd.Function):
             rows, was = stored[step]
             was = torch.where(took, x.index_copy(0, rows, was.chunk(2, dim=1)[half]), x)
             away = torch.linalg.vector_norm(was - x, dim=1) / size
-            worst = torch.maximum(worst, torch.where(failed, 0, away))
+            worst = torch.maximum(worst, torch.where(lost, 0, away))
             return was
 
-        # Where no step was possible, zero would pass for a gradient.
-        grad_z = grad.to(_STATE).masked_fill(failed.unsqueeze(1), float("nan"))
+        grad_z = grad.to(_STATE).masked_fill(lost.unsqueeze(1), float("nan"))
         grad_y = torch.zeros_like(grad_z)
         for step in range(int(count.max()) if len(count) else 0, 0, -1):
             took = (count >= step).unsqueeze(1)  # samples of fewer steps join at their own last one
@@ -169,7 +172,9 @@ class ReversibleGradient:
     It evaluates f again in backward, so fn has to say what it closes over that gradients are due to: `fn.tensors()`
     returns a sequence of tensors, none of which is computed from another: name an injection or what it is computed
     from, not both. The models of this package do; in a map of your own write a class with `__call__` and `tensors`. A
-    sample that failed without a finite step gets a gradient of nan.
+    sample that failed without a finite step gets a gradient of nan. It is the gradient of the steps that were taken
+    from z0: do not start near the equilibrium (`z0=`), from where they are few. A sample that has converged at its
+    start takes none, and gets a gradient of nan too.
 
     Args:
         beta: relaxation, in (0, 1). Larger is faster where f contracts, smaller is reversed more exactly.
@@ -212,13 +217,13 @@ class ReversibleGradient:
             check_every=solver.check_every,
         )
         pair, stats = picard(coupled, torch.cat((z0, z0), dim=1).to(_STATE))
-        count, failed = _steps_of_best(stats)
+        count = _steps_of_best(stats)
         stats = replace(stats, nfe=2 * stats.nfe, per_step=2)
         if stored is None:
             return pair.chunk(2, dim=1)[1].to(z0.dtype), stats, []
         coupled.stored = None  # autograd keeps the pairs from here on, and lets go of them
         steps, rows, pairs = zip(*stored.pairs) if stored.pairs else ((), (), ())
-        return _Reverse.apply(coupled, steps, z0, pair, count, failed, *tensors, *rows, *pairs), stats, []
+        return _Reverse.apply(coupled, steps, z0, pair, count, stats.converged, *tensors, *rows, *pairs), stats, []
 
     def _distance(self) -> int:
         """Return the steps between two stored pairs where no number is given."""
@@ -230,14 +235,9 @@ class ReversibleGradient:
         return max(int(math.log(_AMPLIFICATION) / math.log(growth)), 1)
 
 
-def _steps_of_best(stats: SolveStats) -> tuple[Tensor, Tensor]:
-    """Return after how many steps each sample was at the iterate that was returned, and whether there was none.
-
-    A sample of none counts one step: backward goes through it, and so takes its nan to all that f is made of.
-    """
+def _steps_of_best(stats: SolveStats) -> Tensor:
+    """Return after how many steps each sample was at the iterate that was returned; 0 if that is its start."""
     step = torch.arange(len(stats.trace), device=stats.trace.device).unsqueeze(1)
     competed = (step > 0) & (step <= stats.num_steps) & torch.isfinite(stats.trace)
     is_best = competed & (stats.trace == stats.residual)
-    count = torch.where(is_best.any(dim=0), is_best.int().argmax(dim=0), 0)
-    failed = (count == 0) & (stats.status != SolveStatus.CONVERGED)
-    return torch.where(failed, 1, count), failed
+    return torch.where(is_best.any(dim=0), is_best.int().argmax(dim=0), 0)

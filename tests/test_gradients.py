@@ -599,3 +599,23 @@ def test_a_warm_start_keeps_a_failed_sample_apart() -> None:
         found.append(torch.autograd.grad(eq.state[0][1].sum(), weight)[0])
     assert torch.isfinite(found[0])
     torch.testing.assert_close(found[1], found[0])
+
+
+def test_a_warm_start_is_let_go_of_in_backward() -> None:
+    """The solver's memory does not live as long as the loss."""
+    f = Affine()
+    histories = []
+
+    class Watched(Broyden):
+        def init(self, z0: Tensor) -> Any:
+            memory = super().init(z0)
+            histories.append(weakref.ref(memory.d))
+            return memory
+
+    loss = DEQ(Watched(), ImplicitGradient(Broyden(), warm_start=True))(f, f.zeros).state[0].sum()
+    gc.collect()
+    assert histories[0]() is not None
+    loss.backward(retain_graph=True)
+    loss.backward()
+    gc.collect()
+    assert histories[0]() is None

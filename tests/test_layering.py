@@ -28,7 +28,7 @@ TABLE = {
     "layers.py": "torch",
     # 2 the equilibrium layer
     "deq.py": "torch .solvers .gradients .jacobian .state",
-    "capture.py": "torch .deq .solvers",
+    "capture.py": "torch .deq .layers .solvers",
     # 3 models
     "models/__init__.py": ".models .models.*",
     "models/cell.py": "torch .layers .state",

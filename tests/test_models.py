@@ -424,3 +424,15 @@ def replica(model: nn.Module) -> nn.Module:
         for name, p in module._parameters.items():
             setattr(other, name, None if p is None else p.view_as(p))
     return copies[model]
+
+
+def test_groups_of_one_element() -> None:
+    """A coarsest map of one pixel with a channel a group: a sample can be solved alone, as beside others."""
+    torch.manual_seed(0)
+    args = dict(channels=(8,) * 4, head_channels=(4,) * 4, num_features=8, num_groups=8, expansion=2, num_classes=3)
+    model = mdeq.MDEQ(**args, solver=mdeq.Broyden(tol=1e-4, max_steps=40)).eval()
+    x = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        together = model(x)
+        alone = torch.cat([model(sample) for sample in x.split(1)])
+    torch.testing.assert_close(alone, together, rtol=1e-3, atol=1e-4)

@@ -86,3 +86,18 @@ def test_zeros_stay_zeros() -> None:
     mdeq.rescale(model)
     assert not model.stem.conv1.weight.any()
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_outputs_that_hardly_vary_stay() -> None:
+    """Their batch norm divides by the root of its epsilon, which no variance can make up for in shorter kernels."""
+    torch.manual_seed(0)
+    model = grown("deq_tiny_cifar")
+    norm = model.stem.norm1
+    norm.running_var[0], norm.running_var[1] = 1e-9, 0
+    x = torch.randn(2, 3, 32, 32).double()
+    before, kernel = model.injection(x), model.stem.conv1.weight.detach().clone()
+    mdeq.rescale(model)
+    torch.testing.assert_close(model.injection(x), before, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(model.stem.conv1.weight[:2], kernel[:2], rtol=1e-3, atol=0)
+    rows = model.stem.conv1.weight.detach().flatten(1).norm(dim=1)
+    assert rows[2:].square().mean().sqrt() < 2 * NEW < rows[:2].min()

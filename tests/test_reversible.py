@@ -286,3 +286,20 @@ class _WrittenOut(nn.Module):
             z = z + self.beta * (fn(y) - z)
             rows.append(z)
         return torch.stack(rows)[best, torch.arange(len(best))], stats, []
+
+
+def test_a_start_at_the_equilibrium_has_no_gradient() -> None:
+    """No step was taken that could be differentiated; zero would pass for a gradient, where one is due."""
+    torch.manual_seed(0)
+    f = Tanh()
+    deq = DEQ(Broyden(tol=1e-3), ReversibleGradient())
+    state = DEQ(Broyden(tol=1e-9, max_steps=90), PhantomGradient())(f, (torch.zeros_like(f.b),)).state[0].detach()
+    start = torch.cat((state[:1], torch.zeros_like(state[1:])))
+    f.b = f.b.detach().requires_grad_()
+    eq = deq(f, (start,))
+    assert eq.stats.num_steps[0] == 0 < eq.stats.num_steps[1:].min()
+    (grad,) = torch.autograd.grad(eq.state[0].sum(), f.b, retain_graph=True)
+    assert torch.isnan(grad[0]).all()
+    assert torch.isfinite(grad[1:]).all()
+    (grad,) = torch.autograd.grad(eq.state[0][1:].sum(), f.b)  # none is due to the first
+    assert torch.isfinite(grad).all()

@@ -553,3 +553,42 @@ def test_residual_of_zeros_in_float16() -> None:
     _, stats = Picard()(lambda z: 0 * z, torch.zeros(2, 3, dtype=torch.float16))
     assert stats.converged.all()
     assert stats.residual.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("solver", [Broyden(tol=1e-2), Anderson(tol=1e-2), Picard(tol=1e-2)], ids=str)
+def test_float16_where_norms_overflow_it(solver: FixedPointSolver) -> None:
+    """Norms and inner products of what float16 can hold need not fit into it."""
+    torch.manual_seed(0)
+    matrix, b = 0.05 * torch.randn(100, 100), 30 * (torch.rand(3, 100) + 0.5)
+
+    def fn(z: Tensor) -> Tensor:
+        return torch.tanh(z @ matrix.to(z.dtype) / 30) * 30 + b.to(z.dtype)
+
+    exact, _ = Broyden(tol=1e-6)(fn, torch.zeros(3, 100))
+    z, stats = solver(fn, torch.zeros(3, 100, dtype=torch.float16))
+    assert stats.converged.all(), stats
+    assert z.dtype == torch.float16
+    assert relative(z.float(), exact) < 2e-2
+    long = torch.rand(1, 1_000_000) + 0.5  # |f(z)| is above 65504, and |g| is not
+    z, stats = solver(lambda z: 0.5 * z + 50 * long.to(z.dtype), torch.zeros(1, 1_000_000, dtype=torch.float16))
+    assert stats.converged.all(), stats
+    assert relative(z.float(), 100 * long) < 2e-2
+
+
+def test_anderson_in_coarse_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products as rough as those of TF32 do not keep it from the fixed point: no iterate is made of them alone."""
+
+    def coarse(x: Tensor) -> Tensor:
+        return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)  # 10 bits of the mantissa
+
+    matmul, baddbmm = Tensor.__matmul__, torch.baddbmm
+    monkeypatch.setattr(Tensor, "__matmul__", lambda x, y: matmul(coarse(x.contiguous()), coarse(y.contiguous())))
+    monkeypatch.setattr(
+        torch, "baddbmm", lambda x, a, b, **kw: baddbmm(x, coarse(a.contiguous()), coarse(b.contiguous()), **kw)
+    )
+    torch.manual_seed(0)
+    linear, b = torch.nn.Linear(50, 50), torch.randn(4, 50)
+    with torch.no_grad():
+        linear.weight.mul_(0.9 / torch.linalg.matrix_norm(linear.weight, 2))
+    _, stats = Anderson(tol=1e-6, max_steps=60)(lambda z: torch.tanh(linear(z)) + b, torch.zeros(4, 50))
+    assert stats.converged.all(), stats

@@ -112,3 +112,11 @@ def test_fine_tuning_from_another_kind(tmp_path: Path, capsys: pytest.CaptureFix
     other = ModelConfig("mdeq_tiny_seg", kwargs={"channels": [8, 16]}, checkpoint=config.checkpoint)
     with pytest.raises(BadInput, match=r"gives this model no start: .* do not fit"):
         build_model(other, 2, for_training=True)
+
+
+def test_old_files_without_counts_of_batches() -> None:
+    source, model = timm.create_model("test_mdeq"), timm.create_model("test_mdeq")
+    weights = {key: w for key, w in source.state_dict().items() if not key.endswith("num_batches_tracked")}
+    done = mdeq.transfer(weights, model)
+    assert {name.rpartition(".")[2] for name in done.kept} == {"num_batches_tracked"}
+    torch.testing.assert_close(model.stem.conv1.weight, source.stem.conv1.weight)

@@ -59,7 +59,7 @@ def test_every_parameter_gets_a_gradient(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["mdeq3d_tiny_seg", "test_mdeq3d"])
 @pytest.mark.parametrize("in_chans", [1, 2, 3, 4])
-def test_channels(name: str, in_chans: int, tmp_path: Path) -> None:
+def test_channels(name: str, in_chans: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Pretrained weights adapt as timm's do in 2D: summed for one channel, else repeated and scaled."""
     source = timm.create_model(name, in_chans=3)
     save_file(source.state_dict(), tmp_path / "weights.safetensors")
@@ -71,6 +71,7 @@ def test_channels(name: str, in_chans: int, tmp_path: Path) -> None:
     else:
         torch.testing.assert_close(expected, torch.cat([kernel] * 2, 1)[:, :in_chans] * 3 / in_chans)
     assert model(volume(16, 16, 16, channels=in_chans)).shape[:2] == (2, model.num_classes)
+    assert "Loading unchanged" not in caplog.text
 
 
 def test_anisotropic_stem() -> None:

@@ -10,8 +10,8 @@ its training. With --steps, the accuracy and residual at each number of solver s
 explicit twin (the same f applied that many times), and saved as steps.csv and steps.png. With --record FILE the figure
 of a release is derived again from the weights beside its record; if it differs, or another figure of that evaluation
 does by more than rounding on another machine explains, the exit code is 1, and if not --steps puts the table into the
-record. With --twice the figure at twice the steps is derived again too, in a second pass that takes longer. With --renew
-the evaluation, of other settings maybe, takes the place of the record's.
+record. With --twice the figure at twice the steps is derived again too, in a second pass that takes longer. With
+--renew the evaluation, of other settings maybe, takes the place of the record's.
 """
 
 import argparse

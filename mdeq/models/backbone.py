@@ -12,11 +12,13 @@ from torch.nn.utils import parametrize
 
 from ..deq import DEQ, Equilibrium
 from ..gradients import GradientSpec
-from ..layers import BATCH_NORM, CONV, SpatialDims, conv, without_metadata
+from ..layers import BATCH_NORM, CONV, SpatialDims, conv, with_metadata, without_metadata
 from ..solvers import FixedPointSolver, SolverSpec, is_static
 from ..state import State
 from .cell import MultiscaleCell
 from .implicit import MultiscaleDEQ
+
+torch.fx.wrap("with_metadata")
 
 MIN_SIZE = 16
 """Smallest side of an input, in pixels or voxels."""
@@ -111,6 +113,8 @@ class Backbone(nn.Module):
         self.last_tap: int | None = None  # set by pruning: the index in feature_info where the features end
         self.feature_info = feature_table(spatial_dims, channels, stem_stride)
         self._num_stem_taps = len(self.feature_info) - len(channels)
+        if spatial_dims == 3:  # what timm's loader looks at: it adapts kernels of images alone, this package these
+            self._traits = {"first_conv": None}
 
     @torch.no_grad()
     def _init_weights(self, part: nn.Module | None = None) -> None:
@@ -315,16 +319,6 @@ def padded(x: Tensor, divisor: Sequence[int]) -> Tensor:
     if max(divisor) == 1:
         return x
     return F.pad(x, [n for size, d in zip(x.shape[:1:-1], reversed(divisor)) for n in (0, -size % d)])
-
-
-@torch.fx.wrap
-def with_metadata(output: Tensor, x: Tensor) -> Tensor:
-    """Return an output as what the input x is: MONAI's tensors know where they lie and what was done to them."""
-    if not hasattr(x, "copy_meta_from"):
-        return output
-    result = type(x)(output)
-    result.copy_meta_from(x)
-    return result
 
 
 @torch.fx.wrap

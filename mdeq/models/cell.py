@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from ..layers import SpatialDims, channel_mask, conv, convolve, resize
+from ..layers import GroupNorm, SpatialDims, channel_mask, conv, convolve, resize
 from ..state import State, lies_channels_last
 
 Injection = tuple[Tensor | None, ...]
@@ -37,10 +37,10 @@ class ResidualBlock(nn.Module):
         super().__init__()
         hidden = int(expansion * channels)
         self.conv1 = _normed(conv(spatial_dims, channels, hidden, 3, **dd), weight_norm)
-        self.norm1 = nn.GroupNorm(num_groups, hidden, **dd)
+        self.norm1 = GroupNorm(num_groups, hidden, **dd)
         self.conv2 = _normed(conv(spatial_dims, hidden, channels, 3, **dd), weight_norm)
-        self.norm2 = nn.GroupNorm(num_groups, channels, **dd)
-        self.norm3 = nn.GroupNorm(num_groups, channels, **dd)
+        self.norm2 = GroupNorm(num_groups, channels, **dd)
+        self.norm3 = GroupNorm(num_groups, channels, **dd)
 
     def forward(self, z: Tensor, injection: Tensor | None, mask: Tensor | None, kernels: Kernels) -> Tensor:
         # In place wherever autograd has no need of what is overwritten: fresh memory costs more than the arithmetic.
@@ -66,7 +66,7 @@ class Downsample(nn.Module):
         self.convs = nn.ModuleList(
             conv(spatial_dims, widths[k], widths[k + 1], 3, stride=2, **dd) for k in range(steps)
         )
-        self.norms = nn.ModuleList(nn.GroupNorm(num_groups, width, **dd) for width in widths[1:])
+        self.norms = nn.ModuleList(GroupNorm(num_groups, width, **dd) for width in widths[1:])
 
     def forward(self, x: Tensor, size: Sequence[int], kernels: Kernels) -> Tensor:
         for step, (layer, norm) in enumerate(zip(self.convs, self.norms)):
@@ -82,7 +82,7 @@ class Upsample(nn.Module):
     ) -> None:
         super().__init__()
         self.conv = conv(spatial_dims, in_channels, out_channels, 1, **dd)
-        self.norm = nn.GroupNorm(num_groups, out_channels, **dd)
+        self.norm = GroupNorm(num_groups, out_channels, **dd)
 
     def forward(self, x: Tensor, size: Sequence[int], kernels: Kernels) -> Tensor:
         return resize(self.norm(convolve(self.conv, x, kernels[self.conv])), size)
@@ -103,7 +103,7 @@ class PostFuse(nn.Module):
     ) -> None:
         super().__init__()
         self.conv = _normed(conv(spatial_dims, channels, channels, 1, **dd), weight_norm)
-        self.norm = nn.GroupNorm(num_groups // 2, channels, affine=affine, **dd)
+        self.norm = GroupNorm(num_groups // 2, channels, affine=affine, **dd)
 
     def forward(self, x: Tensor, kernels: Kernels) -> Tensor:
         """Return the output `(B, C, *S)`; x is overwritten."""

@@ -26,7 +26,8 @@ def rescale(model: nn.Module) -> None:
     Normalization). Fine-tuning then needs rates of its own, and the ordinary ones learn slowly.
 
     Logits stay as they are but for rounding, and for the epsilon of group norms, which counts for more before shorter
-    kernels; that of batch norms in eval mode is made up for in their statistics.
+    kernels; that of batch norms in eval mode is made up for in their statistics. Rows of a kernel whose output hardly
+    varies, so that its epsilon is what such a norm divides by, stay longer than the others for that.
 
     Args:
         model: an `MDEQ` or `MDEQSegmenter`; layers that no norm follows, such as classifiers, are left alone.
@@ -39,14 +40,15 @@ def rescale(model: nn.Module) -> None:
         length = layer.weight.norm()
         if length == 0:
             continue
-        scale = _LENGTH * math.sqrt(len(layer.weight)) / length
-        layer.weight.mul_(scale)
+        scale = (_LENGTH * math.sqrt(len(layer.weight)) / length).expand(len(layer.weight))  # (out,)
+        if isinstance(norm, _BATCH_NORMS):
+            # scale^2 (variance + eps) is to be what it divides by, and no variance is below zero.
+            scale = scale.maximum((norm.eps / (norm.running_var + norm.eps)).sqrt())
+            norm.running_mean.mul_(scale)
+            norm.running_var.add_(norm.eps).mul_(scale**2).sub_(norm.eps).clamp_(min=0)
+        layer.weight.mul_(scale.view(-1, *(1 for _ in layer.weight.shape[1:])))
         if layer.bias is not None:
             layer.bias.mul_(scale)
-        if isinstance(norm, _BATCH_NORMS):
-            norm.running_mean.mul_(scale)
-            # So that scale^2 (variance + eps) is what it divides by.
-            norm.running_var.add_(norm.eps).mul_(scale**2).sub_(norm.eps).clamp_(min=0)
 
 
 def _row_lengths(x: Tensor) -> Tensor:

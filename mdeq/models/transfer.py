@@ -80,7 +80,11 @@ def transfer(weights: Mapping[str, Tensor], model: Backbone) -> Transfer:
     fitting = {name: w for name, w in weights.items() if name in own and own[name].shape == w.shape}
     kept = tuple(name for name in own if name not in fitting)
     unused = tuple(name for name in weights if name not in fitting)
-    misfit = [name for name in (*kept, *unused) if name.startswith(("stem.", "inject.", "equilibrium."))]
+    misfit = [
+        name
+        for name in (*kept, *unused)
+        if name.startswith(("stem.", "inject.", "equilibrium.")) and not name.endswith("num_batches_tracked")
+    ]  # which old files lack
     if misfit:
         raise ValueError(f"{len(set(misfit))} tensors of the stem or the equilibrium do not fit, such as {misfit[0]}")
     model.load_state_dict(fitting, strict=False)

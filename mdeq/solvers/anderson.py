@@ -3,30 +3,31 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .base import FixedPointSolver, _require, _require_count, _require_number, is_static
+from .base import FixedPointSolver, _require, _require_count, _require_number, is_static, small_dtype
 
 
 @dataclass
 class _History:
-    """What is mixed, in a ring of M + 1 = history slots, and the differences of residuals, in one of M slots."""
+    """Differences of what is mixed and of residuals, in rings of M = history - 1 slots."""
 
-    mixed: Tensor  # (B, M + 1, D) z_k + beta g_k
+    dmixed: Tensor  # (B, M, D) differences of z_k + beta g_k
     dg: Tensor  # (B, M, D) g_k - g_{k-1}
     gram: Tensor  # (B, M, M) inner products of dg
     rhs: Tensor  # (B, M) dg^T g_k
+    last_mixed: Tensor  # (B, D)
     last_g: Tensor  # (B, D)
     count: int = 0  # calls so far, k
 
     def take(self, index: Tensor) -> "_History":
         # One slot at a time, to the front of the batch: a second history beside this one would be the peak.
-        for slots in (self.mixed, self.dg):
+        for slots in (self.dmixed, self.dg):
             for j in range(min(self.count, slots.shape[1])):
                 slots[: len(index), j] = slots[index, j]
-        mixed, dg = self.mixed[: len(index)], self.dg[: len(index)]
-        return _History(mixed, dg, self.gram[index], self.rhs[index], self.last_g[index], self.count)
+        dmixed, dg = self.dmixed[: len(index)], self.dg[: len(index)]
+        small = (x[index] for x in (self.gram, self.rhs, self.last_mixed, self.last_g))
+        return _History(dmixed, dg, *small, self.count)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +60,11 @@ class Anderson(FixedPointSolver):
         batch, dim = z0.shape
         slots = max(min(self.history - 1, self.max_steps - 1), 0)
         return _History(
-            mixed=z0.new_empty((batch, slots + 1, dim)),
+            dmixed=z0.new_empty((batch, slots, dim)),
             dg=z0.new_empty((batch, slots, dim)),
-            gram=z0.new_zeros((batch, slots, slots)),
-            rhs=z0.new_zeros((batch, slots)),
+            gram=z0.new_zeros((batch, slots, slots), dtype=small_dtype(z0)),
+            rhs=z0.new_zeros((batch, slots), dtype=small_dtype(z0)),
+            last_mixed=z0,
             last_g=z0,
         )
 
@@ -70,47 +72,40 @@ class Anderson(FixedPointSolver):
         k, slots = memory.count, memory.dg.shape[1]
         memory.count += 1
         mixed = f if self.beta == 1 else torch.add(z, g, alpha=self.beta)
-        memory.mixed[:, k % (slots + 1)] = mixed
+        last_mixed, last_g = memory.last_mixed, memory.last_g
+        memory.last_mixed, memory.last_g = mixed, g
         if k == 0 or slots == 0:
-            memory.last_g = g
             return mixed
         newest, used = (k - 1) % slots, min(k, slots)
-        dg = memory.dg[:, newest].copy_(g).sub_(memory.last_g)
-        memory.last_g = g
+        dg = memory.dg[:, newest].copy_(g).sub_(last_g)
+        memory.dmixed[:, newest].copy_(mixed).sub_(last_mixed)
         # One pass over dg, for the right-hand side. The new row of the Gram matrix is its change since the last step,
         # but for the diagonal.
-        rhs = (g.unsqueeze(1) @ memory.dg[:, :used].mT).squeeze(1)
+        small = small_dtype(g)
+        rhs = (g.to(small).unsqueeze(1) @ memory.dg[:, :used].to(small).mT).squeeze(1)
         row = rhs - memory.rhs[:, :used]
-        row[:, newest] = torch.linalg.vector_norm(dg, dim=1).square()
+        row[:, newest] = torch.linalg.vector_norm(dg, dim=1, dtype=small).square()
         memory.gram[:, newest, :used] = memory.gram[:, :used, newest] = row
         memory.rhs[:, :used] = rhs
-        gamma = self._least_squares(memory.gram[:, :used, :used], rhs)
-        # mixed_k - sum_j gamma_j (mixed_j - mixed_{j-1}), collected by iterate, from the oldest to the newest.
-        gamma = _rotate(gamma, -(k % slots) if k > slots else 0)
-        weights = F.pad(gamma, (0, 1), value=1.0) - F.pad(gamma, (1, 0))
-        weights = _rotate(weights, (k + 1) % (slots + 1) if k > slots else 0)
-        return (weights.unsqueeze(1) @ memory.mixed[:, : used + 1]).squeeze(1)
+        gamma = self._least_squares(memory.gram[:, :used, :used], rhs).to(g.dtype)
+        # Products of differences alone: of the iterates themselves, coarse ones (TF32) would be off by their length.
+        return torch.baddbmm(mixed.unsqueeze(1), gamma.unsqueeze(1), memory.dmixed[:, :used], alpha=-1).squeeze(1)
 
     def _least_squares(self, gram: Tensor, rhs: Tensor) -> Tensor:
         """Solve gram gamma = rhs per sample, `(B, M, M)` and `(B, M)`, after scaling every column to unit length."""
-        half = gram.dtype
-        if half in (torch.bfloat16, torch.float16):  # linear algebra has no such kernels
+        eps = torch.finfo(gram.dtype).eps
+        if gram.dtype == torch.bfloat16:  # linear algebra has no such kernels
             gram, rhs = gram.float(), rhs.float()
         length = gram.diagonal(dim1=1, dim2=2).sqrt()
         scale = torch.where(length > 0, 1 / length, torch.zeros_like(length))  # a column of zeros takes no part
-        ridge = max(self.ridge, 10 * torch.finfo(half).eps)
+        ridge = max(self.ridge, 10 * eps)
         system = gram * scale.unsqueeze(1) * scale.unsqueeze(2)
         system = system + ridge * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
         if is_static(rhs):
             gamma = _eliminate(system, rhs * scale)
         else:  # the checked version would raise on one bad sample, and wait for the device to do so
             gamma = torch.linalg.solve_ex(system, rhs * scale)[0]
-        return (gamma * scale).to(half)
-
-
-def _rotate(x: Tensor, shift: int) -> Tensor:
-    """Return x `(B, M)` with its columns moved `shift` places on, the last ones to the front."""
-    return torch.cat((x[:, -shift:], x[:, :-shift]), dim=1) if shift else x
+        return gamma * scale
 
 
 def _eliminate(matrix: Tensor, rhs: Tensor) -> Tensor:

@@ -13,6 +13,9 @@ from torch import Tensor
 FlatFn = Callable[[Tensor], Tensor]
 """A map `(B, D) -> (B, D)` whose output sample i depends on input sample i only.
 
+It returns a tensor of its own at every call: solvers go on from it, and a buffer that the next call writes into would
+change the iterate under them.
+
 It may offer `fn.take(index) -> FlatFn`, the same map for those samples alone; the loop then drops finished samples from
 the batch that it evaluates. Without it the whole batch is evaluated until the last sample stops. It may also offer
 `fn.tensors()`, the tensors it closes over that gradients may be due to, for estimators that evaluate f in backward.
@@ -97,6 +100,11 @@ def forget_casts(z: Tensor) -> None:
     """Have autocast cast weights anew: what it cast and cached without gradients has none (torch before 2.7)."""
     if not is_static(z) and torch.is_autocast_enabled(z.device.type):
         torch.clear_autocast_cache()
+
+
+def small_dtype(z: Tensor) -> torch.dtype:
+    """Return the dtype of norms and inner products of a state: its own, but for float16, in which they overflow."""
+    return torch.float32 if z.dtype == torch.float16 else z.dtype
 
 
 def is_static(z: Tensor) -> bool:
@@ -213,11 +221,10 @@ class FixedPointSolver(ABC):
             raise ValueError(f"fn must keep the shape of its argument, {tuple(z0.shape)}, got {tuple(fz.shape)}")
         for step in range(self.max_steps + 1):
             g = fz - z
-            absolute = torch.linalg.vector_norm(g, dim=1)
+            absolute = torch.linalg.vector_norm(g, dim=1, dtype=small_dtype(g))
             residual = absolute
             if self.stop_mode == "rel":
-                tiny = max(1e-9, torch.finfo(fz.dtype).tiny)  # 1e-9 is 0 in float16
-                residual = absolute / (torch.linalg.vector_norm(fz, dim=1) + tiny)
+                residual = absolute / (torch.linalg.vector_norm(fz, dim=1, dtype=small_dtype(fz)) + 1e-9)
             look = not static and (step % self.check_every == 0 or step == self.max_steps)
             num_active = progress.update(self, step, z, absolute, residual, look)
             if step == self.max_steps or num_active == 0:
@@ -265,8 +272,8 @@ class _Progress:
         return cls(
             active=torch.ones(batch, dtype=torch.bool, device=z0.device),
             best=z0,
-            best_residual=z0.new_full((batch,), float("inf")),
-            limit=z0.new_zeros(batch),
+            best_residual=z0.new_full((batch,), float("inf"), dtype=small_dtype(z0)),
+            limit=z0.new_zeros(batch, dtype=small_dtype(z0)),
             status=status,
             num_steps=torch.zeros_like(status),
             trace=[],

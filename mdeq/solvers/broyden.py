@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .base import FixedPointSolver, FlatFn, SolveStats, _require, _require_count, is_static
+from .base import FixedPointSolver, FlatFn, SolveStats, _require, _require_count, is_static, small_dtype
 
 
 @dataclass
@@ -74,9 +74,9 @@ class Broyden(FixedPointSolver):
         slots = self.max_steps if self.history is None else min(self.history + 1, self.max_steps)
         return _Directions(
             d=z0.new_empty((batch, slots, dim), dtype=dtype),
-            solve=z0.new_zeros((batch, slots, slots)),
-            scale=z0.new_zeros((batch, slots)),
-            length=z0.new_ones((batch, slots)),
+            solve=z0.new_zeros((batch, slots, slots), dtype=small_dtype(z0)),
+            scale=z0.new_zeros((batch, slots), dtype=small_dtype(z0)),
+            length=z0.new_ones((batch, slots), dtype=small_dtype(z0)),
         )
 
     def direction(self, memory: _Directions, z: Tensor, g: Tensor) -> Tensor:
@@ -90,7 +90,8 @@ class Broyden(FixedPointSolver):
         # v = -H_{k-1} g = g + sum_j c_j u_j with c_j = d_j^T v_j / |d_j|^2, v_j the partial sum before term j.
         # One pass over the history for d_j^T d_{k-1} and d_j^T g, which lie side by side in it. A CPU is faster at this
         # order of the factors, with the long axis last in both.
-        products = (part[:, k - 1 :] @ part[:, :k].mT for part in _parts(memory.d[:, : k + 1], g.dtype))
+        small = small_dtype(g)
+        products = (part[:, k - 1 :] @ part[:, :k].mT for part in _parts(memory.d[:, : k + 1], small))
         gram, right = reduce(torch.add, products).unbind(1)  # (B, k) each
         short = 1 - memory.length[:, :k]
         self._append_row(memory, gram, short)
@@ -102,7 +103,7 @@ class Broyden(FixedPointSolver):
         tiny = 10 * torch.finfo(g.dtype).eps
         denominator = torch.where(denominator.abs() > tiny, denominator, torch.ones_like(denominator))
         weights = (weights / denominator).unsqueeze(1)
-        steps = [torch.bmm(weights, part).squeeze(1) for part in _parts(memory.d[:, : k + 1], g.dtype)]
+        steps = [torch.bmm(weights, part).squeeze(1).to(g.dtype) for part in _parts(memory.d[:, : k + 1], small)]
         step = steps[0] if len(steps) == 1 else torch.cat(steps, dim=1)
         memory.d[:, k] = step
         return step
