@@ -431,6 +431,8 @@ REPO = ("--repo", "org/name", "--dry-run")
         (("RUN", "--stage", "nowhere.json", *REPO), "nowhere.json"),
         (("--repo", "org/name"), "give the folder of a run"),
         (("RUN", "--repo", "name"), "must be ORG/NAME"),
+        (("RUN", "--repo", "/name"), "must be ORG/NAME"),
+        (("RUN", "--repo", "org/a name"), "must be ORG/NAME"),
         (("RUN", "--ship", *REPO), "--ship does not go with --repo"),
         (("RUN", "--release", "test_mdeq.digits", "--runs", "x"), "--runs does not go with --release"),
         (("--all", "--note", "x", "--dry-run"), "--note does not go with --all"),

@@ -1,8 +1,10 @@
 """tools/visualize.py: what is measured and drawn, by known answers; the page; what it leaves out and refuses."""
 
 import base64
+import io
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +25,7 @@ from tools.batches import Batch
 from tools.figures import Painter, View
 from tools.metrics import SolveLog
 from tools.page import Picture, page
+from tools.pictures import label_colours
 from tools.predictors import Predictor, Settings
 from tools.pretrained import load_trained
 from tools.samples import Part
@@ -257,6 +260,39 @@ def test_labels_figure() -> None:
     }
     legend = next(ax.get_legend() for ax in figure.axes if ax.get_legend())
     assert [text.get_text() for text in legend.get_texts()] == ["left", "right"]
+    settled = snapshot("equilibrium", [[0, 0], [0, 0]])
+    for early, truth, names in ((way, torch.tensor([[0, 1], [0, 255]]), ["left"]), (twins, None, ["left", "right"])):
+        figure = figures.labels_figure(early, [], settled, truth, painter, "title")
+        legend = next(ax.get_legend() for ax in figure.axes if ax.get_legend())
+        assert [text.get_text() for text in legend.get_texts()] == names  # of the data, or of an early step alone
+
+
+def test_a_legend_has_the_colours_of_its_classes() -> None:
+    """256 colours for a whole picture leave none to small patches, unless they are kept for them."""
+    torch.manual_seed(0)
+    colours = label_colours([str(k) for k in range(12)])
+    picture = Image.fromarray((255 * torch.rand(64, 64, 3)).byte().numpy())
+    painter = Painter([str(k) for k in range(12)], colours, None, picture, View((64, 64)))
+    logits = torch.zeros(1, 12, 64, 64)
+    logits[0, 0] = 1
+    logits[0, torch.arange(12), 0, torch.arange(12)] = 2
+    settled = Snapshot("equilibrium", (torch.ones(1, 2, 2, 2),), logits, None)
+    drawn = figures.png(figures.labels_figure([settled] * 4, [], settled, None, painter, "title"))
+    with Image.open(io.BytesIO(drawn)) as image:
+        there = set(map(tuple, np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0).tolist()))
+    assert set(colours) <= there
+
+
+def test_wide_pictures_leave_room_for_words() -> None:
+    wide, size = Image.new("RGB", (400, 40)), (40, 400)
+    settled = Snapshot("equilibrium", (torch.ones(1, 2, 4, 40),), torch.randn(1, 12, 40, 400), 0.1)
+    painter = Painter([str(k) for k in range(12)], label_colours([str(k) for k in range(12)]), None, wide, View(size))
+    figure = figures.labels_figure([], [], settled, None, painter, "title")
+    figure.draw_without_rendering()
+    [legend] = [ax.get_legend() for ax in figure.axes if ax.get_legend()]
+    assert legend.get_window_extent().height < 0.7 * figure.bbox.height
+    figure = figures.features_figure([replace(settled, logits=torch.zeros(1, 2))], wide, View(size), ("a", "b"), "t")
+    assert figure.bbox.height / figure.dpi >= 1.5
 
 
 def test_features_figure() -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
@@ -166,7 +167,8 @@ def features_figure(
     """
     branches, columns = len(snapshots[0].state), len(snapshots) + 1
     ratio = view.ratio(picture)
-    figure = Figure(figsize=(CELL * columns + 1.1, CELL * ratio * branches + 0.95), layout="constrained")
+    row = max(CELL * ratio, 0.8)  # room for the two lines beside it
+    figure = Figure(figsize=(CELL * columns + 1.1, row * branches + 0.95), layout="constrained")
     axes = figure.subplots(branches, columns, squeeze=False)
     for i in range(branches):
         maps = [view.flat(s.state[i][0].float().square().mean(dim=0).sqrt()) for s in snapshots]
@@ -243,12 +245,20 @@ def labels_figure(
     """Return two rows of label maps: of the solver up to the equilibrium, and of the explicit twin."""
     view, ratio = painter.view, painter.view.ratio(painter.picture)
     columns = len(way) + 2
-    figure = Figure(figsize=(CELL * columns + 0.2, 2 * (CELL * ratio + 0.42) + 0.75), layout="constrained")
-    axes = figure.subplots(2, columns, squeeze=False)
-    final = settled.logits[0].argmax(dim=0)
+    maps = [snapshot.logits[0].argmax(dim=0) for snapshot in (*way, settled, *twins)]
+    final = maps[len(way)]
+    painted = {int(k) for labels in (*maps, *([] if truth is None else [truth])) for k in np.unique(view.flat(labels))}
+    present = [k for k in range(len(painter.names)) if k in painted and k != painter.clear]
+    patches = [
+        Patch(color=tuple(c / 255 for c in painter.colours[k]), label=painter.names[k]) for k in present[:MOST_ENTRIES]
+    ]
+    if len(present) > MOST_ENTRIES:
+        patches.append(Patch(color="none", label=f"and {len(present) - MOST_ENTRIES} more"))
+    rows = [CELL * ratio + 0.42, max(CELL * ratio, 0.13 * len(patches)) + 0.42]  # the second has the legend
+    figure = Figure(figsize=(CELL * columns + 0.2, sum(rows) + 0.75), layout="constrained")
+    axes = figure.subplots(2, columns, squeeze=False, height_ratios=rows)
     show(axes[0, 0], painter.picture, "input", view)
-    for ax, snapshot in zip((*axes[0, 1:], *axes[1, 1:]), (*way, settled, *twins)):
-        labels = snapshot.logits[0].argmax(dim=0)
+    for ax, snapshot, labels in zip((*axes[0, 1:], *axes[1, 1:]), (*way, settled, *twins), maps):
         show(ax, painter.paint(labels), heading(snapshot), view)
         if snapshot is not settled:
             ax.set_xlabel(f"{100 * float((labels != final).float().mean()):.2f} % differ", fontsize=8)
@@ -257,12 +267,6 @@ def labels_figure(
     if truth is not None:
         axes[1, 0].axis("on")
         show(axes[1, 0], painter.paint(truth), "labels of the data", view)
-    present = [k for k in final.unique().tolist() if k != painter.clear]
-    patches = [
-        Patch(color=tuple(c / 255 for c in painter.colours[k]), label=painter.names[k]) for k in present[:MOST_ENTRIES]
-    ]
-    if len(present) > MOST_ENTRIES:
-        patches.append(Patch(color="none", label=f"and {len(present) - MOST_ENTRIES} more"))
     axes[1, -1].legend(handles=patches, loc="center", fontsize=8 if len(patches) < 9 else 6, frameon=False)
     entitle(figure, title)
     return figure
@@ -318,10 +322,20 @@ def radius_figure(radii: np.ndarray, title: str) -> Figure:
 
 def png(figure: Figure) -> bytes:
     """Return a figure as a PNG file of 256 colours, a third of the size that full colour would take."""
-    drawn, packed = io.BytesIO(), io.BytesIO()
+    drawn, packed, palette = io.BytesIO(), io.BytesIO(), Image.new("P", (1, 1))
     figure.savefig(drawn, dpi=DPI, format="png")
+    # Patches of a legend are small; by their share of the picture they would get the mean of several colours.
+    exact = legend_colours(figure)
     with Image.open(drawn) as image:
-        image.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(
-            packed, "PNG", optimize=True
-        )
+        whole = image.convert("RGB")
+        few = whole.quantize(256 - len(exact), Image.Quantize.MEDIANCUT)
+        palette.putpalette([*few.getpalette()[: 3 * (256 - len(exact))], *(c for colour in exact for c in colour)])
+        whole.quantize(palette=palette, dither=Image.Dither.NONE).save(packed, "PNG", optimize=True)
     return packed.getvalue()
+
+
+def legend_colours(figure: Figure) -> list[Colour]:
+    """Return the colours of the patches in a figure's legends."""
+    legends = [ax.get_legend() for ax in figure.axes]
+    patches = [p for legend in legends if legend is not None for p in legend.get_patches()]
+    return sorted({tuple(round(255 * c) for c in to_rgb(p.get_facecolor())) for p in patches})

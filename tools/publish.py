@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import timm
 import torch
 from huggingface_hub import HfApi
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 import mdeq
 from tools.card import dataset, model_card, releases_table
@@ -102,8 +103,13 @@ def parse_arguments() -> argparse.Namespace:
         raise BadInput(f"--{unused[0]} does not go with --{mode}")
     if adds_seeds and (unused := [word for word in WORDS_OF["release"][1:] if getattr(arguments, word)]):
         raise BadInput(f"--{unused[0]} takes the folder of a run; seeds are added to a release without one")
-    if arguments.repo is not None and arguments.repo.count("/") != 1:
-        raise BadInput(f"--repo must be ORG/NAME, got {arguments.repo}")
+    if arguments.repo is not None:
+        try:
+            validate_repo_id(arguments.repo)
+        except HFValidationError as error:
+            raise BadInput(f"--repo must be ORG/NAME, got {arguments.repo}: {error}") from None
+        if "/" not in arguments.repo:
+            raise BadInput(f"--repo must be ORG/NAME, got {arguments.repo}")
     return arguments
 
 

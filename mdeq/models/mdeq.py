@@ -47,8 +47,8 @@ class MDEQ(Backbone):
         stem_stride: total stride of the stem, 1, 2 or 4, for all axes or per axis.
         expansion, num_groups, dropout, weight_norm, post_norm_affine: see `MultiscaleCell`.
         drop_rate: dropout before the classifier.
-        solver: forward solver, or its description.
-        gradient: gradient estimator, or its description.
+        solver: forward solver, or its description; only a description can be saved in a config.json.
+        gradient: gradient estimator, or its description; the same.
         device, dtype: of all parameters and buffers.
 
     Raises:
