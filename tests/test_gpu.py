@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 import mdeq
@@ -71,6 +72,16 @@ def test_captured_model_follows_weights_that_change_in_place() -> None:
     with torch.no_grad():
         model.classifier.bias += 1
         torch.testing.assert_close(captured(x), model(x), rtol=1e-6, atol=1e-8)
+
+
+def test_captured_model_knows_where_each_volume_lies() -> None:
+    """MONAI's tensors come back with what belongs to the input of that call, not to the example."""
+    meta = pytest.importorskip("monai.data").MetaTensor
+    model = timm.create_model("test_mdeq3d").cuda().eval()
+    example, x = (meta(torch.randn(1, 1, 16, 16, 16), affine=k * torch.eye(4)).cuda() for k in (1, 3))
+    captured = mdeq.CapturedModel(model, example)
+    assert captured(x).affine.diag().tolist() == [3.0, 3.0, 3.0, 3.0]
+    assert type(captured(x.as_tensor())) is torch.Tensor
 
 
 def test_captured_model_keeps_its_weights() -> None:
