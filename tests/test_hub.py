@@ -30,6 +30,7 @@ from mdeq.models.weights import DEFAULT_ORG, Release, WeightsError, local_file, 
 from tools.card import model_card
 from tools.config import TrainConfig, load_config, parse_config
 from tools.publish import TABLE_END, TABLE_START, shipped_files, with_table
+from tools.recheck import contradictions
 
 # The whole of the architecture, as a released tag has it.
 WORDS = ("model.kwargs={}", "model.kwargs.dropout=0.1", "model.solver.max_steps=3", "data.image_size=32")
@@ -72,11 +73,20 @@ def test_released_weights(name: str) -> None:
     assert cfg.description
     assert release.metrics
     if release.shipped.is_file():
-        assert release.shipped.stat().st_size == release.size
         model = timm.create_model(name, pretrained=True)
         assert digest(model) == digest_of(release.shipped)
+        assert contradictions(release, model) == []
     else:
         assert re.fullmatch(r"[0-9a-f]{40}", release.revision or "")
+
+
+@pytest.mark.parametrize("name", mdeq.RELEASES)
+def test_released_figures_belong_to_an_equilibrium(name: str) -> None:
+    """At twice the steps they move by less than 0.3 points, a Dice by less than 0.003."""
+    evaluation = mdeq.RELEASES[name].card["evaluation"]
+    once, twice = (evaluation[key][evaluation["metric"]] for key in ("metrics", "metrics_at_twice_the_steps"))
+    assert abs(once - twice) < (0.003 if once < 1 else 0.3)
+    assert evaluation["metrics"]["residual_q0.9"] < evaluation["solver"]["tol"]
 
 
 def digest_of(path: Path) -> str:
