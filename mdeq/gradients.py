@@ -1,7 +1,8 @@
 """How to differentiate through an equilibrium: estimators, each of which owns the forward solve."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from copy import copy
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from .jacobian import evaluate, vjp
 from .reversible import ReversibleGradient
-from .solvers import Broyden, FixedPointSolver, FlatFn, SolveStats, SolveStatus, build_solver
+from .solvers import Broyden, FixedPointSolver, FlatFn, SolveStats, SolveStatus, build_solver, small_dtype
 
 
 class GradientEstimator(Protocol):
@@ -49,10 +50,9 @@ class _Implicit(torch.autograd.Function):
         record: list[SolveStats],
     ) -> Tensor:
         # Its tensors by autograd, which lets go of them in backward: kept in ctx, they would live as long as the loss.
-        ctx.names = [f.name for f in fields(memory)] if is_dataclass(memory) else []
-        ctx.names = [name for name in ctx.names if isinstance(getattr(memory, name), Tensor)]
-        ctx.save_for_backward(f_z, z, *(getattr(memory, name) for name in ctx.names))
-        ctx.memory = replace(memory, **dict.fromkeys(ctx.names)) if ctx.names else memory
+        kept = {name: x for name, x in getattr(memory, "__dict__", {}).items() if isinstance(x, Tensor)}
+        ctx.save_for_backward(f_z, z, *kept.values())
+        ctx.names, ctx.memory = list(kept), _with_entries(memory, dict.fromkeys(kept))
         ctx.solver, ctx.start, ctx.record = solver, start, record
         return value.clone()
 
@@ -64,8 +64,8 @@ class _Implicit(torch.autograd.Function):
             )
         f_z, z, *kept = ctx.saved_tensors
         # The system is linear: solved for a gradient of unit length, it stops alike at every scale of the loss.
-        size = torch.linalg.vector_norm(grad, dim=1, keepdim=True)
-        rhs = grad / torch.where(size > 0, size, torch.ones_like(size))
+        size = torch.linalg.vector_norm(grad, dim=1, keepdim=True, dtype=small_dtype(grad))
+        rhs = (grad / torch.where(size > 0, size, torch.ones_like(size))).to(grad.dtype)
 
         def adjoint(u: Tensor) -> Tensor:
             return vjp(f_z, z, u, retain_graph=True) + rhs
@@ -73,13 +73,21 @@ class _Implicit(torch.autograd.Function):
         if ctx.start is None:  # from zero, where the first evaluation is known
             u, stats, _ = ctx.solver.solve(adjoint, torch.zeros_like(rhs), f0=rhs)
         else:
-            memory = replace(ctx.memory, **dict(zip(ctx.names, kept))) if kept else ctx.memory
+            memory = _with_entries(ctx.memory, dict(zip(ctx.names, kept)))
             u, stats = ctx.solver(adjoint, ctx.start(memory, rhs))
         ctx.record.append(stats)
         # Where no step was possible, zero would pass for a gradient. From zero, the first step goes to what is known.
         lost = (stats.status == SolveStatus.NONFINITE) & (stats.num_steps <= (ctx.start is None))
         u = u.masked_fill(lost.unsqueeze(1), float("nan"))
-        return u * size, *(None,) * 6
+        return (u * size).to(grad.dtype), *(None,) * 6
+
+
+def _with_entries(memory: Any, entries: Mapping[str, Any]) -> Any:
+    """Return a solver's memory with other values of some of its attributes."""
+    if entries:
+        memory = copy(memory)
+        vars(memory).update(entries)  # a dataclass may be frozen, or want its tensors when it is made
+    return memory
 
 
 @dataclass(frozen=True)

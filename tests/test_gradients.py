@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from mdeq import (
     FixedPointSolver,
     ImplicitGradient,
     PhantomGradient,
+    Picard,
+    SolveStats,
     SolveStatus,
     build_gradient,
     jacobian_frobenius,
@@ -619,3 +622,43 @@ def test_a_warm_start_is_let_go_of_in_backward() -> None:
     loss.backward()
     gc.collect()
     assert histories[0]() is None
+
+
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("scale", [1, 3000])
+def test_implicit_in_float16(warm: bool, scale: float) -> None:
+    """Also of a gradient whose norm, 94868 for the larger scale, float16 does not hold."""
+    torch.manual_seed(0)
+    b = torch.randn(2, 1000).half().requires_grad_()
+    estimator = ImplicitGradient(Broyden(tol=1e-2), warm_start=warm)
+    solver = Broyden(tol=1e-2, line_search=2)
+    z, _, record = estimator.solve(lambda z: 0.5 * z + b, torch.zeros_like(b), solver, training=True)
+    z.backward(torch.full_like(z, scale))
+    assert record[0].converged.all()
+    torch.testing.assert_close(b.grad, torch.full_like(b, 2 * scale), rtol=2e-2, atol=0)
+
+
+def test_a_warm_start_takes_any_memory() -> None:
+    """Of a solver of one's own: one that wants its tensors when it is made, and whose fields cannot be set."""
+    f, seen = Affine(), []
+
+    @dataclass(frozen=True)
+    class Memory:
+        start: Tensor
+        batch: int = field(init=False)
+
+        def __post_init__(self) -> None:
+            object.__setattr__(self, "batch", len(self.start))
+
+    class Own(Picard):
+        def init(self, z0: Tensor) -> Memory:
+            return Memory(z0)
+
+        def inverse_transposed(self, memory: Memory, stats: SolveStats, w: Tensor) -> Tensor:
+            seen.append((memory.batch, memory.start.shape))
+            return w
+
+    eq = DEQ(Own(tol=1e-12, max_steps=200), ImplicitGradient(EXACT, warm_start=True))(f, f.zeros)
+    grad_a, _ = f.backward(eq)
+    assert seen == [(len(f.b), f.b.shape)]
+    assert relative(grad_a, f.closed_form()[1]) < 1e-9

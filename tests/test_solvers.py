@@ -575,6 +575,19 @@ def test_float16_where_norms_overflow_it(solver: FixedPointSolver) -> None:
     assert relative(z.float(), 100 * long) < 2e-2
 
 
+def test_line_search_in_float16_where_norms_overflow_it() -> None:
+    """A start whose |g| is above 65504 is one that a step can improve on."""
+
+    def fn(z: Tensor) -> Tensor:
+        return (z - 1000 * torch.atan((z.float() - 50) / 100)).to(z.dtype)
+
+    solver = Broyden(tol=1e-2, max_steps=40, line_search=8)
+    z, stats = solver(fn, torch.full((1, 4000), 300, dtype=torch.float16))
+    assert z.dtype == torch.float16
+    assert stats.converged.all(), stats
+    torch.testing.assert_close(z.float(), torch.full_like(z, 50).float(), atol=1, rtol=0)
+
+
 def test_anderson_in_coarse_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products as rough as those of TF32 do not keep it from the fixed point: no iterate is made of them alone."""
 

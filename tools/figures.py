@@ -322,15 +322,20 @@ def radius_figure(radii: np.ndarray, title: str) -> Figure:
 
 def png(figure: Figure) -> bytes:
     """Return a figure as a PNG file of 256 colours, a third of the size that full colour would take."""
-    drawn, packed, palette = io.BytesIO(), io.BytesIO(), Image.new("P", (1, 1))
+    drawn, packed = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, dpi=DPI, format="png")
     # Patches of a legend are small; by their share of the picture they would get the mean of several colours.
     exact = legend_colours(figure)
     with Image.open(drawn) as image:
         whole = image.convert("RGB")
-        few = whole.quantize(256 - len(exact), Image.Quantize.MEDIANCUT)
-        palette.putpalette([*few.getpalette()[: 3 * (256 - len(exact))], *(c for colour in exact for c in colour)])
-        whole.quantize(palette=palette, dither=Image.Dither.NONE).save(packed, "PNG", optimize=True)
+        few = whole.quantize(256 - len(exact), Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+        palette, index, pixels = few.getpalette()[: 3 * (256 - len(exact))], np.array(few), np.asarray(whole)
+        for colour in exact:
+            index[(pixels == colour).all(axis=2)] = len(palette) // 3
+            palette += colour
+        few = Image.fromarray(index)
+        few.putpalette(palette)
+        few.save(packed, "PNG", optimize=True)
     return packed.getvalue()
 
 

@@ -208,6 +208,7 @@ def differing(release: mdeq.Release, found: Mapping[str, float]) -> list[str]:
         recorded = math.nan if value is None else value  # JSON has no word for what is not finite
         there = found.get(key, math.nan)
         allowed = 0.01 if key in SHARES else (0.5 if key == "residual_q1" else 0.05) * abs(recorded)
+        allowed = max(allowed, 1) if key == "hd95_undefined" else allowed  # a count
         finite = math.isfinite(there) or math.isfinite(recorded)
         if key != evaluation["metric"] and finite and not abs(there - recorded) <= allowed:
             words, digits = WORDS.get(key, (key, ".4g"))

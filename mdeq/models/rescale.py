@@ -27,7 +27,8 @@ def rescale(model: nn.Module) -> None:
 
     Logits stay as they are but for rounding, and for the epsilon of group norms, which counts for more before shorter
     kernels; that of batch norms in eval mode is made up for in their statistics. Rows of a kernel whose output hardly
-    varies, so that its epsilon is what such a norm divides by, stay longer than the others for that.
+    varies, so that its epsilon is what such a norm divides by, stay longer than the others for that; a second
+    call would take them for the kernel's length and shorten the others further.
 
     Args:
         model: an `MDEQ` or `MDEQSegmenter`; layers that no norm follows, such as classifiers, are left alone.

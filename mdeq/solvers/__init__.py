@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .anderson import Anderson
-from .base import FixedPointSolver, FlatFn, SolveStats, SolveStatus, is_static
+from .base import FixedPointSolver, FlatFn, SolveStats, SolveStatus, is_static, small_dtype
 from .broyden import Broyden
 from .picard import Picard
 
@@ -44,4 +44,5 @@ __all__ = [
     "SolverSpec",
     "build_solver",
     "is_static",
+    "small_dtype",
 ]

@@ -37,7 +37,8 @@ class Anderson(FixedPointSolver):
     Args:
         history: iterates that are mixed, the current one included (the peers' `m`); 1 is damped Picard iteration.
         ridge: Tikhonov term of the least-squares problem, relative to columns of unit length. It is never taken below
-            ten machine epsilons of the state's dtype, where the problem is noise.
+            ten machine epsilons of the inner products' dtype (the state's; float32 for float16), where the problem is
+            noise.
         beta: mixing, the share of the residual that is added to the mixed iterate.
 
     Reference:

@@ -110,7 +110,7 @@ class Broyden(FixedPointSolver):
 
     def inverse_transposed(self, memory: _Directions, stats: SolveStats, w: Tensor) -> Tensor:
         # The directions are those of the last `count` steps; a sample that had stopped before took no part in the rest.
-        steps = len(stats.trace) - 1
+        steps, dtype, w = len(stats.trace) - 1, w.dtype, w.to(small_dtype(w))
         valid = stats.num_steps - (steps - memory.count)
         for j in reversed(range(memory.count - 1)):
             d, following = memory.d[:, j].to(w.dtype), memory.d[:, j + 1].to(w.dtype)
@@ -120,7 +120,7 @@ class Broyden(FixedPointSolver):
             share = torch.linalg.vecdot(u, w) / square
             # What a sample that had stopped holds from then on need not be finite.
             w = torch.where(counts.unsqueeze(1), w + share.unsqueeze(1) * d, w)
-        return w
+        return w.to(dtype)
 
     @staticmethod
     def _append_row(memory: _Directions, gram: Tensor, short: Tensor) -> None:
@@ -147,16 +147,17 @@ class Broyden(FixedPointSolver):
         trial, image, nfe = super().advance(fn, memory, z, g, trial)
         if step is None:
             return trial, image, nfe
-        start = torch.linalg.vector_norm(g, dim=1)
+        small = small_dtype(g)
+        start = torch.linalg.vector_norm(g, dim=1, dtype=small)
         length = torch.ones_like(start)
         for _ in range(self.line_search):
             # Written so that a residual of nan is shortened too; a resting sample (zero step) needs nothing.
-            good = torch.linalg.vector_norm(image - trial, dim=1) <= (1 - 1e-4 * length) * start
+            good = torch.linalg.vector_norm(image - trial, dim=1, dtype=small) <= (1 - 1e-4 * length) * start
             short = ~good & (step != 0).any(dim=1)
             if not is_static(z) and not bool(short.any()):
                 break
             length = torch.where(short, 0.5 * length, length)
-            halved = z + length.unsqueeze(1) * step
+            halved = z + length.unsqueeze(1).to(z.dtype) * step
             trial = torch.where(short.unsqueeze(1), halved, trial)
             image = torch.where(short.unsqueeze(1), fn(trial), image)
             nfe += 1
