@@ -16,6 +16,7 @@ from helpers import run
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import mdeq
 import tools.convert
 from tests import official
 from tools.checkpoint import export, load_weights
@@ -91,6 +92,27 @@ def test_a_folder_of_a_run(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["pretrained_cfg"]["tag"], config["pretrained_cfg"]["license"]) == ("again", "apache-2.0")
     assert_same(local(tmp_path / "out"), model)
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "best.safetensors"])
+def test_a_file_in_the_folder_of_a_run(tmp_path: Path, name: str) -> None:
+    """Its config.json says what shapes cannot, as for the whole folder."""
+    solver = {"name": "anderson", "max_steps": 3, "tol": 0.1}
+    model = timm.create_model("test_mdeq", num_groups=4, solver=solver, num_classes=3)
+    source = tmp_path / "run"
+    source.mkdir()
+    export(model, source, {"label_names": ["a", "b", "c"]})
+    (source / "config.yaml").write_text("model: {name: test_mdeq}\n")
+    if name == "checkpoint.pt":
+        torch.save({"model": model.state_dict()}, source / name)
+    else:
+        (source / "model.safetensors").rename(source / name)
+    run("convert", source / name, "--bf16", "--out", tmp_path / "out").ok()
+    again = local(tmp_path / "out")
+    assert (again.deq.solver, again.equilibrium.cell.blocks[0].norm1.num_groups) == (mdeq.build_solver(solver), 4)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["label_names"] == ["a", "b", "c"]
+    assert (tmp_path / "out" / "config.yaml").is_file()
+    assert torch.equal(again.classifier.weight, model.classifier.weight.bfloat16().float())
 
 
 def test_weights_of_a_run_in_bfloat16(tmp_path: Path) -> None:

@@ -372,6 +372,7 @@ def test_image_folder(tmp_path: Path) -> None:
     train, classes = reader(tmp_path, True)
     test, test_classes = reader(tmp_path, False)
     assert (len(train), classes, len(test), test_classes) == (6, 3, 3, 3)
+    assert train.class_names == test.class_names == ("ant", "bee", "cat")
     x, y = next(iter(train.epoch()))
     assert x.shape == (4, 3, 16, 16)
     assert y.shape == (4,)

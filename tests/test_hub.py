@@ -27,8 +27,9 @@ from safetensors.torch import load_file, save_file
 import mdeq
 from mdeq.models import weights
 from mdeq.models.weights import DEFAULT_ORG, Release, WeightsError, local_file, with_releases
-from tools.card import model_card
-from tools.config import TrainConfig, load_config, parse_config
+from tools.build import renew_cfg
+from tools.card import combined_licence, model_card
+from tools.config import DataConfig, ModelConfig, TrainConfig, load_config, parse_config
 from tools.publish import TABLE_END, TABLE_START, shipped_files, with_table
 from tools.recheck import contradictions
 
@@ -277,6 +278,57 @@ def test_card(finished: Path, tmp_path: Path) -> None:
     assert str(tmp_path.parent) not in card
     assert "num_classes" not in content.config["model_args"], "transformers would take it for a second one"
     assert content.config["pretrained_cfg"]["tag"] == "digits"
+
+
+@pytest.mark.parametrize(
+    ("data", "start", "expected"),
+    [
+        ("apache-2.0", "apache-2.0", "apache-2.0"),
+        ("apache-2.0", "cc-by-nc-4.0", "cc-by-nc-4.0"),
+        ("cc-by-nc-4.0", "apache-2.0", "cc-by-nc-4.0"),
+        ("cc-by-nc-4.0", "cc-by-nc-4.0", "cc-by-nc-4.0"),
+        ("other", "cc-by-nc-4.0", "other"),
+        (None, "cc-by-nc-4.0", "cc-by-nc-4.0"),
+        ("apache-2.0", None, None),
+        (None, "apache-2.0", None),
+    ],
+)
+def test_licence_of_weights_that_started_from_others(data: str | None, start: str | None, expected: str | None) -> None:
+    assert combined_licence(data, start) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "pretrained", "data", "expected"),
+    [
+        ("mdeq_tiny_seg", False, "masks", None),  # although the released weights of that name have one
+        ("mdeq_tiny_seg.camvid", True, "masks", "cc-by-nc-4.0"),
+        ("mdeq_tiny_cifar.cifar10", True, "digits", "apache-2.0"),
+        ("mdeq3d_tiny", False, "modelnet10", "other"),
+    ],
+)
+def test_licence_of_a_run(name: str, pretrained: bool, data: str, expected: str | None) -> None:
+    model = timm.create_model(name)
+    renew_cfg(model, ModelConfig(name=name, pretrained=pretrained), DataConfig(name=data, image_size=32))
+    assert model.pretrained_cfg["license"] == expected
+
+
+def test_card_of_weights_that_started_from_others(finished: Path, tmp_path: Path) -> None:
+    """The licence in its config.json goes into the card, in its head and in words."""
+    shutil.copytree(finished, tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    assert config["pretrained_cfg"]["license"] == "apache-2.0"
+    config["pretrained_cfg"]["license"] = "cc-by-nc-4.0"
+    path.write_text(json.dumps(config))
+    content = tools_publish().publication(tmp_path / "run", "org/test_mdeq.digits")
+    assert content.config["pretrained_cfg"]["license"] == "cc-by-nc-4.0"
+    assert "\nlicense: cc-by-nc-4.0\n" in content.texts["README.md"]
+    assert "whose licence they follow too (cc-by-nc-4.0)" in content.texts["README.md"]
+    del config["pretrained_cfg"]["license"]
+    path.write_text(json.dumps(config))
+    card = tools_publish().publication(tmp_path / "run", "org/test_mdeq.digits").texts["README.md"]
+    assert "\nlicense:" not in card
+    assert "The licence of the weights was not recorded" in card
 
 
 def test_card_of_a_stopped_run(finished: Path, tmp_path: Path) -> None:

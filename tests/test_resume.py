@@ -106,6 +106,11 @@ def test_resuming_for_more_epochs(tmp_path: Path) -> None:
     train(tmp_path / "run", *words, "run.epochs=2", "run.resume=true").ok()
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
     assert load_config(tmp_path / "run" / "config.yaml").run.epochs == 2
+    record = json.loads((tmp_path / "run" / "results.json").read_text())
+    began, prolonged = record["training"]["command"].splitlines()
+    assert ("run.epochs=1" in began, "run.resume=true" in began) == (True, False)
+    assert ("run.epochs=2" in prolonged, "run.resume=true" in prolonged) == (True, True)
+    assert record["evaluation"]["command"] == record["training"]["command"]
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,9 @@ from tools.pictures import label_colours
 from tools.predictors import Predictor, Settings
 from tools.pretrained import load_trained
 from tools.samples import Part
+from tools.steps import steps_figure
 from tools.studies import Snapshot
+from tools.tasks import Headline
 
 SOLVER = {"name": "broyden", "max_steps": 3, "tol": 0.5}
 TINY: dict[str, Any] = dict(channels=(4, 8), num_groups=2, expansion=1, solver=SOLVER)
@@ -281,6 +283,26 @@ def test_a_legend_has_the_colours_of_its_classes() -> None:
     with Image.open(io.BytesIO(drawn)) as image:
         there = set(map(tuple, np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0).tolist()))
     assert {*colours, (255, 255, 255)} <= there
+
+
+def test_residuals_within_a_decade_can_be_read() -> None:
+    rows = [
+        {"steps": n, "top1": 50.0, "residual_mean": 0.4 / n, "twin_top1": 50.0, "twin_residual_mean": 0.4 / n}
+        for n in (1, 2, 3)
+    ]
+    figure = steps_figure(rows, "title", Headline("top1", "accuracy", "top-1", per_cent=True))
+    figure.draw_without_rendering()
+    axis = figure.axes[1].yaxis
+    low, high = axis.get_view_interval()
+    ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+    assert sum(bool(t.label1.get_text()) and low <= t.get_loc() <= high for t in ticks) >= 2
+
+
+def test_the_legend_of_radii_hides_no_bar() -> None:
+    figure = figures.radius_figure(np.array([1.0] * 9 + [2.0] * 9), "title")
+    figure.draw_without_rendering()
+    [ax] = figure.axes
+    assert max(bar.get_window_extent().y1 for bar in ax.patches) < ax.get_legend().get_window_extent().y0
 
 
 def test_wide_pictures_leave_room_for_words() -> None:

@@ -17,6 +17,7 @@ from torch import nn
 import mdeq
 from tools import volume_data
 from tools.batches import Batches, ImageSpec, Process
+from tools.card import combined_licence, dataset
 from tools.checkpoint import load_weights, read_json
 from tools.config import BadInput, DataConfig, ModelConfig, RunConfig, TrainConfig, nearest
 from tools.data import build_batches
@@ -185,12 +186,27 @@ def image_spec(model: nn.Module, image_size: int | None) -> ImageSpec:
     return ImageSpec.of(model.pretrained_cfg, model.in_chans, image_size)
 
 
-def renew_cfg(model: nn.Module, data: DataConfig) -> None:
-    """Have a model's pretrained_cfg say what it is trained on, and no longer what was said of other weights."""
+def renew_cfg(model: nn.Module, start: ModelConfig, data: DataConfig) -> None:
+    """Have a model's pretrained_cfg say what it is trained on, and no longer what was said of other weights.
+
+    Args:
+        model: the model.
+        start: the weights that it starts from; those of a file have no licence that is known here.
+        data: what it is trained on.
+    """
     spec = image_spec(model, data.image_size)
+    licence = dataset(data.name).weights_licence
+    if start.pretrained or start.checkpoint is not None:
+        before = None if start.checkpoint is not None else model.pretrained_cfg.get("license")
+        licence = combined_licence(licence, before)
     size = (spec.size[0], *(data.patch_size or spec.size)[-2:])  # timm's has three numbers for volumes too
     # config.json gets the names of labels from the data.
-    anew = {"input_size": size, "tag": "", **dict.fromkeys(("hf_hub_id", "file", "description", "label_names"))}
+    anew = {
+        "input_size": size,
+        "tag": "",
+        "license": licence,
+        **dict.fromkeys(("hf_hub_id", "file", "description", "label_names")),
+    }
     model.pretrained_cfg = {**model.pretrained_cfg, **anew}
 
 

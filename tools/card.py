@@ -27,7 +27,7 @@ class Dataset:
         labels: its classes, where the data do not say them.
         caveats: sentences for the section of limits.
         prepared: what goes into the model.
-        weights_licence: of weights trained on it, as the Hub spells licences.
+        weights_licence: of weights trained on it, as the Hub spells licences; None where it is not known.
     """
 
     title: str
@@ -37,7 +37,7 @@ class Dataset:
     labels: tuple[str, ...] = ()
     caveats: tuple[str, ...] = ()
     prepared: str = ""
-    weights_licence: str = "apache-2.0"
+    weights_licence: str | None = "apache-2.0"
 
 
 NO_DEVICE = "It is no medical device; it must not be used for diagnosis or treatment."
@@ -137,7 +137,20 @@ PAPERS = """\
 
 def dataset(name: str) -> Dataset:
     """Return what is known of a data set; of one that is not in the table, its name alone."""
-    return DATASETS.get(name) or Dataset(name, "not recorded", "not recorded")
+    return DATASETS.get(name) or Dataset(name, "not recorded", "not recorded", weights_licence=None)
+
+
+def combined_licence(data: str | None, start: str | None) -> str | None:
+    """Return the licence of weights that were trained on data from other weights on.
+
+    Args:
+        data: that of weights trained on the data alone, as the Hub spells licences; None where it is not known.
+        start: that of the weights which the training started from.
+    """
+    binding = {licence for licence in (data, start) if licence not in (None, "apache-2.0")}
+    if binding:
+        return binding.pop() if len(binding) == 1 else "other"
+    return None if None in (data, start) else "apache-2.0"
 
 
 def model_card(repo: str, config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
@@ -162,20 +175,22 @@ def model_card(repo: str, config: Mapping[str, Any], record: Mapping[str, Any]) 
         usage(repo, config, data),
         *training(record, data),
         *limits(record, data),
-        f"## Licence\n\n{licence(data)}",
+        f"## Licence\n\n{licence(config['pretrained_cfg'].get('license'), data)}",
         f"## Citation\n\nData: {data.citation}.\n\n```bibtex\n{PAPERS}\n```",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def licence(data: Dataset) -> str:
+def licence(weights: str | None, data: Dataset) -> str:
     """Return what may be done with code, weights and data."""
-    if data.weights_licence == "apache-2.0":
+    if weights == "apache-2.0":
         return f"Weights and code: Apache-2.0. Data: {data.licence}."
-    return (
-        f"Code: Apache-2.0. Data: {data.licence}. The weights were trained on these data and are meant for what their "
-        "licence permits."
-    )
+    text = f"Code: Apache-2.0. Data: {data.licence}. "
+    if weights is None:
+        return f"{text}The licence of the weights was not recorded: it depends on the data of their training."
+    if weights != data.weights_licence:
+        text += f"The weights started from others, whose licence they follow too ({weights}). "
+    return f"{text}The weights were trained on these data and are meant for what their licence permits."
 
 
 def front_matter(name: str, config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
@@ -192,7 +207,7 @@ def front_matter(name: str, config: Mapping[str, Any], record: Mapping[str, Any]
     )
     return ModelCardData(
         model_name=name,
-        license=data.weights_licence,
+        license=config["pretrained_cfg"].get("license"),
         library_name="timm",
         pipeline_tag=None if data.task == "other" else data.task,
         tags=["timm", "mdeq", "deep-equilibrium-model", config["architecture"]],

@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import mdeq
-from tools.build import known_model
+from tools.build import build_model, known_model
 from tools.checkpoint import (
     CONFIG_FILE,
     FORMAT,
@@ -48,7 +48,7 @@ from tools.checkpoint import (
     sha256,
     write_atomically,
 )
-from tools.config import BadInput, nearest
+from tools.config import BadInput, ModelConfig, nearest
 from tools.report import Parser, program
 from tools.results import read_results, write_results
 
@@ -90,6 +90,9 @@ def load(path: Path, name: str | None) -> tuple[nn.Module, str]:
     try:
         if file.name == WEIGHTS_FILE and (file.parent / "config.json").is_file():  # it says more than shapes do
             return timm.create_model(known_model(f"local-dir:{file.parent}"), pretrained=True), "native"
+        if name is None and told(file).get("architecture") in mdeq.list_models():
+            source = ModelConfig(name=f"local-dir:{file.parent}", checkpoint=str(file))
+            return build_model(source, None, for_training=False), "native"
         layout, fitting, args = mdeq.identify_checkpoint(read_weights(file), name)
         if name not in (None, fitting):
             raise BadInput(f"{path} does not fit {name}: it fits {fitting}")
@@ -142,10 +145,14 @@ def narrow_file(path: Path) -> None:
 
 
 def told(checkpoint: Path) -> dict[str, Any]:
-    """Return what the config.json of a run's folder says of the data."""
-    path = checkpoint / "config.json"
-    config = read_json(path) if path.is_file() else {}
-    return {key: config[key] for key in ("label_names", "preprocessing") if key in config}
+    """Return the config.json of a run's folder, or beside a file of weights; nothing where there is none."""
+    path = run_of(checkpoint) / "config.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def run_of(checkpoint: Path) -> Path:
+    """Return the folder of weights that are given by it or by their file."""
+    return checkpoint if checkpoint.is_dir() else checkpoint.parent
 
 
 @torch.no_grad()
@@ -182,14 +189,16 @@ def main() -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
-        write(model, temporary, told(arguments.checkpoint))
+        config = told(arguments.checkpoint)
+        write(model, temporary, {key: config[key] for key in ("label_names", "preprocessing") if key in config})
         if arguments.bf16:
             narrow_file(temporary / WEIGHTS_FILE)
         same_model = (arguments.bf16 or arguments.rescale) and not arguments.inflate
-        if same_model and (arguments.checkpoint / CONFIG_FILE).is_file():
-            shutil.copy(arguments.checkpoint / CONFIG_FILE, temporary)
-            if (arguments.checkpoint / RESULTS_FILE).is_file():  # what the weights reached is no longer theirs
-                training = read_results(arguments.checkpoint).get("training")
+        run = run_of(arguments.checkpoint)
+        if same_model and (run / CONFIG_FILE).is_file():
+            shutil.copy(run / CONFIG_FILE, temporary)
+            if (run / RESULTS_FILE).is_file():  # what the weights reached is no longer theirs
+                training = read_results(run).get("training")
                 write_results(temporary, **({} if training is None else {"training": training}))
         verify(model, temporary)
         temporary.chmod(0o755)

@@ -313,7 +313,8 @@ def radius_figure(radii: np.ndarray, title: str) -> Figure:
         ax.axvline(np.median(finite), color=GREY, linestyle="--", linewidth=1, label=f"median {np.median(finite):.2f}")
     ax.set(xlabel="spectral radius of the Jacobian of f at the equilibrium", ylabel="samples")
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.legend(fontsize=8)
+    ax.set_ylim(top=1.3 * ax.get_ylim()[1])  # room for the legend
+    ax.legend(fontsize=8, loc="upper center", ncols=2)
     plain(ax)
     ax.set_title(f"{int((finite > 1).sum())} of {len(radii)} samples above 1", fontsize=9)
     entitle(figure, title)

@@ -58,11 +58,10 @@ class StrictImages(torch.utils.data.Dataset):
 class ReaderBatches:
     """Batches of a timm loader."""
 
-    class_names: tuple[str, ...] = ()
     spacings: Sequence[Sequence[float]] | None = None
 
-    def __init__(self, loader: Any, process: Process, seed: int) -> None:
-        self.loader, self.process, self.seed = loader, process, seed
+    def __init__(self, loader: Any, process: Process, seed: int, class_names: tuple[str, ...]) -> None:
+        self.loader, self.process, self.seed, self.class_names = loader, process, seed, class_names
         if hasattr(loader.sampler, "seed"):  # timm leaves the order of distributed samples at seed 0
             loader.sampler.seed = seed
         self.limit = evaluation_sample_limit(loader)
@@ -195,4 +194,5 @@ def read_batches(
         raise BadInput(
             f"{len(dataset)} training images are fewer than one batch; lower data.batch_size={config.batch_size}"
         )
-    return ReaderBatches(loader, process, seed), len(classes) if classes else None
+    names = tuple(str(name) for name in sorted(classes, key=classes.__getitem__)) if classes else ()
+    return ReaderBatches(loader, process, seed, names), len(names) or None

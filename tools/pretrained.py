@@ -1,5 +1,6 @@
 """A trained model from a name, the Hub, a folder or a file, with what its config.json says of classes and inputs."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,11 +91,10 @@ def _from_path(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     if not (folder / CONFIG_FILE).is_file():
         return convert.load(path, None)[0], {}
     run = load_config(folder / CONFIG_FILE)
-    source = run.model
-    source.pretrained, source.checkpoint = False, str(path)
+    start, source = run.model, dataclasses.replace(run.model, pretrained=False, checkpoint=str(path))
     classifier = read_weights(path).get("classifier.weight")
     model = build_model(source, None if classifier is None else len(classifier), for_training=False)
-    renew_cfg(model, run.data)
+    renew_cfg(model, start, run.data)
     return model, data_record(run, ())  # the names of the classes are not in it
 
 

@@ -29,7 +29,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 import mdeq
-from tools.card import dataset, model_card, releases_table
+from tools.card import combined_licence, dataset, model_card, releases_table
 from tools.checkpoint import CONFIG_FILE, STEPS_FILE, WEIGHTS_FILE, read_json, read_weights, sha256, write_atomically
 from tools.config import BadInput, TrainConfig, config_yaml, load_config, parse_config
 from tools.recheck import put_into_card, read_release, told_solver
@@ -246,18 +246,27 @@ def add_seeds(record: Path, runs: Sequence[Path], *, dry_run: bool) -> None:
         put_into_card(record, seeds=seeds)
 
 
-def config_of(run: Path, name: str, data: str) -> dict[str, Any]:
-    """Return the config.json of a run as it is published under a name `architecture.tag` or any other."""
+def config_of(run: Path, name: str, data: str, stage: Path | None) -> dict[str, Any]:
+    """Return the config.json of a run as it is published under a name `architecture.tag` or any other.
+
+    Args:
+        run: its folder.
+        name: to publish it under.
+        data: the data set.
+        stage: record of the release that it started from, whose licence counts too.
+    """
     config = read_json(run / "config.json")
     architecture, _, tag = name.partition(".")
     if config.get("architecture") not in mdeq.list_models():
         raise BadInput(f"{run} holds {config.get('architecture')}, which is no model of this package")
-    facts = dataset(data)
+    facts, licence = dataset(data), config["pretrained_cfg"].get("license")
+    if stage is not None:
+        licence = combined_licence(facts.weights_licence, read_release(stage).config["pretrained_cfg"]["license"])
     cfg = {
         **config["pretrained_cfg"],
         "test_input_size": None,  # that of other weights of this architecture
         "tag": tag if architecture == config["architecture"] else "",
-        "license": facts.weights_licence,
+        "license": licence,
         "description": f"{config['architecture']} trained on {facts.title}",
     }
     # transformers passes the number of classes itself, and takes a second one for an error.
@@ -288,7 +297,7 @@ def publication(
 ) -> Publication:
     """Return what goes to a repository from the folder of a run; see `record_of`."""
     record = record_of(run, seeds, notes, stage)
-    config = config_of(run, repo.rpartition("/")[2], record["data"])
+    config = config_of(run, repo.rpartition("/")[2], record["data"], stage)
     # Weights come with the solver by which their figure was measured, which need not be the one of their training.
     trained = config["model_args"].get("solver") or {}
     config["model_args"]["solver"] = told_solver(trained, record["evaluation"]["solver"])

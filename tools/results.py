@@ -36,12 +36,17 @@ def hardware(device: torch.device, processes: int = 1) -> str:
     return f"a CPU, {count}{used} of {os.cpu_count()} cores ({platform.machine()})"
 
 
-def command() -> str:
-    """Return the command line of this program for people elsewhere: relative to the repository, without places."""
+def command(*, resumed: bool = False) -> str:
+    """Return the command line of this program for people elsewhere: relative to the repository, without places.
+
+    Args:
+        resumed: whether that it goes on with an earlier run belongs to it.
+    """
     world, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     nodes = ["--nnodes", str(world // local)] if world > local else []
     program = ["python"] if world == 1 else ["torchrun", *nodes, "--nproc-per-node", str(local)]
-    words = [word for word in sys.argv if not word.startswith(OF_A_PART)]
+    left_out = OF_A_PART[1:] if resumed else OF_A_PART
+    words = [word for word in sys.argv if not word.startswith(left_out)]
     return shlex.join([*program, *map(_elsewhere, words)])
 
 

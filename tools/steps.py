@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from mdeq import Picard
 from tools.checkpoint import STEPS_FILE, STEPS_PICTURE, make_folder, write_atomically
@@ -79,8 +80,8 @@ def steps_figure(rows: Sequence[Row], title: str, headline: Headline) -> Figure:
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.set_xticks(steps, [str(s) for s in steps])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.grid(which="both", alpha=0.3)
         axes.legend()
     figure.suptitle(title)
     return figure

@@ -74,7 +74,10 @@ def build_task(
     """
     loss, smoothing = config.loss, config.optim.label_smoothing
     if loss.class_weights is not None and len(loss.class_weights) != model.num_classes:
-        raise BadInput(f"loss.class_weights has {len(loss.class_weights)} entries for {model.num_classes} classes")
+        raise BadInput(
+            f"loss.class_weights has {len(loss.class_weights)} entries for {model.num_classes} classes; "
+            "give one for each, or loss.class_weights=null"
+        )
     if config.task == "classification":
         weight = None if loss.class_weights is None else torch.tensor(loss.class_weights)
         criterion = nn.CrossEntropyLoss(weight, label_smoothing=smoothing).to(next(model.parameters()))

@@ -39,7 +39,7 @@ from tools.checkpoint import (
     save_state,
     write_atomically,
 )
-from tools.config import DEFAULT_CONFIG, BadInput, TrainConfig, config_yaml, split_overrides
+from tools.config import DEFAULT_CONFIG, BadInput, TrainConfig, config_yaml, parse_config, split_overrides
 from tools.engine import Diverged, EpochResult, Trainer, evaluate, train_epoch
 from tools.optim import build_mixup, build_optimizer, build_scheduler
 from tools.report import Parser, RunLog, headline_lines, program, result_lines
@@ -113,7 +113,7 @@ class Run:
         for found, origin in ((classes, "the training split"), (test_classes, "the test split")):
             build.check_classes(model, found, origin)
         config.data.num_classes = model.num_classes  # the effective config, from which validate.py builds the model
-        build.renew_cfg(model, config.data)
+        build.renew_cfg(model, config.model, config.data)
         return build.placed(model, config.run, process), train_batches, test_batches
 
     def _trainer(self) -> Trainer:
@@ -214,6 +214,8 @@ class Run:
             self.epoch, self.batch = state["epoch"], state["batch"]
             self.trained, self.id = state.get("trained"), state.get("id", self.id)
             self.command = str(state.get("command", self.command))
+            if self.config.run.epochs > parse_config(state["config"], str(origin)).run.epochs:
+                self.command += f"\n{command(resumed=True)}"
             self.earlier = None if (minutes := state.get("minutes")) is None else float(minutes)
         except (RuntimeError, ValueError, AttributeError, TypeError, LookupError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -350,10 +352,10 @@ class Run:
         """Write results.json, from which tools/publish.py makes the model card."""
         config, where = self.config, (self.process.device, self.process.world_size)
         training = {"seed": config.run.seed, "epochs": config.run.epochs, "minutes": self.minutes}
-        training |= {**circumstances(*where), "command": self.command}
+        training |= {**circumstances(*where), "command": self.command}  # more than one line if it was prolonged
         note = getattr(self.test_batches, "note", "")
         reached = evaluation(self.final_model, result, twice, *where, metric=self.task.headline.key, data_note=note)
-        write_results(self.folder, training=training, evaluation=reached)
+        write_results(self.folder, training=training, evaluation={**reached, "command": self.command})
 
 
 def _peak_resident_mib() -> float:
@@ -371,7 +373,10 @@ def main() -> None:
             count = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
             model = start.config.model
             origin = model.checkpoint or ("released weights" if model.pretrained else "scratch")
-            print(f"{model.name} from {origin}: {count:,} trainable parameters on {process.device}, run in {folder}")
+            spec = build.image_spec(run.model, start.config.data.image_size)
+            size = "x".join(map(str, (spec.size[0], *(start.config.data.patch_size or spec.size[1:]))))
+            what = f"{count:,} trainable parameters, input {size}, on {process.device}"
+            print(f"{model.name} from {origin}: {what}, run in {folder}")
             for line in told_holdout(start.config.data):
                 print(line)
         if run.train():
