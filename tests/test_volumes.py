@@ -72,6 +72,9 @@ def test_channels(name: str, in_chans: int, tmp_path: Path, caplog: pytest.LogCa
         torch.testing.assert_close(expected, torch.cat([kernel] * 2, 1)[:, :in_chans] * 3 / in_chans)
     assert model(volume(16, 16, 16, channels=in_chans)).shape[:2] == (2, model.num_classes)
     assert "Loading unchanged" not in caplog.text
+    save_for_hf(timm.create_model(name, in_chans=in_chans), tmp_path / "saved", safe_serialization=True)
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["pretrained_cfg"]["first_conv"] == "stem.conv1"
 
 
 def test_anisotropic_stem() -> None:

@@ -85,6 +85,8 @@ def create(
             feature_cfg=dict(out_indices=tuple(range(len(taps))), feature_cls=Features),
             **args,
         )
+    # None for volumes while timm loads, see `Backbone`; from here on what it saves in a config.json.
+    model._traits["first_conv"] = model.pretrained_cfg.get("first_conv")
     names = model.pretrained_cfg.get("label_names")
     if names and not (pretrained and len(names) == getattr(model, "num_classes", 0)):
         del model.pretrained_cfg["label_names"]  # they are those of weights that are not there
