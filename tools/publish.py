@@ -261,7 +261,7 @@ def config_of(run: Path, name: str, data: str, stage: Path | None) -> dict[str, 
         raise BadInput(f"{run} holds {config.get('architecture')}, which is no model of this package")
     facts, licence = dataset(data), config["pretrained_cfg"].get("license")
     if stage is not None:
-        licence = combined_licence(facts.weights_licence, read_release(stage).config["pretrained_cfg"]["license"])
+        licence = combined_licence(facts.weights_licence, read_release(stage).config["pretrained_cfg"].get("license"))
     cfg = {
         **config["pretrained_cfg"],
         "test_input_size": None,  # that of other weights of this architecture
