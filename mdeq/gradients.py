@@ -99,8 +99,8 @@ class ImplicitGradient:
 
     Args:
         solver: the backward solver.
-        warm_start: start the backward solve from what the forward solver learnt of the Jacobian (Broyden does), which
-            keeps its memory until then and every sample in the batch.
+        warm_start: start the backward solve from what the forward solver learnt of the Jacobian (Broyden does, others
+            leave it a cold start), which keeps its memory until then and every sample in the batch.
 
     Reference:
         Bai, Kolter and Koltun 2019, Deep Equilibrium Models, Theorem 1.
@@ -117,14 +117,15 @@ class ImplicitGradient:
         self, fn: FlatFn, z0: Tensor, solver: FixedPointSolver, *, training: bool
     ) -> tuple[Tensor, SolveStats, list[SolveStats]]:
         differentiable = torch.is_grad_enabled()
-        z_star, stats, memory = solver.solve(fn, z0, compact=not (self.warm_start and differentiable))
+        warm = self.warm_start and solver.learns_jacobian
+        z_star, stats, memory = solver.solve(fn, z0, compact=not (warm and differentiable))
         record: list[SolveStats] = []
         if not differentiable:
             return (fn(z_star) if training else z_star), stats, record
         z, f_z = evaluate(fn, z_star)
         value = f_z.detach() if training else z_star
         start, kept = None, None
-        if self.warm_start:
+        if warm:
             start, kept = (lambda memory, w: solver.inverse_transposed(memory, stats, w)), memory
         return _Implicit.apply(f_z, z, value, self.solver, start, kept, record), stats, record
 

@@ -624,6 +624,18 @@ def test_a_warm_start_is_let_go_of_in_backward() -> None:
     assert histories[0]() is None
 
 
+@pytest.mark.parametrize("solver", [Anderson(tol=1e-9, max_steps=60), Picard(tol=1e-9, max_steps=200)], ids=str)
+def test_a_warm_start_from_nothing_is_a_cold_one(solver: FixedPointSolver) -> None:
+    """With no evaluation for it, no memory kept, and samples that leave the batch."""
+    f, found = Affine(), []
+    for warm in (False, True):
+        eq = DEQ(solver, ImplicitGradient(EXACT, warm_start=warm))(f, f.zeros)
+        grads = f.backward(eq)
+        found.append((eq.stats.nfe, eq.backward_stats[0].nfe, *grads))
+    for cold, warm in zip(*found):
+        assert torch.equal(torch.as_tensor(cold), torch.as_tensor(warm))
+
+
 @pytest.mark.parametrize("warm", [False, True])
 @pytest.mark.parametrize("scale", [1, 3000])
 def test_implicit_in_float16(warm: bool, scale: float) -> None:

@@ -594,14 +594,19 @@ def test_anderson_in_coarse_products(monkeypatch: pytest.MonkeyPatch) -> None:
     def coarse(x: Tensor) -> Tensor:
         return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)  # 10 bits of the mantissa
 
-    matmul, baddbmm = Tensor.__matmul__, torch.baddbmm
-    monkeypatch.setattr(Tensor, "__matmul__", lambda x, y: matmul(coarse(x.contiguous()), coarse(y.contiguous())))
-    monkeypatch.setattr(
-        torch, "baddbmm", lambda x, a, b, **kw: baddbmm(x, coarse(a.contiguous()), coarse(b.contiguous()), **kw)
-    )
+    matmul, rough = Tensor.__matmul__, []
+
+    def rough_matmul(x: Tensor, y: Tensor) -> Tensor:
+        rough.append(len(x))
+        return matmul(coarse(x.contiguous()), coarse(y.contiguous()))
+
+    monkeypatch.setattr(Tensor, "__matmul__", rough_matmul)
+    for name in ("bmm", "baddbmm", "matmul", "einsum"):
+        monkeypatch.delattr(torch, name)  # other products would not be rough
     torch.manual_seed(0)
     linear, b = torch.nn.Linear(50, 50), torch.randn(4, 50)
     with torch.no_grad():
         linear.weight.mul_(0.9 / torch.linalg.matrix_norm(linear.weight, 2))
     _, stats = Anderson(tol=1e-6, max_steps=60)(lambda z: torch.tanh(linear(z)) + b, torch.zeros(4, 50))
     assert stats.converged.all(), stats
+    assert rough

@@ -10,24 +10,23 @@ from .base import FixedPointSolver, _require, _require_count, _require_number, i
 
 @dataclass
 class _History:
-    """Differences of what is mixed and of residuals, in rings of M = history - 1 slots."""
+    """What is mixed, and differences of residuals in a ring of M = history - 1 slots."""
 
-    dmixed: Tensor  # (B, M, D) differences of z_k + beta g_k
+    mixed: list[Tensor]  # of (B, D), z_k + beta g_k, the newest last; tensors of their own, so they need no copy
     dg: Tensor  # (B, M, D) g_k - g_{k-1}
     gram: Tensor  # (B, M, M) inner products of dg
     rhs: Tensor  # (B, M) dg^T g_k
-    last_mixed: Tensor  # (B, D)
     last_g: Tensor  # (B, D)
     count: int = 0  # calls so far, k
 
     def take(self, index: Tensor) -> "_History":
-        # One slot at a time, to the front of the batch: a second history beside this one would be the peak.
-        for slots in (self.dmixed, self.dg):
-            for j in range(min(self.count, slots.shape[1])):
-                slots[: len(index), j] = slots[index, j]
-        dmixed, dg = self.dmixed[: len(index)], self.dg[: len(index)]
-        small = (x[index] for x in (self.gram, self.rhs, self.last_mixed, self.last_g))
-        return _History(dmixed, dg, *small, self.count)
+        # One after the other, slots to the front of the batch: a second history beside this one would be the peak.
+        for j in range(min(self.count - 1, self.dg.shape[1])):
+            self.dg[: len(index), j] = self.dg[index, j]
+        for j, mixed in enumerate(self.mixed):
+            self.mixed[j] = mixed[index]
+        small = (x[index] for x in (self.gram, self.rhs, self.last_g))
+        return _History(self.mixed, self.dg[: len(index)], *small, self.count)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +60,10 @@ class Anderson(FixedPointSolver):
         batch, dim = z0.shape
         slots = max(min(self.history - 1, self.max_steps - 1), 0)
         return _History(
-            dmixed=z0.new_empty((batch, slots, dim)),
+            mixed=[],
             dg=z0.new_empty((batch, slots, dim)),
             gram=z0.new_zeros((batch, slots, slots), dtype=small_dtype(z0)),
             rhs=z0.new_zeros((batch, slots), dtype=small_dtype(z0)),
-            last_mixed=z0,
             last_g=z0,
         )
 
@@ -73,13 +71,12 @@ class Anderson(FixedPointSolver):
         k, slots = memory.count, memory.dg.shape[1]
         memory.count += 1
         mixed = f if self.beta == 1 else torch.add(z, g, alpha=self.beta)
-        last_mixed, last_g = memory.last_mixed, memory.last_g
-        memory.last_mixed, memory.last_g = mixed, g
+        memory.mixed = [*memory.mixed[-slots:], mixed] if slots else []
+        last_g, memory.last_g = memory.last_g, g
         if k == 0 or slots == 0:
             return mixed
         newest, used = (k - 1) % slots, min(k, slots)
-        dg = memory.dg[:, newest].copy_(g).sub_(last_g)
-        memory.dmixed[:, newest].copy_(mixed).sub_(last_mixed)
+        dg = _subtract(g, last_g, memory.dg[:, newest])
         # One pass over dg, for the right-hand side. The new row of the Gram matrix is its change since the last step,
         # but for the diagonal.
         small = small_dtype(g)
@@ -88,9 +85,15 @@ class Anderson(FixedPointSolver):
         row[:, newest] = torch.linalg.vector_norm(dg, dim=1, dtype=small).square()
         memory.gram[:, newest, :used] = memory.gram[:, :used, newest] = row
         memory.rhs[:, :used] = rhs
-        gamma = self._least_squares(memory.gram[:, :used, :used], rhs).to(g.dtype)
-        # Products of differences alone: of the iterates themselves, coarse ones (TF32) would be off by their length.
-        return torch.baddbmm(mixed.unsqueeze(1), gamma.unsqueeze(1), memory.dmixed[:, :used], alpha=-1).squeeze(1)
+        gamma = self._least_squares(memory.gram[:, :used, :used], rhs).roll(-1 - newest, dims=1)  # the oldest first
+        # m_k - sum_j gamma_j (m_{j+1} - m_j), as weights of the m_j. Summed element by element: coarse matrix products
+        # (TF32) would put an iterate off by thousandths of its length.
+        one = torch.ones_like(gamma[:, :1])
+        weights = torch.cat((torch.zeros_like(one), gamma, one), dim=1).diff(dim=1).to(g.dtype)
+        step = mixed * weights[:, -1:]
+        for j, earlier in enumerate(memory.mixed[:-1]):
+            step.addcmul_(earlier, weights[:, j : j + 1])
+        return step
 
     def _least_squares(self, gram: Tensor, rhs: Tensor) -> Tensor:
         """Solve gram gamma = rhs per sample, `(B, M, M)` and `(B, M)`, after scaling every column to unit length."""
@@ -107,6 +110,11 @@ class Anderson(FixedPointSolver):
         else:  # the checked version would raise on one bad sample, and wait for the device to do so
             gamma = torch.linalg.solve_ex(system, rhs * scale)[0]
         return gamma * scale
+
+
+def _subtract(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
+    """Write x - y into out and return it, in one pass; graphs have no such form, for what autograd may meet later."""
+    return out.copy_(x - y) if torch.compiler.is_compiling() else torch.sub(x, y, out=out)
 
 
 def _eliminate(matrix: Tensor, rhs: Tensor) -> Tensor:

@@ -174,6 +174,11 @@ class FixedPointSolver(ABC):
         """Return the next iterate, its image under fn, and the number of evaluations spent. A line search goes here."""
         return trial, fn(trial), 1
 
+    @property
+    def learns_jacobian(self) -> bool:
+        """Whether `inverse_transposed` has more to say than w."""
+        return type(self).inverse_transposed is not FixedPointSolver.inverse_transposed
+
     def inverse_transposed(self, memory: Any, stats: SolveStats, w: Tensor) -> Tensor:
         """Return an estimate of `(I - J)^-T w` `(B, D)` from what a solve remembers of J; w where that is nothing.
 
