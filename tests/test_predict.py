@@ -523,6 +523,17 @@ def test_official_segmenters_have_the_names_of_cityscapes(tmp_path: Path) -> Non
     assert named[2][:2] == ("class 0", "class 1")
 
 
+def test_classes_are_told_in_words() -> None:
+    """The folders of ImageNet are numbers of WordNet; timm's config.json may describe any name."""
+    model = timm.create_model("test_mdeq", num_classes=3)
+    fish = {"label_names": ["n01440764", "n01443537", "n15075141"]}  # the last is in ImageNet-22k alone
+    assert _label_names(model, fish)[0] == "tench, Tinca tinca"
+    assert not any(name.startswith("n") and name[1:].isdigit() for name in _label_names(model, fish))
+    assert _label_names(model, {"label_names": ["n01440764", "mine"]}) == ("n01440764", "mine", "class 2")
+    described = {"label_names": ["a", "b", "c"], "label_descriptions": {"a": "an ant", "c": "a cat"}}
+    assert _label_names(model, described) == ("an ant", "b", "a cat")
+
+
 def test_a_model_of_another_package(photos: Path, tmp_path: Path) -> None:
     save_for_hf(timm.create_model("test_resnet"), str(tmp_path / "other"), safe_serialization=True)
     said = predict(tmp_path / "other", photos, "--out", tmp_path / "out").refusal()

@@ -1,6 +1,7 @@
 """A trained model from a name, the Hub, a folder or a file, with what its config.json says of classes and inputs."""
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,11 @@ def _from_path(path: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def _label_names(model: nn.Module, config: dict[str, Any]) -> tuple[str, ...]:
-    """Return a name for every class: those of config.json, those known of the data, else numbers."""
+    """Return a name for every class: those of config.json, those known of the data, else numbers.
+
+    Where config.json has `label_descriptions` (by name, as timm writes them), or the names are WordNet's numbers, it is
+    what these say.
+    """
     tag = str(config.get("pretrained_cfg", {}).get("tag") or "")  # of the weights; the model's own may be of others
     known = model.pretrained_cfg.get("label_names") or ()  # those of released weights, if it has as many classes
     names = config.get("label_names") or (known if len(known) == model.num_classes else ())
@@ -114,4 +119,15 @@ def _label_names(model: nn.Module, config: dict[str, Any]) -> tuple[str, ...]:
         names = [ImageNetInfo().index_to_description(k) for k in range(1000)]
     if isinstance(names, str) or len(names) > model.num_classes:
         raise BadInput(f"label_names in config.json are not those of {model.num_classes} classes")
-    return tuple(map(str, names)) + tuple(f"class {k}" for k in range(len(names), model.num_classes))
+    names = tuple(map(str, names))
+    described = config.get("label_descriptions") or _words(names)
+    return tuple(str(described.get(name, name)) for name in names) + tuple(
+        f"class {k}" for k in range(len(names), model.num_classes)
+    )
+
+
+def _words(names: tuple[str, ...]) -> dict[str, str]:
+    """Return words for WordNet numbers, the folders of ImageNet; nothing for other names."""
+    if not names or not all(re.fullmatch(r"n\d{8}", name) for name in names):
+        return {}
+    return ImageNetInfo("imagenet-22k").label_descriptions(as_dict=True)
