@@ -58,8 +58,8 @@ class DataConfig:
     train_split: str = "train"
     test_split: str = "validation"
     download: bool = False
-    num_train: int | None = None  # only the first so many training images
-    holdout: int | None = None  # the last so many training images are held out and evaluated on, not the test split
+    num_train: int | None = None  # only the first so many training samples
+    holdout: int | None = None  # the last so many training samples are held out and evaluated on, not the test split
     num_classes: int | None = None  # None: as many as the data have, where that is known
     image_size: int | None = None  # None: the model's own
     batch_size: int = 64  # images of one optimiser step, over all processes and accumulated parts

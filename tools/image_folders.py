@@ -187,7 +187,7 @@ def read_batches(
         _require_same_classes(Path(config.root), config.train_split, set(classes), split)
     if not isinstance(dataset, torch.utils.data.IterableDataset):
         if training and config.num_train is not None:
-            raise BadInput("data.num_train is for digits and cifar10; use a split or a smaller folder")
+            raise BadInput("data.num_train is for data sets with a name; use a split or a smaller folder")
         dataset = StrictImages(dataset)
     loader = _loader(config, spec, process, dataset, training)
     if len(loader) == 0:

@@ -134,7 +134,7 @@ def keep_freed_memory() -> None:
     """Have the C library of Linux keep what tensors free for the next ones, unless the environment says otherwise.
 
     It would give large blocks back to the system, which hands every page of the next one out anew: on CPUs with two and
-    more threads that is a fifth to a third of the time of f (docs/benchmark.md).
+    more threads that is up to two fifths of the time of f (docs/benchmark.md).
     """
     if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
         return
