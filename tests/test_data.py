@@ -435,6 +435,32 @@ def test_missing_split_is_not_replaced_by_another(tmp_path: Path) -> None:
         reader(tmp_path, False)
 
 
+@pytest.mark.parametrize(("there", "asked"), [("test", "validation"), ("val", "test")])
+def test_a_split_of_another_name_is_not_the_whole_folder(there: str, asked: str, tmp_path: Path) -> None:
+    """timm takes the whole folder for a split that it does not find: training images would be tested on."""
+    write_images(tmp_path / "train", ["ant", "bee"], 4)
+    write_images(tmp_path / there, ["ant", "bee"], 2)
+    listed = ", ".join(sorted([there, "train"]))
+    with pytest.raises(BadInput, match=rf"no folder {asked}; set data.test_split to one that is there \({listed}\)"):
+        reader(tmp_path, False, test_split=asked)
+    assert flat(labels(reader(tmp_path, False, test_split=there)[0])) == [0] * 2 + [1] * 2
+
+
+@pytest.mark.parametrize("split", ["valid", "eval", "validation"])
+def test_names_of_the_validation_split(split: str, tmp_path: Path) -> None:
+    image_folder(tmp_path)
+    (tmp_path / "validation").rename(tmp_path / "val")
+    assert flat(labels(reader(tmp_path, False, test_split=split)[0])) == [0] * 4 + [1] * 4 + [2] * 4
+
+
+@pytest.mark.parametrize(("name", "augment"), [("digits", "imagenet"), ("folder", "scale_flip"), ("folder", "volume")])
+def test_augmentation_that_the_data_do_not_have(name: str, augment: str, tmp_path: Path) -> None:
+    config = DataConfig(name=name, root=str(image_folder(tmp_path)), augment=augment, batch_size=4, workers=0)
+    with pytest.raises(BadInput, match=f"data.augment must be none, flip.* for {name}, got {augment}"):
+        build_batches(config, COLOUR, Process(), training=True)
+    assert len(build_batches(config, GREY, Process(), training=False)[0])
+
+
 def test_missing_or_empty_image_folders(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="nowhere"):
         reader(tmp_path / "nowhere", True)

@@ -153,6 +153,13 @@ def chosen(count: int, config: DataConfig, training: bool) -> slice:
     return slice(0, min(rest, config.num_train or rest)) if training else slice(rest, count)
 
 
+def require_augment(config: DataConfig, *kinds: str) -> None:
+    """Raise BadInput for an augmentation that the data do not have."""
+    if config.augment not in kinds:
+        listed = f"{', '.join(kinds[:-1])} or {kinds[-1]}"
+        raise BadInput(f"data.augment must be {listed} for {config.name}, got {config.augment}")
+
+
 def shared_batch_size(batch_size: int, count: int, process: Process, training: bool) -> int:
     """Return the size of the batches of a split.
 

@@ -26,6 +26,7 @@ from tools.batches import (
     chosen,
     generator,
     reads_training_split,
+    require_augment,
     shared_batch_size,
 )
 from tools.config import BadInput, DataConfig
@@ -233,6 +234,8 @@ def build_batches(
         return segmentation_data.read_batches(config, spec, process, training, seed)
     else:
         return image_folders.read_batches(config, spec, process, training, seed)
+    if training:
+        require_augment(config, "none", "flip", "crop_flip")
     part = chosen(len(arrays.labels), config, training)
     arrays = dataclasses.replace(arrays, images=arrays.images[part], labels=arrays.labels[part])
     arrays = arrays.fitted(spec.size, config.name)

@@ -10,7 +10,7 @@ import torch
 from timm.data import create_dataset, create_loader
 from timm.task.evaluator import evaluation_sample_limit
 
-from tools.batches import Batch, Batches, ImageSpec, Process, seed_everything
+from tools.batches import Batch, Batches, ImageSpec, Process, require_augment, seed_everything
 from tools.config import BadInput, DataConfig, nearest
 
 READERS = {
@@ -86,7 +86,7 @@ class ReaderBatches:
                 yield x[:keep].to(self.process.device), y[:keep].to(self.process.device)
 
 
-SPLITS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation", "test"))
+SPLITS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))
 
 
 def _split_folder(root: Path, split: str) -> Path | None:
@@ -105,12 +105,20 @@ def _require_reader(name: str) -> None:
         raise BadInput(f"data.name={name} needs `pip install {package.replace('_', '-')}`")
 
 
-def _require_split(root: Path, split: str) -> None:
-    """Raise BadInput where timm would take the whole folder for a split that is not there."""
+def _require_split(root: Path, split: str) -> Path:
+    """Return the folder of a split, or the archive that root is.
+
+    Raises:
+        BadInput: if it is not there: timm would take the whole folder for it.
+    """
     if not root.exists():
         raise BadInput(f"no data folder {root}; set data.root")
-    if root.is_dir() and _split_folder(root, split) is None:
-        raise BadInput(f"{root} has no folder {split}; set data.train_split and data.test_split to what is there")
+    folder = _split_folder(root, split) if root.is_dir() else root
+    if folder is None:
+        setting = "train_split" if split in SPLITS[0] else "test_split"
+        there = ", ".join(sorted(path.name for path in root.iterdir() if path.is_dir())[:4]) or "none"
+        raise BadInput(f"{root} has no folder {split}; set data.{setting} to one that is there ({there})")
+    return folder
 
 
 def _require_same_classes(root: Path, train_split: str, classes: set[str], split: str) -> None:
@@ -164,14 +172,16 @@ def read_batches(
         raise BadInput("data.holdout is for data sets with a name; move images to a split of their own")
     split = config.train_split if training else config.test_split
     is_folder = name.lower() in ("", "torch/folder", "torch/image_folder")
-    if is_folder:
-        _require_split(Path(config.root), split)
+    root = _require_split(Path(config.root), split) if is_folder else config.root
+    if training:
+        require_augment(config, "none", "flip", "crop_flip", "imagenet")
     per_process = config.batch_size // process.world_size
     try:
         dataset = create_dataset(
             name,
-            root=config.root,
+            root=str(root),
             split=split,
+            search_split=not is_folder,  # root is that of the split already; timm knows fewer names
             is_training=training,
             download=config.download,
             batch_size=per_process,

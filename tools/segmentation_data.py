@@ -25,6 +25,7 @@ from tools.batches import (
     Process,
     chosen,
     generator,
+    require_augment,
     seed_of,
     shared_batch_size,
     split_name,
@@ -325,8 +326,7 @@ def read_batches(
 def _check(config: DataConfig, process: Process) -> None:
     if not 0 <= config.ignore_index <= 255:
         raise BadInput(f"data.ignore_index must be a value of a mask, 0 to 255, got {config.ignore_index}")
-    if config.augment not in ("none", "flip", "scale_flip"):
-        raise BadInput(f"data.augment must be none, flip or scale_flip for {config.name}, got {config.augment}")
+    require_augment(config, "none", "flip", "scale_flip")
     if config.patch_size is None and (config.augment == "scale_flip" or config.batch_size > process.world_size):
         raise BadInput(f"data.patch_size must be set for {config.name}: the size (H, W) of the training crops")
     if config.patch_size is not None and (len(config.patch_size) != 2 or min(config.patch_size) < 16):

@@ -13,7 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tools.batches import VOID, Batch, Batches, Process, chosen, generator, seed_of, shared_batch_size, split_name
+from tools.batches import (
+    VOID,
+    Batch,
+    Batches,
+    Process,
+    chosen,
+    generator,
+    require_augment,
+    seed_of,
+    shared_batch_size,
+    split_name,
+)
 from tools.config import BadInput, DataConfig, optional
 from tools.nifti_data import Pick, read_nifti
 from tools.volumes import Preprocessing, checked_finite, checked_labels, normalised, padded
@@ -267,8 +278,7 @@ def read_batches(
     own = [1.0, 1.0, 1.0] if config.name == "hippocampus" else None
     if config.name != "nifti" and spacing not in (None, own):
         raise BadInput(f"data.spacing is for nifti; {config.name} is not resampled, got {spacing}")
-    if config.augment not in ("none", "volume"):
-        raise BadInput(f"data.augment must be none or volume for {config.name}, got {config.augment}")
+    require_augment(config, "none", "volume")
     if not set(config.flip_axes) <= {0, 1, 2}:
         raise BadInput(f"data.flip_axes must be of 0, 1 and 2, got {config.flip_axes}")
     if config.patch_size is None or len(config.patch_size) != 3 or min(config.patch_size) < 16:
