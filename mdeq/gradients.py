@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .jacobian import evaluate, vjp
 from .reversible import ReversibleGradient
-from .solvers import Broyden, FixedPointSolver, FlatFn, SolveStats, SolveStatus, build_solver, small_dtype
+from .solvers import SOLVERS, Broyden, FixedPointSolver, FlatFn, SolveStats, SolveStatus, build_solver, small_dtype
 
 
 class GradientEstimator(Protocol):
@@ -205,3 +205,15 @@ def build_gradient(spec: GradientSpec) -> GradientEstimator:
     if name not in GRADIENTS:
         raise ValueError(f"unknown gradient {name!r}; valid names: {', '.join(sorted(GRADIENTS))}")
     return GRADIENTS[name](**settings)
+
+
+def describe(part: Any) -> Any:
+    """Return a solver or a gradient estimator in words of JSON, of which `build_solver` or `build_gradient` makes an
+    equal one: its name and what differs from the defaults. What has no name there, such as a class of your own, is
+    returned as it is.
+    """
+    names = {cls: name for name, cls in [*SOLVERS.items(), *GRADIENTS.items()]}
+    if type(part) not in names:
+        return part
+    settings = [(field, getattr(part, field.name)) for field in fields(part)]
+    return {"name": names[type(part)], **{f.name: describe(value) for f, value in settings if value != f.default}}

@@ -361,9 +361,42 @@ def test_local_directory_round_trip(tmp_path: Path) -> None:
     model = small("test_mdeq").eval()
     save_for_hf(model, str(tmp_path), safe_serialization=True)
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
-    again.deq.solver = model.deq.solver
     x = image(32, 32)
     assert torch.equal(again(x), model(x))
+
+
+@pytest.mark.parametrize("given", ["as objects", "as mappings", "afterwards"])
+def test_a_saved_model_comes_back_with_its_solver_and_gradient(given: str, tmp_path: Path) -> None:
+    solver = mdeq.Anderson(history=3, max_steps=4, stop_mode="abs")
+    gradient = mdeq.ImplicitGradient(mdeq.Broyden(tol=1e-5, history_dtype="bfloat16"), warm_start=True)
+    kwargs = {"solver": solver, "gradient": gradient}
+    if given == "as mappings":
+        kwargs = {
+            "solver": {"name": "anderson", "history": 3, "max_steps": 4, "stop_mode": "abs"},
+            "gradient": {
+                "name": "implicit",
+                "solver": {"name": "broyden", "tol": 1e-5, "history_dtype": "bfloat16"},
+                "warm_start": True,
+            },
+        }
+    model = timm.create_model("test_mdeq", **({} if given == "afterwards" else kwargs))
+    model.deq.solver, model.deq.gradient = mdeq.build_solver(kwargs["solver"]), mdeq.build_gradient(kwargs["gradient"])
+    save_for_hf(copy.deepcopy(model), str(tmp_path), safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert (again.deq.solver, again.deq.gradient) == (solver, gradient)
+
+
+def test_a_saved_model_says_nothing_of_the_usual_solver_and_refuses_one_without_a_name(tmp_path: Path) -> None:
+    class Own(mdeq.Picard):
+        pass
+
+    model = timm.create_model("test_mdeq")
+    save_for_hf(model, str(tmp_path / "usual"))
+    args = json.loads((tmp_path / "usual" / "config.json").read_text())["model_args"]
+    assert not {"solver", "gradient"} & set(args)
+    model.deq.solver = Own(max_steps=3)
+    with pytest.raises(ValueError, match="'solver' is not serializable"):
+        save_for_hf(model, str(tmp_path / "own"))
 
 
 def test_reset_classifier() -> None:

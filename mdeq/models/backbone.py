@@ -1,7 +1,7 @@
 """What classifiers and segmenters share: stem, injection, equilibrium, feature maps; all but the head."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..deq import DEQ, Equilibrium
-from ..gradients import GradientSpec
+from ..gradients import GradientSpec, describe
 from ..layers import BATCH_NORM, CONV, SpatialDims, conv, with_metadata, without_metadata
 from ..solvers import FixedPointSolver, SolverSpec, is_static
 from ..state import State
@@ -110,6 +110,8 @@ class Backbone(nn.Module):
         self.stem_stride = tuple(a * b for a, b in zip(*strides))  # per axis
         self.size_divisor = (1,) * spatial_dims  # inputs are padded to multiples of it, per axis
         self.equilibrium = MultiscaleDEQ(cell, DEQ(solver, gradient))
+        self._made_with = {"solver": self.deq.solver, "gradient": self.deq.gradient}
+        self._given_args: Mapping[str, Any] = {}
         self.last_tap: int | None = None  # set by pruning: the index in feature_info where the features end
         self.feature_info = feature_table(spatial_dims, channels, stem_stride)
         self._num_stem_taps = len(self.feature_info) - len(channels)
@@ -129,6 +131,22 @@ class Backbone(nn.Module):
     def deq(self) -> DEQ:
         """The equilibrium layer; its `solver` and `gradient` may be replaced."""
         return self._implicit().deq
+
+    @property
+    def _model_args(self) -> dict[str, Any]:
+        """What timm saves in a config.json: the arguments that it was given, and the solver and the gradient as they
+        are now, in words of JSON.
+        """
+        args = dict(self._given_args)
+        for key, made in self._made_with.items():
+            now = made if isinstance(self.equilibrium, nn.Identity) else getattr(self.deq, key)
+            if now != made or (key in args and not isinstance(args[key], Mapping)):
+                args[key] = describe(now)
+        return args
+
+    @_model_args.setter
+    def _model_args(self, args: Mapping[str, Any]) -> None:
+        self._given_args = args
 
     def _implicit(self) -> MultiscaleDEQ:
         if isinstance(self.equilibrium, nn.Identity):
