@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .jacobian import evaluate, vjp
 from .reversible import ReversibleGradient
@@ -50,9 +51,11 @@ class _Implicit(torch.autograd.Function):
         record: list[SolveStats],
     ) -> Tensor:
         # Its tensors by autograd, which lets go of them in backward: kept in ctx, they would live as long as the loss.
-        kept = {name: x for name, x in getattr(memory, "__dict__", {}).items() if isinstance(x, Tensor)}
-        ctx.save_for_backward(f_z, z, *kept.values())
-        ctx.names, ctx.memory = list(kept), _with_entries(memory, dict.fromkeys(kept))
+        entries, ctx.form = tree_flatten(dict(getattr(memory, "__dict__", {})))
+        ctx.places = [k for k, x in enumerate(entries) if isinstance(x, Tensor)]
+        ctx.save_for_backward(f_z, z, *(entries[k] for k in ctx.places))
+        ctx.entries = [None if isinstance(x, Tensor) else x for x in entries]
+        ctx.memory = _with_entries(memory, tree_unflatten(ctx.entries, ctx.form))
         ctx.solver, ctx.start, ctx.record = solver, start, record
         return value.clone()
 
@@ -73,7 +76,10 @@ class _Implicit(torch.autograd.Function):
         if ctx.start is None:  # from zero, where the first evaluation is known
             u, stats, _ = ctx.solver.solve(adjoint, torch.zeros_like(rhs), f0=rhs)
         else:
-            memory = _with_entries(ctx.memory, dict(zip(ctx.names, kept)))
+            entries = list(ctx.entries)
+            for k, x in zip(ctx.places, kept):
+                entries[k] = x
+            memory = _with_entries(ctx.memory, tree_unflatten(entries, ctx.form))
             u, stats = ctx.solver(adjoint, ctx.start(memory, rhs))
         ctx.record.append(stats)
         # Where no step was possible, zero would pass for a gradient. From zero, the first step goes to what is known.

@@ -101,7 +101,8 @@ def test_a_file_in_the_folder_of_a_run(tmp_path: Path, name: str) -> None:
     model = timm.create_model("test_mdeq", num_groups=4, solver=solver, num_classes=3)
     source = tmp_path / "run"
     source.mkdir()
-    export(model, source, {"label_names": ["a", "b", "c"]})
+    told = {"label_names": ["a", "b", "c"], "label_descriptions": {"a": "an ant"}, "label_colors": [[0, 1, 2]] * 3}
+    export(model, source, told)
     (source / "config.yaml").write_text("model: {name: test_mdeq}\n")
     if name == "checkpoint.pt":
         torch.save({"model": model.state_dict()}, source / name)
@@ -110,7 +111,8 @@ def test_a_file_in_the_folder_of_a_run(tmp_path: Path, name: str) -> None:
     run("convert", source / name, "--bf16", "--out", tmp_path / "out").ok()
     again = local(tmp_path / "out")
     assert (again.deq.solver, again.equilibrium.cell.blocks[0].norm1.num_groups) == (mdeq.build_solver(solver), 4)
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["label_names"] == ["a", "b", "c"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {key: config[key] for key in told} == told
     assert (tmp_path / "out" / "config.yaml").is_file()
     assert torch.equal(again.classifier.weight, model.classifier.weight.bfloat16().float())
 

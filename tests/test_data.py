@@ -392,10 +392,17 @@ def test_image_folder_gives_the_pixels_of_its_files(tmp_path: Path) -> None:
 def test_archive_of_image_folders(tmp_path: Path) -> None:
     """timm reads a tar file as it reads the folder that was packed."""
     image_folder(tmp_path)
-    with tarfile.open(tmp_path / "train.tar", "w") as archive:
-        archive.add(tmp_path / "train", "")
-    plain, packed = (reader(root, True)[0] for root in (tmp_path, tmp_path / "train.tar"))
+    with tarfile.open(tmp_path / "validation.tar", "w") as archive:
+        archive.add(tmp_path / "validation", "")
+    plain, packed = (reader(root, False)[0] for root in (tmp_path, tmp_path / "validation.tar"))
     assert labels(packed) == labels(plain)
+
+
+def test_nobody_trains_on_an_archive(tmp_path: Path) -> None:
+    """It has no splits: what is trained on would be tested on."""
+    (tmp_path / "images.tar").touch()
+    with pytest.raises(BadInput, match="is an archive, all of which would be tested on too"):
+        reader(tmp_path / "images.tar", True)
 
 
 def test_grey_model_on_an_image_folder(tmp_path: Path) -> None:
@@ -443,7 +450,23 @@ def test_a_split_of_another_name_is_not_the_whole_folder(there: str, asked: str,
     listed = ", ".join(sorted([there, "train"]))
     with pytest.raises(BadInput, match=rf"no folder {asked}; set data.test_split to one that is there \({listed}\)"):
         reader(tmp_path, False, test_split=asked)
+    for nothing in ("", ".", "./"):
+        with pytest.raises(BadInput, match=r"no folder .*; set data.test_split to one that is there"):
+            reader(tmp_path, False, test_split=nothing)
+    with pytest.raises(BadInput, match=r"no folder trainval; set data.train_split to one that is there"):
+        reader(tmp_path, True, train_split="trainval")
     assert flat(labels(reader(tmp_path, False, test_split=there)[0])) == [0] * 2 + [1] * 2
+
+
+def test_classes_are_those_that_the_reader_finds(tmp_path: Path) -> None:
+    """Folders without images are no classes, and a class may lie deeper."""
+    write_images(tmp_path / "train" / "insects", ["ant", "bee"], 4)
+    write_images(tmp_path / "validation", ["ant", "bee"], 2)
+    (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+    assert flat(labels(reader(tmp_path, False)[0])) == [0] * 2 + [1] * 2
+    write_images(tmp_path / "train" / "insects", ["cat"], 4)
+    with pytest.raises(BadInput, match="validation and train differ in their classes, such as cat"):
+        reader(tmp_path, False)
 
 
 @pytest.mark.parametrize("split", ["valid", "eval", "validation"])

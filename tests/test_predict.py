@@ -532,6 +532,12 @@ def test_classes_are_told_in_words() -> None:
     assert _label_names(model, {"label_names": ["n01440764", "mine"]}) == ("n01440764", "mine", "class 2")
     described = {"label_names": ["a", "b", "c"], "label_descriptions": {"a": "an ant", "c": "a cat"}}
     assert _label_names(model, described) == ("an ant", "b", "a cat")
+    gaps = {"label_names": {"0": "n01440764", "2": "n04399382"}}  # the last is in ImageNet-1k alone
+    assert _label_names(model, gaps) == ("tench, Tinca tinca", "class 1", "teddy, teddy bear")
+    empty = {"label_names": ["background", "b", "c"], "label_descriptions": {"background": "all else", "b": None}}
+    assert _label_names(model, empty) == ("background", "b", "c")  # pictures know the background by its name
+    with pytest.raises(BadInput, match=r"label_descriptions in config\.json must map names"):
+        _label_names(model, {"label_names": ["a", "b", "c"], "label_descriptions": ["an ant", "", ""]})
 
 
 def test_a_model_of_another_package(photos: Path, tmp_path: Path) -> None:

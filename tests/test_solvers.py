@@ -9,7 +9,7 @@ import torch
 from conftest import SOLVERS, Batched, Problem, affine, affine_rule, contraction, limits
 from torch import Tensor
 
-from mdeq import Anderson, Broyden, FixedPointSolver, Picard, SolveStats, SolveStatus
+from mdeq import DEQ, Anderson, Broyden, FixedPointSolver, PhantomGradient, Picard, SolveStats, SolveStatus
 
 EXACT: dict[str, Any] = dict(tol=1e-10, max_steps=1000)
 CONVERGED, MAX_STEPS, DIVERGED, NONFINITE = SolveStatus
@@ -573,6 +573,34 @@ def test_float16_where_norms_overflow_it(solver: FixedPointSolver) -> None:
     z, stats = solver(lambda z: 0.5 * z + 50 * long.to(z.dtype), torch.zeros(1, 1_000_000, dtype=torch.float16))
     assert stats.converged.all(), stats
     assert relative(z.float(), 100 * long) < 2e-2
+
+
+@pytest.mark.parametrize(("dtype", "tol"), [(torch.float16, 2e-4), (torch.bfloat16, 1e-3)], ids=["fp16", "bf16"])
+def test_anderson_in_16_bits(dtype: torch.dtype, tol: float) -> None:
+    """What it mixes are whole iterates: weights that are rounded to 16 bits would put it off by a share of them."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(64, 64)
+    layer.weight.data *= 0.9 / torch.linalg.matrix_norm(layer.weight.data, 2)
+    layer, x = layer.to(dtype), torch.randn(80, 64).to(dtype)
+    z, stats = Anderson(tol=tol)(lambda z: torch.tanh(layer(z)) + x, torch.zeros_like(x))
+    assert z.dtype == dtype
+    assert stats.converged.double().mean() > 0.8, stats.summary()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # PyTorch's own use of it
+@pytest.mark.parametrize("solver", [Broyden(tol=1e-12), Anderson(tol=1e-12), Picard(tol=1e-12)], ids=str)
+def test_forward_mode_derivatives_pass_by_a_solve(solver: FixedPointSolver) -> None:
+    """They come from the steps after it; the solve itself has none to give."""
+    scale = torch.linspace(0.1, 0.5, 5, dtype=torch.float64).expand(2, 5)
+
+    def result(x: Tensor) -> Tensor:
+        deq = DEQ(solver, PhantomGradient(num_steps=60, damping=1.0)).train()
+        return deq(lambda z: (torch.tanh(scale * z[0]) + x,), (torch.zeros_like(x),)).state[0]
+
+    x = torch.randn(2, 5, dtype=torch.float64)
+    z, slope = torch.func.jvp(result, (x,), (torch.ones_like(x),))
+    inner = scale / torch.cosh(scale * z).square()
+    torch.testing.assert_close(slope, 1 / (1 - inner), rtol=1e-9, atol=0)
 
 
 def test_line_search_in_float16_where_norms_overflow_it() -> None:

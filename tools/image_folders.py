@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from timm.data import create_dataset, create_loader
+from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.task.evaluator import evaluation_sample_limit
 
 from tools.batches import Batch, Batches, ImageSpec, Process, require_augment, seed_everything
@@ -105,7 +106,7 @@ def _require_reader(name: str) -> None:
         raise BadInput(f"data.name={name} needs `pip install {package.replace('_', '-')}`")
 
 
-def _require_split(root: Path, split: str) -> Path:
+def _require_split(root: Path, split: str, training: bool) -> Path:
     """Return the folder of a split, or the archive that root is.
 
     Raises:
@@ -113,21 +114,33 @@ def _require_split(root: Path, split: str) -> Path:
     """
     if not root.exists():
         raise BadInput(f"no data folder {root}; set data.root")
-    folder = _split_folder(root, split) if root.is_dir() else root
+    if not root.is_dir():
+        if training:
+            raise BadInput(f"{root} is an archive, all of which would be tested on too; unpack it")
+        return root
+    setting = "data.train_split" if training else "data.test_split"
+    folder = _split_folder(root, split) if split.strip("./ ") else None
     if folder is None:
-        setting = "train_split" if split in SPLITS[0] else "test_split"
-        there = ", ".join(sorted(path.name for path in root.iterdir() if path.is_dir())[:4]) or "none"
-        raise BadInput(f"{root} has no folder {split}; set data.{setting} to one that is there ({there})")
+        there = ", ".join(_folders(root)[:4]) or "none"
+        raise BadInput(
+            f"{root} has no folder {split or '(without a name)'}; set {setting} to one that is there ({there}) and has "
+            "a folder for each class"
+        )
     return folder
 
 
 def _require_same_classes(root: Path, train_split: str, classes: set[str], split: str) -> None:
     """Raise BadInput if a split lacks a class of the training folder: the labels of the others would shift."""
     folder = _split_folder(root, train_split)
-    if folder is not None:
-        differing = {path.name for path in folder.iterdir() if path.is_dir()} ^ classes
-        if differing:
-            raise BadInput(f"{root}: {split} and {folder.name} differ in their classes, such as {min(differing)}")
+    if folder is None or {*_folders(folder)} == classes:
+        return
+    differing = {*find_images_and_targets(str(folder))[1]} ^ classes  # folders within folders; it looks at every file
+    if differing:
+        raise BadInput(f"{root}: {split} and {folder.name} differ in their classes, such as {min(differing)}")
+
+
+def _folders(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir() if path.is_dir())
 
 
 def _loader(config: DataConfig, spec: ImageSpec, process: Process, dataset: Any, training: bool) -> Any:
@@ -171,8 +184,9 @@ def read_batches(
     if config.holdout is not None:
         raise BadInput("data.holdout is for data sets with a name; move images to a split of their own")
     split = config.train_split if training else config.test_split
-    is_folder = name.lower() in ("", "torch/folder", "torch/image_folder")
-    root = _require_split(Path(config.root), split) if is_folder else config.root
+    reader = name.lower().split("/")
+    is_folder = not name or (reader[0] == "torch" and reader[-1] in ("folder", "image_folder"))
+    root = _require_split(Path(config.root), split, training) if is_folder else config.root
     if training:
         require_augment(config, "none", "flip", "crop_flip", "imagenet")
     per_process = config.batch_size // process.world_size

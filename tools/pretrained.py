@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def _label_names(model: nn.Module, config: dict[str, Any]) -> tuple[str, ...]:
     known = model.pretrained_cfg.get("label_names") or ()  # those of released weights, if it has as many classes
     names = config.get("label_names") or (known if len(known) == model.num_classes else ())
     if isinstance(names, dict):  # timm allows a dictionary by number
-        names = [names.get(str(k), names.get(k, f"class {k}")) for k in range(model.num_classes)]
+        names = [names.get(str(k), names.get(k, "")) for k in range(model.num_classes)]
     of_official = not config or tag == "locuslab"
     if of_official and isinstance(model, mdeq.MDEQSegmenter) and model.num_classes == len(CITYSCAPES_CLASSES):
         tag = "cityscapes"  # which the official segmenters were trained on
@@ -119,15 +120,20 @@ def _label_names(model: nn.Module, config: dict[str, Any]) -> tuple[str, ...]:
         names = [ImageNetInfo().index_to_description(k) for k in range(1000)]
     if isinstance(names, str) or len(names) > model.num_classes:
         raise BadInput(f"label_names in config.json are not those of {model.num_classes} classes")
-    names = tuple(map(str, names))
+    names = [str(name) for name in names] + [""] * (model.num_classes - len(names))
     described = config.get("label_descriptions") or _words(names)
-    return tuple(str(described.get(name, name)) for name in names) + tuple(
-        f"class {k}" for k in range(len(names), model.num_classes)
-    )
+    if not isinstance(described, dict):
+        raise BadInput("label_descriptions in config.json must map names of labels to words")
+    # The background is known by its name, which pictures leave black.
+    words = (name if name.lower() == "background" else described.get(name) or name for name in names)
+    return tuple(str(word) or f"class {k}" for k, word in enumerate(words))
 
 
-def _words(names: tuple[str, ...]) -> dict[str, str]:
+def _words(names: Sequence[str]) -> dict[str, str]:
     """Return words for WordNet numbers, the folders of ImageNet; nothing for other names."""
-    if not names or not all(re.fullmatch(r"n\d{8}", name) for name in names):
+    named = [name for name in names if name]
+    if not named or not all(re.fullmatch(r"n\d{8}", name) for name in named):
         return {}
-    return ImageNetInfo("imagenet-22k").label_descriptions(as_dict=True)
+    # Neither list holds all of the other.
+    small, large = (ImageNetInfo(subset).label_descriptions(as_dict=True) for subset in ("imagenet-1k", "imagenet-22k"))
+    return {**large, **small}

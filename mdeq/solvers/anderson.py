@@ -76,7 +76,7 @@ class Anderson(FixedPointSolver):
         if k == 0 or slots == 0:
             return mixed
         newest, used = (k - 1) % slots, min(k, slots)
-        dg = _subtract(g, last_g, memory.dg[:, newest])
+        dg = memory.dg[:, newest].copy_(g).sub_(last_g)
         # One pass over dg, for the right-hand side. The new row of the Gram matrix is its change since the last step,
         # but for the diagonal.
         small = small_dtype(g)
@@ -86,14 +86,15 @@ class Anderson(FixedPointSolver):
         memory.gram[:, newest, :used] = memory.gram[:, :used, newest] = row
         memory.rhs[:, :used] = rhs
         gamma = self._least_squares(memory.gram[:, :used, :used], rhs).roll(-1 - newest, dims=1)  # the oldest first
-        # m_k - sum_j gamma_j (m_{j+1} - m_j), as weights of the m_j. Summed element by element: coarse matrix products
-        # (TF32) would put an iterate off by thousandths of its length.
+        # m_k - sum_j gamma_j (m_{j+1} - m_j), as weights of the m_j. Coarse products of whole iterates would be off by
+        # thousandths of their length: they are summed element by element (no TF32), and in no less than float32.
+        wide = torch.promote_types(g.dtype, torch.float32)
         one = torch.ones_like(gamma[:, :1])
-        weights = torch.cat((torch.zeros_like(one), gamma, one), dim=1).diff(dim=1).to(g.dtype)
-        step = mixed * weights[:, -1:]
+        weights = torch.cat((torch.zeros_like(one), gamma, one), dim=1).diff(dim=1).to(wide)
+        step = mixed.to(wide) * weights[:, -1:]
         for j, earlier in enumerate(memory.mixed[:-1]):
-            step.addcmul_(earlier, weights[:, j : j + 1])
-        return step
+            step.addcmul_(earlier.to(wide), weights[:, j : j + 1])
+        return step.to(g.dtype)
 
     def _least_squares(self, gram: Tensor, rhs: Tensor) -> Tensor:
         """Solve gram gamma = rhs per sample, `(B, M, M)` and `(B, M)`, after scaling every column to unit length."""
@@ -110,11 +111,6 @@ class Anderson(FixedPointSolver):
         else:  # the checked version would raise on one bad sample, and wait for the device to do so
             gamma = torch.linalg.solve_ex(system, rhs * scale)[0]
         return gamma * scale
-
-
-def _subtract(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
-    """Write x - y into out and return it, in one pass; graphs have no such form, for what autograd may meet later."""
-    return out.copy_(x - y) if torch.compiler.is_compiling() else torch.sub(x, y, out=out)
 
 
 def _eliminate(matrix: Tensor, rhs: Tensor) -> Tensor:
