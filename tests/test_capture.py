@@ -1,10 +1,11 @@
-"""What inference as one CUDA graph needs, as far as a CPU can tell; tests/test_gpu.py captures."""
+"""What CUDA devices and graphs need, as far as a CPU can tell; tests/test_gpu.py runs and captures."""
 
 from typing import Any
 
 import pytest
 import timm
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -52,6 +53,29 @@ def test_the_watch_sees_a_tensor_of_the_host() -> None:
     with Foreign("meta") as foreign:
         torch.zeros(2, device="meta") + torch.tensor(1.0)
     assert foreign.found
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("solver", [mdeq.Broyden, mdeq.Anderson, mdeq.Picard])
+def test_a_solve_mixes_no_devices(
+    solver: type[mdeq.FixedPointSolver], every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors without values tell their device. The looks at who goes on and who got better find what is said here:
+    steps in which all get better, some get worse, one ends and rests, and more do, which then leave the batch.
+    """
+    looks = iter([[8, 0], [8, 8], [7, 5], [5, 5], [5, 4], [3, 4], [3, 3]])
+    monkeypatch.setattr(FakeTensor, "tolist", lambda _: next(looks))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            model = timm.create_model("test_mdeq").eval()
+            x = torch.zeros(8, 3, 32, 32)
+        with torch.no_grad():
+            logits, equilibrium = model(x, return_equilibrium=True, solver=solver(max_steps=6, check_every=every))
+    stats = equilibrium.stats
+    for result in (logits, *equilibrium.state, stats.status, stats.residual, stats.num_steps, stats.trace):
+        assert (result.device.type, result.shape[-1 if result is stats.trace else 0]) == ("cuda", 8)
+    assert len(list(looks)) == (0 if every == 1 else 4)
 
 
 def test_a_capture_needs_eval_mode_and_a_cuda_device() -> None:

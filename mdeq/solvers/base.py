@@ -218,7 +218,9 @@ class FixedPointSolver(ABC):
         if z0.ndim != 2 or not z0.is_floating_point():
             raise ValueError(f"z0 must be a floating-point tensor (B, D), got {tuple(z0.shape)} {z0.dtype}")
         static = is_static(z0)
-        progress = _Progress.start(z0)
+        # Where the host looks at every step, it keeps the books: on a GPU their many small kernels would outnumber f's.
+        books = z0.device if static or self.check_every > 1 else torch.device("cpu")
+        progress = _Progress.start(z0, books)
         outer: list[tuple[_Progress, Tensor]] = []  # batches that were compacted, and the rows that went on
         memory = self.init(z0)
         z, fz, nfe = (z0, fn(z0), 1) if f0 is None else (z0, f0, 0)
@@ -230,6 +232,8 @@ class FixedPointSolver(ABC):
             residual = absolute
             if self.stop_mode == "rel":
                 residual = absolute / (torch.linalg.vector_norm(fz, dim=1, dtype=small_dtype(fz)) + 1e-9)
+            if books != z.device:
+                absolute, residual = torch.stack((absolute, residual)).to(books)  # the one wait of a step
             look = not static and (step % self.check_every == 0 or step == self.max_steps)
             num_active = progress.update(self, step, z, absolute, residual, look)
             if step == self.max_steps or num_active == 0:
@@ -239,7 +243,8 @@ class FixedPointSolver(ABC):
                 # Their rows in order; nonzero() would wait for the device once more to learn how many there are.
                 index = (~progress.active).byte().argsort(stable=True)[:num_active]
                 outer.append((progress, index))
-                progress, memory, fn = progress.take(index), memory.take(index), fn.take(index)
+                progress, index = progress.take(index), index.to(z.device, non_blocking=True)
+                memory, fn = memory.take(index), fn.take(index)
                 z = z[index]  # one after the other, which frees the one before
                 fz = fz[index]
                 g = g[index]
@@ -247,9 +252,10 @@ class FixedPointSolver(ABC):
                 trial = self.propose(memory, z, fz, g)
             if num_active is None or num_active < z.shape[0]:
                 # Finished samples rest at their best iterate, which is always finite.
+                active = progress.active.to(z.device, non_blocking=True)
                 if self.looks_back:
-                    z = _where(progress.active, z, progress.best)
-                trial = _where(progress.active, trial, progress.best)
+                    z = _where(active, z, progress.best)
+                trial = _where(active, trial, progress.best)
             z, fz, spent = self.advance(fn, memory, z, g, trial)
             nfe += spent
         for whole, index in reversed(outer):
@@ -260,10 +266,10 @@ class FixedPointSolver(ABC):
 
 @dataclass
 class _Progress:
-    """What the loop knows of each sample of the batch that it still evaluates."""
+    """What the loop knows of each sample of the batch that it still evaluates: the best iterate, and the books."""
 
-    active: Tensor  # (B,) bool
-    best: Tensor  # (B, D)
+    best: Tensor  # (B, D), on the device of the state
+    active: Tensor  # (B,) bool, as all that follows on the device where the books are kept
     best_residual: Tensor  # (B,)
     limit: Tensor  # (B,) absolute residual above which a sample has diverged
     status: Tensor  # (B,) int64
@@ -271,14 +277,14 @@ class _Progress:
     trace: list[Tensor]  # of (B,)
 
     @classmethod
-    def start(cls, z0: Tensor) -> "_Progress":
-        batch = z0.shape[0]
-        status = torch.full((batch,), SolveStatus.MAX_STEPS, dtype=torch.int64, device=z0.device)
+    def start(cls, z0: Tensor, books: torch.device) -> "_Progress":
+        batch, real = z0.shape[0], dict(dtype=small_dtype(z0), device=books)
+        status = torch.full((batch,), SolveStatus.MAX_STEPS, dtype=torch.int64, device=books)
         return cls(
-            active=torch.ones(batch, dtype=torch.bool, device=z0.device),
             best=z0,
-            best_residual=z0.new_full((batch,), float("inf"), dtype=small_dtype(z0)),
-            limit=z0.new_zeros(batch, dtype=small_dtype(z0)),
+            active=torch.ones(batch, dtype=torch.bool, device=books),
+            best_residual=torch.full((batch,), float("inf"), **real),
+            limit=torch.zeros(batch, **real),
             status=status,
             num_steps=torch.zeros_like(status),
             trace=[],
@@ -298,7 +304,7 @@ class _Progress:
             better &= ~goes_on & (absolute <= self.limit)
         num_active = None
         if look:
-            # The one host synchronisation of a step.
+            # The one host synchronisation of a step, unless the books are here.
             num_active, num_better = torch.stack((goes_on.sum(), better.sum())).tolist()
             if num_active == len(residual) and num_better == (0 if step == 0 else num_active):
                 # Nothing ended and nothing got worse, the usual step: what is noted needs no pass over the state.
@@ -310,7 +316,7 @@ class _Progress:
         ended = self.active & ~goes_on
         finite = absolute < float("inf")
         converged = ended & finite & ((residual < solver.tol) | (absolute == 0))
-        self.best = _where(better, z, self.best)
+        self.best = _where(better.to(z.device, non_blocking=True), z, self.best)
         self.best_residual = torch.where(better, residual, self.best_residual)
         for status, condition in (
             (SolveStatus.CONVERGED, converged),
@@ -324,12 +330,14 @@ class _Progress:
         return num_active
 
     def take(self, index: Tensor) -> "_Progress":
-        fields = (self.active, self.best, self.best_residual, self.limit, self.status, self.num_steps)
-        return _Progress(*(x[index] for x in fields), trace=[self.trace[-1][index]])
+        best = self.best[index.to(self.best.device, non_blocking=True)]
+        fields = (self.active, self.best_residual, self.limit, self.status, self.num_steps)
+        return _Progress(best, *(x[index] for x in fields), trace=[self.trace[-1][index]])
 
     def merge(self, index: Tensor, part: "_Progress") -> "_Progress":
         """Write the samples that went on alone back to rows `index`."""
-        for name in ("best", "best_residual", "status", "num_steps"):
+        self.best = self.best.index_copy(0, index.to(self.best.device, non_blocking=True), part.best)
+        for name in ("best_residual", "status", "num_steps"):
             setattr(self, name, getattr(self, name).index_copy(0, index, getattr(part, name)))
         last = self.trace[-1]
         self.trace += [last.index_copy(0, index, row) for row in part.trace[1:]]
@@ -339,7 +347,9 @@ class _Progress:
         trace = torch.stack(self.trace)
         # Where no iterate competed, the starting point is what is returned.
         residual = torch.where(torch.isinf(self.best_residual), trace[0], self.best_residual)
-        return SolveStats(self.status, residual, self.num_steps, nfe, trace)
+        small = (x.to(self.best.device, non_blocking=True) for x in (self.status, residual, self.num_steps, trace))
+        status, residual, num_steps, trace = small
+        return SolveStats(status, residual, num_steps, nfe, trace)
 
 
 def _where(mask: Tensor, x: Tensor, y: Tensor) -> Tensor:
