@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .deq import Equilibrium
 from .layers import with_metadata, without_metadata
-from .solvers import FixedPointSolver, SolveStats
+from .solvers import FixedPointSolver, SolveStats, static_solves
 
 _WARMUP_CALLS = 3  # in which libraries choose kernels and set up workspaces, none of which may happen in a capture
 
@@ -52,7 +52,7 @@ class CapturedModel:
         with torch.no_grad(), torch.cuda.device(example.device), precision:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            with torch.cuda.stream(stream), static_solves():  # the kernels of the capture, not those of a usual call
                 for _ in range(_WARMUP_CALLS):
                     model(self._input, solver=solver)
             torch.cuda.current_stream().wait_stream(stream)

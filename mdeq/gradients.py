@@ -11,7 +11,17 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .jacobian import evaluate, vjp
 from .reversible import ReversibleGradient
-from .solvers import SOLVERS, Broyden, FixedPointSolver, FlatFn, SolveStats, SolveStatus, build_solver, small_dtype
+from .solvers import (
+    SOLVERS,
+    Broyden,
+    FixedPointSolver,
+    FlatFn,
+    SolveStats,
+    SolveStatus,
+    build_solver,
+    full_precision,
+    small_dtype,
+)
 
 
 class GradientEstimator(Protocol):
@@ -80,7 +90,9 @@ class _Implicit(torch.autograd.Function):
             for k, x in zip(ctx.places, kept):
                 entries[k] = x
             memory = _with_entries(ctx.memory, tree_unflatten(entries, ctx.form))
-            u, stats = ctx.solver(adjoint, ctx.start(memory, rhs))
+            with full_precision(rhs):  # backward may be called under autocast
+                u = ctx.start(memory, rhs)
+            u, stats = ctx.solver(adjoint, u)
         ctx.record.append(stats)
         # Where no step was possible, zero would pass for a gradient. From zero, the first step goes to what is known.
         lost = (stats.status == SolveStatus.NONFINITE) & (stats.num_steps <= (ctx.start is None))

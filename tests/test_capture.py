@@ -1,5 +1,6 @@
 """What CUDA devices and graphs need, as far as a CPU can tell; tests/test_gpu.py runs and captures."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import mdeq
+from mdeq.solvers import static_solves
+from tests.official import official_model
 
 
 class Foreign(TorchDispatchMode):
@@ -47,6 +50,23 @@ def test_a_solve_of_fixed_length_stays_on_the_device(name: str, solver: mdeq.Fix
         _, equilibrium = model(x, return_equilibrium=True, solver=solver)
     assert foreign.found == set()
     assert len(equilibrium.stats.trace) == solver.max_steps + 1
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=str)
+def test_a_solve_of_fixed_length_gives_what_a_usual_one_gives(solver: mdeq.FixedPointSolver) -> None:
+    """The steps of a capture, taken on a CPU: to the last, though some samples converge, and start there."""
+    model = official_model().eval()
+    x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    solver = replace(solver, max_steps=24, tol=2e-2)
+    with torch.no_grad():
+        logits, usual = model(x, return_equilibrium=True, solver=solver)
+        with static_solves():
+            again, fixed = model(x, return_equilibrium=True, solver=solver)
+        _, after = model(x, return_equilibrium=True, solver=solver)
+    assert len(fixed.stats.trace) == 25
+    assert len(usual.stats.trace) == len(after.stats.trace) < 25
+    assert torch.equal(fixed.stats.num_steps, usual.stats.num_steps)
+    torch.testing.assert_close(again, logits, rtol=1e-6, atol=1e-9)
 
 
 def test_the_watch_sees_a_tensor_of_the_host() -> None:

@@ -70,15 +70,19 @@ def start_process(run: RunConfig) -> Process:
     """
     if run.threads is not None:
         torch.set_num_threads(run.threads)
-    device = find_device(run.device, "run.device")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
-        return Process(device=device)
+        return Process(device=find_device(run.device, "run.device"))
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    own = (
+        run.device.partition(":")[0] in ("auto", "cuda") and torch.cuda.is_available()
+    )  # each its own: nothing may be put on the first by all
+    device = find_device(f"cuda:{local}" if own else run.device, "run.device")
     if device.type == "cuda":
-        device = find_device(f"cuda:{local}", "run.device")
         torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        torch.distributed.init_process_group("nccl", device_id=device)
+    else:
+        torch.distributed.init_process_group("gloo")
     return Process(rank, world, device)
 
 

@@ -284,18 +284,17 @@ class PairBatches:
             pin_memory=self.process.device.type == "cuda",
             generator=generator(self.seed, epoch),  # for the seeds of the workers: the common one stays as it is
         )
-        for samples in loader:
-            for part in samples:
-                x, y = (torch.stack(tensors) for tensors in zip(*part))
-                yield x.to(self.process.device), y.to(self.process.device)
+        for parts in loader:
+            for x, y in parts:
+                yield x.to(self.process.device, non_blocking=True), y.to(self.process.device, non_blocking=True)
 
 
-def _collate(samples: list[Batch]) -> list[list[Batch]]:
-    """Return the samples in groups of one size."""
+def _collate(samples: list[Batch]) -> list[tuple[Tensor, ...]]:
+    """Return the samples as batches of one size."""
     groups: dict[Any, list[Batch]] = {}
     for sample in samples:
         groups.setdefault(sample[0].shape, []).append(sample)
-    return list(groups.values())
+    return [tuple(torch.stack(tensors) for tensors in zip(*group)) for group in groups.values()]
 
 
 def read_batches(

@@ -4,7 +4,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from .anderson import Anderson
-from .base import FixedPointSolver, FlatFn, SolveStats, SolveStatus, is_static, small_dtype
+from .base import (
+    FixedPointSolver,
+    FlatFn,
+    SolveStats,
+    SolveStatus,
+    full_precision,
+    is_static,
+    small_dtype,
+    static_solves,
+)
 from .broyden import Broyden
 from .picard import Picard
 
@@ -43,6 +52,8 @@ __all__ = [
     "SolveStatus",
     "SolverSpec",
     "build_solver",
+    "full_precision",
     "is_static",
     "small_dtype",
+    "static_solves",
 ]

@@ -2,8 +2,9 @@
 
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -107,9 +108,24 @@ def small_dtype(z: Tensor) -> torch.dtype:
     return torch.float32 if z.dtype == torch.float16 else z.dtype
 
 
+_all_steps: ContextVar[bool] = ContextVar("all_steps", default=False)
+
+
+@contextmanager
+def static_solves() -> Iterator[None]:
+    """Have solves take every step, without a look at values, as in a CUDA graph."""
+    token = _all_steps.set(True)
+    try:
+        yield
+    finally:
+        _all_steps.reset(token)
+
+
 def is_static(z: Tensor) -> bool:
     """Whether values must not steer control flow: meta tensors and compiled, exported or CUDA graphs run every step."""
-    return z.is_meta or torch.compiler.is_compiling() or (z.is_cuda and torch.cuda.is_current_stream_capturing())
+    if z.is_meta or torch.compiler.is_compiling():
+        return True
+    return _all_steps.get() or (z.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 @dataclass(frozen=True, kw_only=True)
