@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .gradients import GradientSpec, build_gradient
 from .jacobian import jacobian_frobenius, spectral_radius
-from .solvers import SolverSpec, SolveStats, build_solver
+from .solvers import SolverSpec, SolveStats, SolveStatus, build_solver
 from .state import State, StateLayout
 
 StateFn = Callable[[State], State]
@@ -68,7 +68,8 @@ class DEQ(nn.Module):
 
     The solver works in at least float32; f sees its state in the dtype of z0, and the result has that dtype.
     In eval mode the state returned is the solver's z*, bit for bit the same with and without gradients; in train mode
-    it is what the gradient estimator returns, f(z*) for the implicit one.
+    it is what the gradient estimator returns, f(z*) for the implicit one. Of a sample of which f gives nothing finite
+    from the start, such as one with nan in its input, the state is nan, where a solver returns the starting point.
 
     Args:
         solver: the forward solver; `deq.solver = ...` replaces it at any time.
@@ -122,6 +123,11 @@ class DEQ(nn.Module):
         else:
             gradient = build_gradient(self.gradient)
             z, stats, record = gradient.solve(flat, z_start, forward_solver, training=self.training)
+        if stats is not None:
+            # Where f gave nothing finite from the start, a head would make a prediction of the start: it gets nan.
+            # Added, so that the gradient is what the estimator says.
+            failed = (stats.status == SolveStatus.NONFINITE) & (stats.num_steps <= 1)
+            z = z + torch.zeros_like(stats.residual).masked_fill(failed, float("nan")).to(z.dtype).unsqueeze(1)
         penalty = jacobian_frobenius(flat.eager(), z, jacobian_probes) if jacobian_probes > 0 else None
         return Equilibrium(flat.layout.unflatten(z.to(flat.inner)), stats, penalty, record)
 

@@ -469,3 +469,35 @@ def test_groups_of_one_element() -> None:
         together = model(x)
         alone = torch.cat([model(sample) for sample in x.split(1)])
     torch.testing.assert_close(alone, together, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", LIGHT)
+@pytest.mark.parametrize("train", [False, True])
+def test_nan_in_one_image_is_nan_in_its_output_alone(name: str, train: bool) -> None:
+    """The solver's best finite iterate would be the start, of which a head makes a confident prediction."""
+    model = small(name).train(train)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()  # it would spread nan over the batch
+    clean = image(32, 32)
+    x = clean.clone()
+    x[0, 0, 0, 0] = float("nan")
+    with torch.no_grad():
+        found, equilibrium = model(x, return_equilibrium=True)
+    assert found[0].isnan().all()
+    assert all(z[0].isnan().all() for z in equilibrium.state)
+    assert equilibrium.stats.status[0] == mdeq.SolveStatus.NONFINITE
+    assert found[1:].isfinite().all()
+    if not train:
+        torch.testing.assert_close(found[1:], model(clean)[1:], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["fx", "hook", "list"])
+def test_maps_come_from_one_solve(kind: str) -> None:
+    with pytest.raises(ValueError, match="feature_cls of test_mdeq has to be left out"):
+        timm.create_model("test_mdeq", features_only=True, feature_cls=kind)
+
+
+def test_a_model_has_branches() -> None:
+    with pytest.raises(ValueError, match="channels must name one branch at least"):
+        timm.create_model("test_mdeq", channels=())

@@ -29,7 +29,7 @@ def _open(source: Source) -> Image.Image:
             file.load()
             return ImageOps.exif_transpose(file)
     except UnidentifiedImageError:
-        raise BadInput(f"cannot read image {name_of(source)}: it is none") from None
+        raise BadInput(f"cannot read image {name_of(source)}: it is no image") from None
     # What Pillow raises for a damaged file depends on where it is damaged.
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mdeq import SolveStatus
+from mdeq import SolveStatus, WeightsError
 from tools.config import BadInput, RunConfig, optional
 from tools.tables import write_csv
 from tools.tasks import AUC, DICE, MIOU, TOP1, Headline
@@ -150,7 +150,7 @@ def program(main: Callable[[], None]) -> None:
     keep_freed_memory()
     try:
         main()
-    except BadInput as error:
+    except (BadInput, WeightsError) as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(3)  # mostly the first process says the same, and torchrun ends this one with it
         # From a data loader's worker the message comes wrapped in that worker's traceback.

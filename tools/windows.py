@@ -58,6 +58,8 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
         config = release_config(read_release(arguments.record), overrides)
         config.data.batch_size = 1
     else:
+        if not arguments.checkpoint.exists():
+            raise BadInput(f"no checkpoint {arguments.checkpoint}")
         folder = arguments.checkpoint if arguments.checkpoint.is_dir() else arguments.checkpoint.parent
         config = load_config(folder / CONFIG_FILE, [*overrides, "data.batch_size=1"])
         config.model.checkpoint, config.model.pretrained = str(arguments.checkpoint), False

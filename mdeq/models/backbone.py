@@ -308,6 +308,8 @@ def feature_table(
     spatial_dims: SpatialDims, channels: Sequence[int], stem_stride: int | Sequence[int]
 ) -> list[dict[str, Any]]:
     """Return the feature maps of a model: the stem's, two at full resolution and else one, then every branch."""
+    if len(channels) == 0:
+        raise ValueError("channels must name one branch at least, got none")
     strides = stem_strides(spatial_dims, stem_stride)
     first, total = max(strides[0]), max(a * b for a, b in zip(*strides))
     table = [dict(num_chs=channels[0], reduction=first, module="stem.act1")]

@@ -58,7 +58,7 @@ def create(
             the coarsest branch.
 
     Raises:
-        ValueError: for another output stride, or a config.json that describes no plausible model.
+        ValueError: for another output stride, a `feature_cls`, or a config.json that describes no plausible model.
         WeightsError: if there are no weights, or they cannot be had.
     """
     brought: dict[str, Any] = {}
@@ -76,6 +76,8 @@ def create(
             f"output_stride of {variant} must be {coarsest}: all branches take part in the equilibrium, none can be "
             f"dilated; got {kwargs['output_stride']}"
         )
+    if args.get("feature_cls") not in (None, "getter"):
+        raise ValueError(f"feature_cls of {variant} has to be left out: one solve gives the maps of all branches")
     with hub_errors(source["hf_hub_id"]) if remote else nullcontext():
         model = build_model_with_cfg(
             model_cls,

@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -206,6 +207,8 @@ def _refusal(error: BaseException, repo: str, revision: str) -> str | None:
     login = "log in with `hf auth login` or set HF_TOKEN"
     if isinstance(error, LocalEntryNotFoundError):
         return None
+    if isinstance(error, HFValidationError):
+        return f"{repo or 'nothing'} is no name of a repository on the Hub; that has the form ORG/NAME"
     if isinstance(error, GatedRepoError):
         return f"{repo} is gated: ask for access at {constants.ENDPOINT}/{repo}, then {login}"
     if isinstance(error, RepositoryNotFoundError):

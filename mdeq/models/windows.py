@@ -41,8 +41,14 @@ class WarmStart:
         self._seen: dict[int, State] = {}  # per volume of the batch: (C_i, *S_i) of the part seen so far, zero in gaps
 
     @torch.no_grad()
-    def __call__(self, windows: Tensor, places: Sequence[Place]) -> Tensor:
-        """Return logits for windows `(B, C, *S)` of one size, and keep their equilibria."""
+    def __call__(self, windows: Tensor, places: Sequence[Place] | None = None) -> Tensor:
+        """Return logits for windows `(B, C, *S)` of one size, and keep their equilibria.
+
+        Raises:
+            TypeError: without the places of the windows.
+        """
+        if places is None:
+            raise TypeError("WarmStart needs the windows' places; call sliding_window_inference with with_coord=True")
         windows = without_metadata(windows)
         for place in places:
             if all(axis.start == 0 for axis in place[2:]):
