@@ -601,6 +601,14 @@ def test_programs_say_what_the_hub_said(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert "org/no-such-model is not in the cache and HF_HUB_OFFLINE is set" in line
     line = validate("--model", "test_mdeq", *config).refusal()
     assert "model test_mdeq: no pretrained weights for test_mdeq.untrained" in line
+    (tmp_path / "x.png").touch()
+    for name, words in (("predict", [tmp_path / "x.png"]), ("visualize", ["--data", "1"]), ("export", [])):
+        for source, said in (
+            ("org/none", "org/none is not in the cache"),
+            ("a/b/c", "a/b/c is no name of a repository"),
+        ):
+            assert said in run(name, f"hf-hub:{source}", *words, "--out", tmp_path / "out").refusal()
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_organisation(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,11 @@ def test_warm_starts_save_evaluations() -> None:
     assert float((logits - expected).norm() / expected.norm()) < 2e-2  # the tolerance of the solves is 1e-2
 
 
+def test_a_warm_start_asks_for_places() -> None:
+    with pytest.raises(TypeError, match="with_coord=True"):
+        predict(smooth(36, 36), mdeq.WarmStart(converging()), 24)
+
+
 def test_a_window_seen_before_needs_no_step() -> None:
     model, x = converging(), smooth(24, 24)
     warm = mdeq.WarmStart(model, mdeq.Broyden(tol=1e-3, max_steps=60))
