@@ -339,6 +339,15 @@ def test_a_model_from_a_folder(trained: Path) -> None:
     assert printed(out) == printed(validate("--checkpoint", trained).ok())
 
 
+def test_a_release_by_name_is_evaluated_on_its_own_data(tmp_path: Path) -> None:
+    """And on others where they are named, but not on the digits of the quickstart unasked."""
+    name = "deq_tiny_cifar.cifar10"
+    assert "say where the data (cifar10) lie: data.root=FOLDER" in validate("--model", name).refusal()
+    assert f"no CIFAR-10 in {tmp_path}" in validate("--model", name, f"data.root={tmp_path}").refusal()
+    words = ["data.name=digits", "data.num_train=1", "data.image_size=16", "model.solver.max_steps=1", "run.threads=1"]
+    assert validate("--model", name, *words).ok().startswith(f"{name} on digits")
+
+
 # The table over solver steps.
 
 

@@ -5,13 +5,14 @@
     python tools/validate.py --record mdeq/weights/NAME.json data.root=DIR
     python tools/validate.py --record mdeq/weights/NAME.json --renew model.solver.max_steps=32 data.root=DIR
 
-Without --config, the config beside the checkpoint is read; for a --model without one, volumes are prepared as those of
-its training. With --steps, the accuracy and residual at each number of solver steps are printed beside those of the
-explicit twin (the same f applied that many times), and saved as steps.csv and steps.png. With --record FILE the figure
-of a release is derived again from the weights beside its record; if it differs, or another figure of that evaluation
-does by more than rounding on another machine explains, the exit code is 1, and if not --steps puts the table into the
-record. With --twice the figure at twice the steps is derived again too, in a second pass that takes longer. With
---renew the evaluation, of other settings maybe, takes the place of the record's.
+Without --config, the config beside the checkpoint is read. For a --model without one the data are those of a release's
+record, or given by data.*; volumes are prepared as those of its training. With --steps, the accuracy and residual at
+each number of solver steps are printed beside those of the explicit twin (the same f applied that many times), and
+saved as steps.csv and steps.png. With --record FILE the figure of a release is derived again from the weights beside
+its record; if it differs, or another figure of that evaluation does by more than rounding on another machine explains,
+the exit code is 1, and if not --steps puts the table into the record. With --twice the figure at twice the steps is
+derived again too, in a second pass that takes longer. With --renew the evaluation, of other settings maybe, takes the
+place of the record's.
 """
 
 import argparse
@@ -37,9 +38,11 @@ from tools.inference import MultiScale
 from tools.metrics import gather
 from tools.pretrained import recorded_config
 from tools.recheck import (
+    check_place,
     compared,
     contradictions,
     differing,
+    evaluated_config,
     evaluation_settings,
     put_into_card,
     read_release,
@@ -120,7 +123,13 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
         path = path or (beside if beside.exists() else None)
     if path is None and arguments.model is None:
         raise BadInput(f"nothing to evaluate: give --checkpoint with a {CONFIG_FILE} beside it, --config or --model")
-    config = load_config(path, overrides)
+    of_release = None if path is not None or checkpoint is not None else mdeq.RELEASES.get(arguments.model)
+    if of_release is not None and not any(word.startswith("data.name=") for word in overrides):
+        trained = evaluated_config(of_release.card, of_release.name)
+        base = TrainConfig(task=trained.task, data=trained.data)
+        config = check_place(load_config(None, overrides, base=base))
+    else:
+        config = load_config(path, overrides)
     if arguments.model is not None:
         config.model = dataclasses.replace(config.model, name=arguments.model)
         if path is None:
