@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from .base import FixedPointSolver, _require, _require_count, _require_number, is_static, small_dtype
 
@@ -76,7 +77,7 @@ class Anderson(FixedPointSolver):
         if k == 0 or slots == 0:
             return mixed
         newest, used = (k - 1) % slots, min(k, slots)
-        dg = memory.dg[:, newest].copy_(g).sub_(last_g)
+        dg = _subtract(g, last_g, memory.dg[:, newest])
         # One pass over dg, for the right-hand side. The new row of the Gram matrix is its change since the last step,
         # but for the diagonal.
         small = small_dtype(g)
@@ -111,6 +112,13 @@ class Anderson(FixedPointSolver):
         else:  # the checked version would raise on one bad sample, and wait for the device to do so
             gamma = torch.linalg.solve_ex(system, rhs * scale)[0]
         return gamma * scale
+
+
+def _subtract(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
+    """Write x - y into out and return it: in one pass, but for graphs and derivatives, which have no such form."""
+    if torch.compiler.is_compiling() or x.requires_grad or unpack_dual(x).tangent is not None:
+        return out.copy_(x).sub_(y)
+    return torch.sub(x, y, out=out)
 
 
 def _eliminate(matrix: Tensor, rhs: Tensor) -> Tensor:
