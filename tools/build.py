@@ -74,10 +74,9 @@ def start_process(run: RunConfig) -> Process:
     if world == 1:
         return Process(device=find_device(run.device, "run.device"))
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
-    own = (
-        run.device.partition(":")[0] in ("auto", "cuda") and torch.cuda.is_available()
-    )  # each its own: nothing may be put on the first by all
-    device = find_device(f"cuda:{local}" if own else run.device, "run.device")
+    # Each process looks at its own GPU alone: something on the first would be there once for every process.
+    on_gpu = run.device.partition(":")[0] in ("auto", "cuda") and torch.cuda.is_available()
+    device = find_device(f"cuda:{local}" if on_gpu else run.device, "run.device")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.distributed.init_process_group("nccl", device_id=device)
