@@ -76,7 +76,7 @@ def create(
             f"output_stride of {variant} must be {coarsest}: all branches take part in the equilibrium, none can be "
             f"dilated; got {kwargs['output_stride']}"
         )
-    if args.get("feature_cls") not in (None, "getter"):
+    if args.get("feature_cls") in ("dict", "fx", "hook", "list"):  # timm's, which look for a module of every map
         raise ValueError(f"feature_cls of {variant} has to be left out: one solve gives the maps of all branches")
     with hub_errors(source["hf_hub_id"]) if remote else nullcontext():
         model = build_model_with_cfg(
