@@ -7,7 +7,7 @@ sample's flat state, `M` history of a solver. Branch 0 has the highest resolutio
 from ._version import __version__
 from .capture import CapturedModel
 from .deq import DEQ, Equilibrium
-from .gradients import GradientEstimator, ImplicitGradient, PhantomGradient, build_gradient
+from .gradients import GradientEstimator, ImplicitGradient, PhantomGradient, build_gradient, spec_of
 from .jacobian import jacobian_frobenius, spectral_radius
 from .models import (
     HUB_ORG,
@@ -71,6 +71,7 @@ __all__ = [
     "list_models",
     "local_file",
     "rescale",
+    "spec_of",
     "spectral_radius",
     "transfer",
     "translate_checkpoint",

@@ -225,13 +225,14 @@ def build_gradient(spec: GradientSpec) -> GradientEstimator:
     return GRADIENTS[name](**settings)
 
 
-def describe(part: Any) -> Any:
-    """Return a solver or a gradient estimator in words of JSON, of which `build_solver` or `build_gradient` makes an
-    equal one: its name and what differs from the defaults. What has no name there, such as a class of your own, is
-    returned as it is.
+def spec_of(part: Any) -> Any:
+    """Return the spec, in words of JSON, from which `build_solver` or `build_gradient` makes an equal part.
+
+    It is the name and what differs from the defaults. What has no name there, such as a class of your own, is returned
+    as it is.
     """
     names = {cls: name for name, cls in [*SOLVERS.items(), *GRADIENTS.items()]}
     if type(part) not in names:
         return part
     settings = [(field, getattr(part, field.name)) for field in fields(part)]
-    return {"name": names[type(part)], **{f.name: describe(value) for f, value in settings if value != f.default}}
+    return {"name": names[type(part)], **{f.name: spec_of(value) for f, value in settings if value != f.default}}

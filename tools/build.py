@@ -21,8 +21,6 @@ from tools.card import combined_licence, dataset
 from tools.checkpoint import load_weights, read_json
 from tools.config import BadInput, DataConfig, ModelConfig, RunConfig, TrainConfig, nearest
 from tools.data import build_batches
-from tools.recheck import told_solver
-from tools.results import solver_settings
 from tools.tasks import check_task
 
 _UNUSABLE = (
@@ -152,8 +150,7 @@ def build_model(config: ModelConfig, num_classes: int | None, *, for_training: b
         create = partial(timm.create_model, name, pretrained=config.pretrained)
         if config.solver is not None and "name" not in config.solver:  # a few settings of the model's own
             rest = {key: value for key, value in kwargs.items() if key != "solver"}
-            own = solver_settings(create(**rest).deq.solver)
-            config.solver = kwargs["solver"] = told_solver({}, own) | config.solver
+            config.solver = kwargs["solver"] = mdeq.spec_of(create(**rest).deq.solver) | config.solver
         model = create(**kwargs)
     except mdeq.WeightsError as error:
         hint = "; model.pretrained=false starts from scratch" if for_training else ""

@@ -30,6 +30,11 @@ STEPS_FILE, STEPS_PICTURE = "steps.csv", "steps.png"
 FORMAT = {"format": "pt", "mdeq_format": "1"}  # version of the names and shapes in the file
 
 
+def run_of(checkpoint: Path) -> Path:
+    """Return the folder of weights that are given by it or by their file."""
+    return checkpoint if checkpoint.is_dir() else checkpoint.parent
+
+
 def check_folder(path: Path) -> None:
     """Raise BadInput if no folder can be made at a path because a file is in its place."""
     for place in (path, *path.parents):

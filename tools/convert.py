@@ -45,6 +45,7 @@ from tools.checkpoint import (
     export,
     read_json,
     read_weights,
+    run_of,
     sha256,
     write_atomically,
 )
@@ -150,11 +151,6 @@ def told(checkpoint: Path) -> dict[str, Any]:
     """Return the config.json of a run's folder, or beside a file of weights; nothing where there is none."""
     path = run_of(checkpoint) / "config.json"
     return read_json(path) if path.is_file() else {}
-
-
-def run_of(checkpoint: Path) -> Path:
-    """Return the folder of weights that are given by it or by their file."""
-    return checkpoint if checkpoint.is_dir() else checkpoint.parent
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import mdeq
 from tools import convert
 from tools.build import build_model, data_record, known_model, renew_cfg
 from tools.card import DATASETS
-from tools.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_json, read_weights
+from tools.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_json, read_weights, run_of
 from tools.config import BadInput, ModelConfig, load_config
 from tools.segmentation_data import CITYSCAPES_CLASSES
 
@@ -78,7 +78,7 @@ def recorded_config(name: str) -> dict[str, Any]:
 
 
 def _from_path(path: Path) -> tuple[nn.Module, dict[str, Any]]:
-    folder = path if path.is_dir() else path.parent
+    folder = run_of(path)
     if not path.exists():
         raise BadInput(f"no checkpoint {path}")
     if (folder / "config.json").is_file():

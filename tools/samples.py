@@ -10,7 +10,7 @@ from torch import nn
 import mdeq
 from tools.batches import Batch, Batches, Process
 from tools.build import build_test_split
-from tools.checkpoint import CONFIG_FILE
+from tools.checkpoint import CONFIG_FILE, run_of
 from tools.config import BadInput, TrainConfig, load_config
 from tools.recheck import check_place, evaluated_config
 from tools.studies import Watch
@@ -34,7 +34,7 @@ def data_config(name: str, model: nn.Module, overrides: Sequence[str]) -> TrainC
     if other:
         raise BadInput(f"{other[0]} is no setting of the data; with --data these are data.* and task")
     place = Path(name.removeprefix("local-dir:"))
-    path = (place if place.is_dir() else place.parent) / CONFIG_FILE
+    path = run_of(place) / CONFIG_FILE
     release = mdeq.RELEASES.get(f"{place.name.partition('.')[0]}.{model.pretrained_cfg.get('tag')}")
     base = nothing = TrainConfig(task="segmentation" if isinstance(model, mdeq.MDEQSegmenter) else "classification")
     if place.exists() and path.is_file():

@@ -31,7 +31,7 @@ from tqdm import tqdm
 import mdeq
 from tools import build, segmentation_data, volume_data
 from tools.batches import Batches, Process, told_holdout
-from tools.checkpoint import CONFIG_FILE, RESULTS_FILE, STEPS_FILE, STEPS_PICTURE, check_folder, make_folder
+from tools.checkpoint import CONFIG_FILE, RESULTS_FILE, STEPS_FILE, STEPS_PICTURE, check_folder, make_folder, run_of
 from tools.config import BadInput, DataConfig, TrainConfig, load_config, split_overrides
 from tools.engine import evaluate
 from tools.inference import MultiScale
@@ -119,13 +119,13 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
     if checkpoint is not None:
         if not checkpoint.exists():
             raise BadInput(f"no checkpoint {checkpoint}")
-        beside = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / CONFIG_FILE
+        beside = run_of(checkpoint) / CONFIG_FILE
         path = path or (beside if beside.exists() else None)
     if path is None and arguments.model is None:
         raise BadInput(f"nothing to evaluate: give --checkpoint with a {CONFIG_FILE} beside it, --config or --model")
-    of_release = None if path is not None or checkpoint is not None else mdeq.RELEASES.get(arguments.model)
-    if of_release is not None and not any(word.startswith("data.name=") for word in overrides):
-        trained = evaluated_config(of_release.card, of_release.name)
+    release = None if path is not None or checkpoint is not None else mdeq.RELEASES.get(arguments.model)
+    if release is not None and not any(word.startswith("data.name=") for word in overrides):
+        trained = evaluated_config(release.card, release.name)
         base = TrainConfig(task=trained.task, data=trained.data)
         config = check_place(load_config(None, overrides, base=base))
     else:
@@ -266,7 +266,7 @@ def main() -> None:
     print("\n".join([f"{lines[0]}{top5}, loss {result['loss']:.4f}", *lines[1:], *result_lines(result)]))
     checkpoint = arguments.checkpoint
     fresh = Path("runs") / f"validate_{config.model.name.replace('/', '_')}"
-    beside = fresh if checkpoint is None else checkpoint if checkpoint.is_dir() else checkpoint.parent
+    beside = fresh if checkpoint is None else run_of(checkpoint)
     folder = arguments.out or beside
     earlier = read_release(arguments.record).card["evaluation"].get("settings", []) if of_release else []
     settings = evaluation_settings([*earlier, *split_overrides(sys.argv[1:])[0]])

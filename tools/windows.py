@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from mdeq import SolveStats, WarmStart
 from tools.build import start_process
-from tools.checkpoint import CONFIG_FILE
+from tools.checkpoint import CONFIG_FILE, run_of
 from tools.config import BadInput, TrainConfig, load_config, optional, split_overrides
 from tools.recheck import read_release, release_config
 from tools.report import Parser, program
@@ -60,8 +60,7 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
     else:
         if not arguments.checkpoint.exists():
             raise BadInput(f"no checkpoint {arguments.checkpoint}")
-        folder = arguments.checkpoint if arguments.checkpoint.is_dir() else arguments.checkpoint.parent
-        config = load_config(folder / CONFIG_FILE, [*overrides, "data.batch_size=1"])
+        config = load_config(run_of(arguments.checkpoint) / CONFIG_FILE, [*overrides, "data.batch_size=1"])
         config.model.checkpoint, config.model.pretrained = str(arguments.checkpoint), False
     if config.task != "segmentation":
         origin = arguments.checkpoint or arguments.record

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..deq import DEQ, Equilibrium
-from ..gradients import GradientSpec, describe
+from ..gradients import GradientSpec, spec_of
 from ..layers import BATCH_NORM, CONV, SpatialDims, conv, with_metadata, without_metadata
 from ..solvers import FixedPointSolver, SolverSpec, is_static
 from ..state import State
@@ -141,7 +141,7 @@ class Backbone(nn.Module):
         for key, made in self._made_with.items():
             now = made if isinstance(self.equilibrium, nn.Identity) else getattr(self.deq, key)
             if now != made or (key in args and not isinstance(args[key], Mapping)):
-                args[key] = describe(now)
+                args[key] = spec_of(now)
         return args
 
     @_model_args.setter

@@ -268,10 +268,9 @@ class FixedPointSolver(ABC):
                 trial = self.propose(memory, z, fz, g)
             if num_active is None or num_active < z.shape[0]:
                 # Finished samples rest at their best iterate, which is always finite.
-                active = progress.active.to(z.device, non_blocking=True)
                 if self.looks_back:
-                    z = _where(active, z, progress.best)
-                trial = _where(active, trial, progress.best)
+                    z = _where(progress.active, z, progress.best)
+                trial = _where(progress.active, trial, progress.best)
             z, fz, spent = self.advance(fn, memory, z, g, trial)
             nfe += spent
         for whole, index in reversed(outer):
@@ -332,7 +331,7 @@ class _Progress:
         ended = self.active & ~goes_on
         finite = absolute < float("inf")
         converged = ended & finite & ((residual < solver.tol) | (absolute == 0))
-        self.best = _where(better.to(z.device, non_blocking=True), z, self.best)
+        self.best = _where(better, z, self.best)
         self.best_residual = torch.where(better, residual, self.best_residual)
         for status, condition in (
             (SolveStatus.CONVERGED, converged),
@@ -369,7 +368,8 @@ class _Progress:
 
 
 def _where(mask: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    return torch.where(mask.unsqueeze(1), x, y)
+    """Return the rows of x where a mask of the books holds, else those of y."""
+    return torch.where(mask.to(x.device, non_blocking=True).unsqueeze(1), x, y)
 
 
 def _require(condition: bool, rule: str, value: object) -> None:
