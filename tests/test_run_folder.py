@@ -110,9 +110,10 @@ def test_two_new_runs_get_two_folders(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 HOLD = """
-import fcntl, sys
-file = open(sys.argv[1], "w")
-fcntl.lockf(file, fcntl.LOCK_EX)
+import sys
+from filelock import FileLock
+lock = FileLock(sys.argv[1])
+lock.acquire()
 print("held", flush=True)
 sys.stdin.read()
 """

@@ -87,7 +87,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         os.close(handle)
         try:
             write(Path(name))
-            with open(name, "rb") as file:
+            with open(name, "r+b") as file:  # Windows syncs no file that is open for reading
                 os.fsync(file.fileno())
             os.chmod(name, 0o644)
             os.replace(name, path)

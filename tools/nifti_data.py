@@ -27,7 +27,7 @@ def read_dataset_json(root: Path) -> tuple[list[dict[str, Any]], list[dict[str, 
     """
     path = root / "dataset.json"
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         names = content["labels"]
         if all(str(value).isdigit() for value in names.values()):  # also written the other way round
             names = {value: name for name, value in names.items()}

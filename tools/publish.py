@@ -14,6 +14,7 @@ Weights that are neither are looked for in DIR/ARCHITECTURE.TAG.
 import argparse
 import dataclasses
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -387,7 +388,7 @@ def push(content: Publication, private: bool) -> str:
     with tempfile.TemporaryDirectory() as temporary:
         for name, text in content.texts.items():
             (Path(temporary) / name).write_text(text, encoding="utf-8")
-        (Path(temporary) / WEIGHTS_FILE).symlink_to(content.weights.resolve())
+        shutil.copyfile(content.weights, Path(temporary) / WEIGHTS_FILE)
         try:
             with mdeq.hub_errors(content.repo):
                 api.create_repo(content.repo, private=private, exist_ok=True)

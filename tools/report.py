@@ -81,7 +81,7 @@ class RunLog:
         self.path = folder / "log.csv"
         self.rows: list[dict[str, Any]] = []
         if self.path.exists():  # epochs after the checkpoint are done again
-            with open(self.path, newline="") as file:
+            with open(self.path, newline="", encoding="utf-8") as file:
                 self.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < first_epoch]
         self.folder, self.settings, self.id = folder, settings, run_id
         # Looked for at once, opened with the first row: a run that fails to start leaves nothing behind.

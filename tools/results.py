@@ -135,7 +135,7 @@ def write_results(folder: Path, **sections: Any) -> None:
 def write_json(path: Path, record: dict[str, Any], indent: int = 2) -> None:
     """Write a record, with null for numbers that JSON has no word for."""
     text = json.dumps(_finite(record), indent=indent, allow_nan=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def _finite(value: Any) -> Any:

@@ -3,14 +3,14 @@
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import itertools
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from tools.checkpoint import STATE_FILE, check_folder, load_state, make_folder
 from tools.config import BadInput, TrainConfig, load_config, parse_config
@@ -177,23 +177,17 @@ def _new(name: str) -> Path:
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder, which the system gives back however the process ends."""
     path = folder / LOCK_FILE
-    while True:
-        try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BadInput(f"another run is writing to {folder}; choose another run.out_dir") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
             raise BadInput(f"cannot write to {folder}: {error.strerror}") from None
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                os.close(handle)
-                raise BadInput(f"another run is writing to {folder}; choose another run.out_dir") from None
-            break  # a file system without locks
-        if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
-            break
-        os.close(handle)  # that of a run that has just ended and removed it
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
-        os.close(handle)
+        with contextlib.suppress(OSError):  # Windows removes it once it is closed
+            path.unlink()
+        lock.release()

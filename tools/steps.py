@@ -94,7 +94,7 @@ def recorded(rows: Sequence[Row], made: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_table(path: Path) -> list[Row]:
     """Return the rows of a steps.csv."""
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         return [{key: _value(key, text) for key, text in row.items()} for row in csv.DictReader(file)]
 
 

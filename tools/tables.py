@@ -25,4 +25,4 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[s
         BadInput: if it cannot be written.
     """
     text = csv_text(rows, columns)
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline=""))

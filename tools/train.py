@@ -9,6 +9,7 @@ A config file holds what a run changes; `key=value` overrides it; all settings a
 
 import dataclasses
 import math
+import os
 import sys
 import time
 import uuid
@@ -174,7 +175,7 @@ class Run:
                 (self.folder / name).unlink(missing_ok=True)
             settings = dataclasses.replace(self.config, run=dataclasses.replace(self.config.run, resume=False))
             text = config_yaml(settings)
-            write_atomically(self.folder / CONFIG_FILE, lambda path: path.write_text(text))
+            write_atomically(self.folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
             state = {
                 "epoch": self.epoch,
                 "batch": self.batch,
@@ -297,7 +298,7 @@ class Run:
         row["skipped_steps"] = trainer.bad_steps
         if self.process.device.type == "cuda":
             row["peak_memory_mib"] = torch.cuda.max_memory_allocated(self.process.device) / 2**20
-        else:
+        elif os.name == "posix":
             row["peak_memory_mib"] = _peak_resident_mib()
         self.epoch, self.batch, self.trained = self.epoch + 1, 0, None
         if self.process.is_main:
@@ -361,7 +362,8 @@ class Run:
 def _peak_resident_mib() -> float:
     import resource  # not on Windows
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # in bytes there, in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def main() -> None:

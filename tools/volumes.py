@@ -74,7 +74,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text()).get("preprocessing")
+        return json.loads(path.read_text(encoding="utf-8")).get("preprocessing")
     except (ValueError, AttributeError) as error:
         raise BadInput(f"{path} is damaged: {error}") from None
 
