@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from helpers import spawn_distributed
 
 import mdeq
 import tools.benchmark
 import tools.scaling
-from tests.official import official_model
+from tests.official import EXACT, official_model
 from tools.batches import Process
 from tools.config import load_config
 from tools.train import Run
@@ -20,11 +21,20 @@ from tools.train import Run
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-def test_equilibrium_and_gradients_equal_those_of_the_cpu() -> None:
+GRADIENTS = [
+    mdeq.ImplicitGradient(mdeq.Broyden(**EXACT)),
+    mdeq.ImplicitGradient(mdeq.Broyden(**EXACT), warm_start=True),
+    mdeq.PhantomGradient(num_steps=3),
+]
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS, ids=str)
+def test_equilibrium_and_gradients_equal_those_of_the_cpu(gradient: mdeq.GradientEstimator) -> None:
     x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
     results = []
     for device in ("cpu", "cuda"):
         model = official_model().to(device)
+        model.deq.gradient = gradient
         logits, equilibrium = model(x.to(device), return_equilibrium=True)
         logits.square().sum().backward()
         results.append((logits, [p.grad for p in model.parameters()], equilibrium.stats.converged))
@@ -34,6 +44,34 @@ def test_equilibrium_and_gradients_equal_those_of_the_cpu() -> None:
     torch.testing.assert_close(cuda_logits.cpu(), logits, rtol=1e-9, atol=1e-10)
     for a, b in zip(cuda_gradients, gradients):
         torch.testing.assert_close(a.cpu(), b, rtol=1e-7, atol=1e-9 * float(b.norm()) + 1e-13)
+
+
+def test_reversible_gradient_equals_that_of_the_cpu() -> None:
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    gradients = []
+    for device in ("cpu", "cuda"):
+        model = official_model().to(device)
+        model.deq.solver, model.deq.gradient = mdeq.Picard(tol=0.0, max_steps=6), mdeq.ReversibleGradient(beta=0.5)
+        model(x.to(device)).square().sum().backward()
+        gradients.append([p.grad.cpu() for p in model.parameters()])
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9 * float(b.norm()) + 1e-13)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("solver", [mdeq.Broyden, mdeq.Anderson, mdeq.Picard])
+def test_samples_that_leave_the_batch(solver: type[mdeq.FixedPointSolver], every: int) -> None:
+    """Dark images take fewer steps than bright ones, here and on the CPU; each keeps its own answer."""
+    x = torch.randn(6, 3, 32, 32, dtype=torch.float64) * torch.linspace(0, 3, 6, dtype=torch.float64).view(-1, 1, 1, 1)
+    model = official_model()
+    usual = solver(tol=1e-2, max_steps=30, check_every=every)
+    with torch.no_grad():
+        logits, equilibrium = model(x, return_equilibrium=True, solver=usual)
+        cuda_logits, cuda_equilibrium = model.cuda()(x.cuda(), return_equilibrium=True, solver=usual)
+    steps = equilibrium.stats.num_steps
+    assert steps.unique().numel() > 2
+    assert cuda_equilibrium.stats.num_steps.cpu().equal(steps)
+    torch.testing.assert_close(cuda_logits.cpu(), logits, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("solver", [mdeq.Broyden(max_steps=5), mdeq.Anderson(max_steps=5), mdeq.Picard(max_steps=5)])
@@ -64,6 +102,18 @@ def test_captured_model_gives_what_the_model_gives(solver: mdeq.FixedPointSolver
             torch.testing.assert_close(equilibrium.state, wanted_equilibrium.state, **tolerance)
     with pytest.raises(ValueError, match="captured for inputs of shape"):
         captured(first[:2])
+
+
+def test_captured_model_with_a_compiled_cell() -> None:
+    model = official_model(torch.float32).cuda().eval()
+    example, x = torch.randn(2, 2, 3, 32, 32, device="cuda")
+    solver = mdeq.Broyden(max_steps=8)
+    with torch.no_grad():
+        wanted = model(x, solver=solver)
+        mdeq.compile_cell(model)
+        torch.testing.assert_close(model(x, solver=solver), wanted, rtol=1e-2, atol=1e-2)
+        captured = mdeq.CapturedModel(model, example, solver=solver)
+        torch.testing.assert_close(captured(x), wanted, rtol=1e-2, atol=1e-2)
 
 
 def test_captured_model_follows_weights_that_change_in_place() -> None:
@@ -139,4 +189,13 @@ def test_training(amp: str, tmp_path: Path) -> None:
     run = Run(load_config(None, words), tmp_path / "run", Process(device=torch.device("cuda", 0)))
     assert run.train()
     assert run.trainer.num_steps == 2
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_training_on_two_devices(tmp_path: Path) -> None:
+    words = ["model.name=test_mdeq", "model.pretrained=false", "data.num_train=64", "data.image_size=32"]
+    words += ["run.epochs=1", "run.progress=false", f"run.out_dir={tmp_path / 'run'}"]
+    for outcome in spawn_distributed(tmp_path / "logs", "train", *words):
+        outcome.ok()
     assert (tmp_path / "run" / "model.safetensors").exists()
