@@ -1,7 +1,7 @@
 """Volumes as a model sees them, and the way back to their own grid.
 
 Preprocessing                   what is done to a volume; its record lies in config.json beside the weights
-Preprocessing.of_record(dict)   from `config.json`'s entry "preprocessing"; `read_record(folder)` reads the file
+Preprocessing.of_record(dict)   from `config.json`'s entry "preprocessing"
 load_volume(path)               a NIfTI file: voxels `(C, *S)` in the file's own axes, and its affine
 load_labels(path, like=...)     the label volume of an image
 prepare(volume, preprocessing)  oriented, resampled and normalised voxels `(C, *S)`
@@ -10,7 +10,6 @@ save_labels(path, labels, volume)
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,17 +65,6 @@ class Preprocessing:
         if result.orientation not in ORIENTATIONS or result.normalise not in NORMALISATIONS:
             raise BadInput(f"unknown preprocessing: orientation {result.orientation}, normalise {result.normalise}")
         return result
-
-
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """Return the entry "preprocessing" of a folder's config.json, or None where there is none."""
-    path = folder / "config.json"
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8")).get("preprocessing")
-    except (ValueError, AttributeError) as error:
-        raise BadInput(f"{path} is damaged: {error}") from None
 
 
 @dataclass(frozen=True)
