@@ -15,7 +15,7 @@ from small_sets import blob, decathlon, hippocampus, masks, medmnist, save_nifti
 from tools.batches import Process
 from tools.config import load_config
 from tools.tasks import build_task
-from tools.volumes import Preprocessing, read_record
+from tools.volumes import Preprocessing
 
 SEGMENTER = (
     "task=segmentation", "model.name=mdeq3d_tiny_seg", "model.kwargs={channels: [4, 8], num_groups: 2, expansion: 1}",
@@ -53,6 +53,10 @@ def train(folder: Path, root: Path, *words: Any) -> Any:
     return run("train", config_file(folder.parent), *settings)
 
 
+def preprocessing_in(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())["preprocessing"]
+
+
 @pytest.fixture(scope="module")
 def segmented(volumes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run of a segmenter of volumes, and what it printed."""
@@ -77,7 +81,7 @@ def test_segmenter_of_volumes(segmented: tuple[Path, str]) -> None:
 
 def test_preprocessing_lies_beside_the_weights(segmented: tuple[Path, str]) -> None:
     folder = segmented[0]
-    preprocessing = Preprocessing.of_record(read_record(folder))
+    preprocessing = Preprocessing.of_record(preprocessing_in(folder))
     assert preprocessing.patch_size == (16, 16, 16)
     assert preprocessing.label_names == ("background", "anterior", "posterior")
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
@@ -204,7 +208,7 @@ def test_nifti_pairs_from_files_to_scores(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     out = train(folder, root, *SEGMENTER, *words).ok()
     assert "Dice: front " in out
-    assert read_record(folder)["spacing"] == [1.0, 1.0, 1.0]
+    assert preprocessing_in(folder)["spacing"] == [1.0, 1.0, 1.0]
     said = run("validate", "--checkpoint", folder).ok()
     assert "Dice: front " in said
     assert "HD95: front " in said
