@@ -60,24 +60,28 @@ class SolveStats:
 
     @property
     def evaluations(self) -> Tensor:
-        """`(B,)` float64, evaluations of f that each sample took part in.
+        """`(B,)` floating point, evaluations of f that each sample took part in.
 
         A line search evaluates f for every sample that is still on its way; these are shared out evenly over the steps.
         """
         steps, calls = len(self.trace) - 1, self.nfe / self.per_step
         first = 1 if calls > steps else 0  # or the first was known
         more = calls - steps - first
-        return self.per_step * (first + self.num_steps.double() * (1 + more / max(steps, 1)))
+        return self.per_step * (first + self.num_steps * (1.0 + more / max(steps, 1)))
 
     def summary(self) -> dict[str, float]:
         """Means, residual quantiles and the share of each status, for logging. One host synchronisation."""
-        residual = self.residual.double().nan_to_num(nan=float("inf"))
+        # Taken over as float32, since some devices have no float64.
+        wide = torch.promote_types(self.residual.dtype, torch.float32)
+        columns = torch.stack([x.to(wide) for x in (self.num_steps, self.status, self.residual)])
+        steps, status, residual = columns.cpu().double()
+        residual = residual.nan_to_num(nan=float("inf"))
         if len(residual) == 0:
             residual = residual.new_full((1,), float("nan"))  # of nothing there is neither mean nor largest
-        values = [self.num_steps.double().mean(), residual.mean(), residual.median(), residual.max()]
-        values += [(self.status == status).double().mean() for status in SolveStatus]
+        values = [steps.mean(), residual.mean(), residual.median(), residual.max()]
+        values += [(status == code).double().mean() for code in SolveStatus]
         names = ["steps", "residual_mean", "residual_median", "residual_max"]
-        names += [status.name.lower() for status in SolveStatus]
+        names += [code.name.lower() for code in SolveStatus]
         return {"nfe": float(self.nfe), **dict(zip(names, torch.stack(values).tolist(), strict=True))}
 
 
