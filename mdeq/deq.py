@@ -125,9 +125,9 @@ class DEQ(nn.Module):
             z, stats, record = gradient.solve(flat, z_start, forward_solver, training=self.training)
         if stats is not None:
             # Where f gave nothing finite from the start, a head would make a prediction of the start: it gets nan.
-            # Added, so that the gradient is what the estimator says.
+            # Added, so that the gradient is what the estimator says; as 0 / 0: PyTorch 2.7 saves no nan in a graph.
             failed = (stats.status == SolveStatus.NONFINITE) & (stats.num_steps <= 1)
-            z = z + torch.zeros_like(stats.residual).masked_fill(failed, float("nan")).to(z.dtype).unsqueeze(1)
+            z = z + (torch.zeros_like(stats.residual) / ~failed).to(z.dtype).unsqueeze(1)
         penalty = jacobian_frobenius(flat.eager(), z, jacobian_probes) if jacobian_probes > 0 else None
         return Equilibrium(flat.layout.unflatten(z.to(flat.inner)), stats, penalty, record)
 

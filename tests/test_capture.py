@@ -94,8 +94,8 @@ def test_a_solve_mixes_no_devices(
     """Tensors without values tell their device. The looks at who goes on and who got better find what is said here:
     steps in which all get better, some get worse, one ends and rests, and more do, which then leave the batch.
     """
-    looks = iter([[8, 0], [8, 8], [7, 5], [5, 5], [5, 4], [3, 4], [3, 3]])
-    monkeypatch.setattr(FakeTensor, "tolist", lambda _: next(looks))
+    looks = iter([a + 2**32 * b for a, b in ((8, 0), (8, 8), (7, 5), (5, 5), (5, 4), (3, 4), (3, 3))])
+    monkeypatch.setattr(FakeTensor, "item", lambda _: next(looks))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     with FakeTensorMode():
         with torch.device("cuda"):

@@ -197,7 +197,7 @@ def _refusal(error: Exception) -> str:
     """Return the line of PyTorch's long message that says what it refused."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     telling = [line for line in lines if re.search(r"GLOBAL|^Unsupported|Unpickler error: \S", line)]
-    return (telling or lines)[0].removeprefix("WeightsUnpickler error: ").partition(". ")[0]
+    return (telling or lines)[0].rpartition("WeightsUnpickler error: ")[2].partition(". ")[0]
 
 
 def load_weights(model: nn.Module, path: str | Path, *, classifier: str, new_classifier: bool) -> list[str]:

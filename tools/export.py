@@ -65,7 +65,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def require(formats: Sequence[str]) -> None:
-    """Raise BadInput if a format needs a package that is not there."""
+    """Raise BadInput if a format needs a package that is not there, or too old."""
+    if "onnx" in formats and torch.__version__ < (2, 7):  # its exporter does not get on with today's onnxscript
+        raise BadInput(f"ONNX needs PyTorch 2.7 or newer, this is {torch.__version__}; or take --format pt2")
     for package in ("onnx", "onnxscript", "onnxruntime") if "onnx" in formats else ():
         try:
             importlib.import_module(package)
@@ -108,7 +110,8 @@ def smallest_size(model: nn.Module) -> int:
 def capture(model: nn.Module, x: Tensor, names: dict[int, str]) -> torch.export.ExportedProgram:
     """Return the graph of a model, with the named axes of x left open."""
     least = smallest_size(model)
-    dims = {a: torch.export.Dim(n) if a == 0 else torch.export.Dim(n, min=least) for a, n in names.items()}
+    # With a most, which is none: without one, PyTorch 2.6 and 2.7 take a slice of a batch for a limit of its size.
+    dims = {a: torch.export.Dim(n, min=least if a > 0 else 1, max=2**31 - 1) for a, n in names.items()}
     with torch.no_grad():
         graph = torch.export.export(model, (x,), dynamic_shapes=(dims,) if dims else None)
     for node in graph.graph.nodes:

@@ -16,7 +16,7 @@ from ..state import State
 from .cell import Injection, Kernels, MultiscaleCell
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen: torch.compile of PyTorch 2.6 does not see the fields of such an object
 class CellFn:
     """f for one batch: the cell with all that stays fixed during a solve."""
 
@@ -33,7 +33,7 @@ class CellFn:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling() and self.injection[0].is_inference():
             return self._differentiable()(z)
         cell = self.cell.forward if self.is_eager else self.cell
-        if self.cell._compiled_call_impl is not None and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self.cell._compiled_call_impl is not None:
             for x in (*z, *self.injection, *(self.masks or ())):
                 if x is not None:
                     torch._dynamo.maybe_mark_dynamic(x, 0)

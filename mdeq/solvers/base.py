@@ -302,7 +302,7 @@ class _Progress:
         return cls(
             best=z0,
             active=torch.ones(batch, dtype=torch.bool, device=books),
-            best_residual=torch.full((batch,), float("inf"), **real),
+            best_residual=torch.full((batch,), _largest(z0), **real),
             limit=torch.zeros(batch, **real),
             status=status,
             num_steps=torch.zeros_like(status),
@@ -315,16 +315,16 @@ class _Progress:
         """Take note of iterate z and decide which samples go on; return how many do, None where nobody may look."""
         if step == 0:
             first = absolute.clamp(min=1e-3 * z.shape[1] ** 0.5)
-            self.limit = (solver.divergence_factor * first).clamp(max=torch.finfo(first.dtype).max)
+            self.limit = (solver.divergence_factor * first).clamp(max=_largest(z))
         # Comparisons with nan are false: what is not finite does not go on, and is never better.
         goes_on = self.active & (residual >= solver.tol) & (absolute > 0) & (absolute <= self.limit)
-        better = self.active & (residual < self.best_residual) & (absolute < float("inf"))
+        better = self.active & (residual < self.best_residual) & (absolute <= _largest(z))
         if step == 0:  # its residual is reported if nothing else can be returned, but any finite iterate beats it
             better &= ~goes_on & (absolute <= self.limit)
         num_active = None
         if look:
-            # The one host synchronisation of a step, unless the books are here.
-            num_active, num_better = torch.stack((goes_on.sum(), better.sum())).tolist()
+            # Both numbers in one: the one host synchronisation of a step, unless the books are here.
+            num_better, num_active = divmod((better.sum() * 2**32 + goes_on.sum()).item(), 2**32)
             if num_active == len(residual) and num_better == (0 if step == 0 else num_active):
                 # Nothing ended and nothing got worse, the usual step: what is noted needs no pass over the state.
                 if num_better:
@@ -333,7 +333,7 @@ class _Progress:
                 self.num_steps.fill_(step)
                 return num_active
         ended = self.active & ~goes_on
-        finite = absolute < float("inf")
+        finite = absolute <= _largest(z)
         converged = ended & finite & ((residual < solver.tol) | (absolute == 0))
         self.best = _where(better, z, self.best)
         self.best_residual = torch.where(better, residual, self.best_residual)
@@ -365,10 +365,15 @@ class _Progress:
     def stats(self, nfe: int) -> SolveStats:
         trace = torch.stack(self.trace)
         # Where no iterate competed, the starting point is what is returned.
-        residual = torch.where(torch.isinf(self.best_residual), trace[0], self.best_residual)
+        residual = torch.where(self.best_residual == _largest(self.best), trace[0], self.best_residual)
         small = (x.to(self.best.device, non_blocking=True) for x in (self.status, residual, self.num_steps, trace))
         status, residual, num_steps, trace = small
         return SolveStats(status, residual, num_steps, nfe, trace)
+
+
+def _largest(z: Tensor) -> float:
+    """Return the largest norm of a state that is finite. Graphs do without infinity, which PyTorch 2.7 cannot save."""
+    return torch.finfo(small_dtype(z)).max
 
 
 def _where(mask: Tensor, x: Tensor, y: Tensor) -> Tensor:
