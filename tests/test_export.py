@@ -134,7 +134,7 @@ REFUSALS = {
 @pytest.mark.parametrize("case", REFUSALS)
 def test_program_refuses_in_one_line(case: str, tmp_path: Path) -> None:
     words, reason = REFUSALS[case]
-    assert reason in run("export", *words, "--out", tmp_path / "out").refusal()
+    assert reason in run("export", *words, "--format", "pt2", "--out", tmp_path / "out").refusal()
     assert list(tmp_path.iterdir()) == []
 
 

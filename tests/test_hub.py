@@ -602,7 +602,11 @@ def test_programs_say_what_the_hub_said(monkeypatch: pytest.MonkeyPatch, tmp_pat
     line = validate("--model", "test_mdeq", *config).refusal()
     assert "model test_mdeq: no pretrained weights for test_mdeq.untrained" in line
     (tmp_path / "x.png").touch()
-    for name, words in (("predict", [tmp_path / "x.png"]), ("visualize", ["--data", "1"]), ("export", [])):
+    for name, words in (
+        ("predict", [tmp_path / "x.png"]),
+        ("visualize", ["--data", "1"]),
+        ("export", ["--format", "pt2"]),
+    ):
         for source, said in (
             ("org/none", "org/none is not in the cache"),
             ("a/b/c", "a/b/c is no name of a repository"),
