@@ -127,7 +127,7 @@ def write(model: nn.Module, folder: Path, record: dict[str, Any]) -> None:
     """Write weights and configuration; without the argument that transformers would pass twice."""
     export(model, folder, record)
     path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     config.get("model_args", {}).pop("num_classes", None)  # config.json has it outside of them as well
     text = json.dumps(config, indent=2) + "\n"
     write_atomically(path, lambda beside: beside.write_text(text, encoding="utf-8"))
@@ -203,7 +203,7 @@ def main() -> None:
         os.replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    config = read_json(out / "config.json")
     print(f"{layout} layout, {cfg['architecture']}, arguments: {config.get('model_args', {})}")
     print(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
     print(f"sha256: {sha256(out / WEIGHTS_FILE)}  {WEIGHTS_FILE}")

@@ -71,7 +71,7 @@ class SolveStats:
 
     def summary(self) -> dict[str, float]:
         """Means, residual quantiles and the share of each status, for logging. One host synchronisation."""
-        # Taken over as float32, since some devices have no float64.
+        # Taken over in the precision of the residual, float32 at least: some devices have no float64.
         wide = torch.promote_types(self.residual.dtype, torch.float32)
         columns = torch.stack([x.to(wide) for x in (self.num_steps, self.status, self.residual)])
         steps, status, residual = columns.cpu().double()
@@ -318,7 +318,8 @@ class _Progress:
             self.limit = (solver.divergence_factor * first).clamp(max=_largest(z))
         # Comparisons with nan are false: what is not finite does not go on, and is never better.
         goes_on = self.active & (residual >= solver.tol) & (absolute > 0) & (absolute <= self.limit)
-        better = self.active & (residual < self.best_residual) & (absolute <= _largest(z))
+        finite = absolute <= _largest(z)
+        better = self.active & (residual < self.best_residual) & finite
         if step == 0:  # its residual is reported if nothing else can be returned, but any finite iterate beats it
             better &= ~goes_on & (absolute <= self.limit)
         num_active = None
@@ -333,7 +334,6 @@ class _Progress:
                 self.num_steps.fill_(step)
                 return num_active
         ended = self.active & ~goes_on
-        finite = absolute <= _largest(z)
         converged = ended & finite & ((residual < solver.tol) | (absolute == 0))
         self.best = _where(better, z, self.best)
         self.best_residual = torch.where(better, residual, self.best_residual)
