@@ -46,6 +46,8 @@ class _FlatFn:
         state = self.fn(self.layout.unflatten(z.to(self.inner)))
         if not isinstance(state, (tuple, list)):
             raise ValueError(f"f must return a tuple of tensors, one per branch, got {type(state).__name__}")
+        if not all(x.is_floating_point() for x in state):
+            raise ValueError(f"f must return floating-point tensors, got {[x.dtype for x in state]}")
         f_z = self.layout.flatten(tuple(state), self.outer)
         if f_z.shape != z.shape:
             raise ValueError(f"f must keep the batch size, {z.shape[0]}, got {f_z.shape[0]}")

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 SpatialDims = Literal[2, 3]
 CONV: dict[int, type[nn.Module]] = {2: nn.Conv2d, 3: nn.Conv3d}
 BATCH_NORM: dict[int, type[nn.Module]] = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-_CONV_FN = {2: F.conv2d, 3: F.conv3d}
 _LINEAR_MODE = {2: "bilinear", 3: "trilinear"}
 
 
@@ -40,9 +39,22 @@ def conv(
     return CONV[spatial_dims](in_channels, out_channels, kernel_size, stride=stride, padding=padding, bias=bias, **dd)
 
 
-def convolve(layer: nn.Module, x: Tensor, kernel: Tensor) -> Tensor:
-    """Apply a convolution layer with a kernel computed before, such as one whose weight norm was folded."""
-    return _CONV_FN[x.ndim - 2](x, kernel, layer.bias, layer.stride, layer.padding)
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is a convolution and no more than that: no subclass with a forward of its own, no hooks.
+
+    Parametrizations, such as weight norm, are no more than that: their weight is an attribute.
+    """
+    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+    forward = getattr(layer.forward, "__func__", None)
+    return forward in (nn.Conv2d.forward, nn.Conv3d.forward) and not any(hooks)
+
+
+def convolve(layer: nn.Module, x: Tensor, kernel: Tensor | None) -> Tensor:
+    """Apply a convolution layer with a kernel computed before, such as one whose weight norm was folded.
+
+    Without a kernel the layer is called, and a copy returned: others may write to it, and hooks keep the output.
+    """
+    return layer(x).clone() if kernel is None else layer._conv_forward(x, kernel, layer.bias)
 
 
 def resize(x: Tensor, size: Sequence[int], mode: Literal["nearest", "linear"] = "nearest") -> Tensor:

@@ -205,7 +205,8 @@ class ReversibleGradient:
                     "ReversibleGradient evaluates f again in backward: f needs a method tensors() that returns what it "
                     "closes over that gradients are due to, none of it computed from another"
                 )
-            tensors = [x for x in fn.tensors() if x.requires_grad]
+            # Once each: the gradient of one that is named twice would be added twice.
+            tensors = list({id(x): x for x in fn.tensors() if x.requires_grad}.values())
         stored = _Stored(self.store_every or self._distance(), solver.max_steps) if tensors else None
         coupled = _Coupled(fn, z0.dtype, self.beta, torch.arange(len(z0), device=z0.device), stored)
         picard = Picard(

@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import timm
@@ -20,7 +21,7 @@ from tools.comparison import Bench
 from tools.config import BadInput
 from tools.contenders import Clocked, TorchDEQ, Twin, parse_case, residual, resnet_like, solvers
 from tools.report import keep_freed_memory
-from tools.timings import quartiles, reference, table, take_turns, timing_rows
+from tools.timings import plot, quartiles, reference, table, take_turns, timing_rows
 
 CPU = torch.device("cpu")
 
@@ -132,6 +133,13 @@ def test_a_time_to_a_tolerance_that_was_not_reached_is_compared_with_none(capsys
         "TorchDEQ B"
     ]
     assert capsys.readouterr().out.count("did not get to 0.1") == 2
+
+
+def test_a_panel_without_ratios_says_why(tmp_path: Path) -> None:
+    rows = [dict(part="tolerance", case="x:32:2", contender="mdeq A", ms=1.0)]
+    with mock.patch("matplotlib.axes.Axes.text", autospec=True) as text:
+        plot(rows, tmp_path / "plot.png", "title")
+    assert [call.args[3] for call in text.call_args_list] == ["tolerance not reached"]
 
 
 def test_rows_are_relative_to_the_peer_turn_by_turn() -> None:

@@ -303,6 +303,9 @@ def test_shape_errors() -> None:
         deq(lambda z: (z[0][:, :2],), (torch.zeros(2, 3),))
     with pytest.raises(ValueError, match="one batch size"):
         deq(lambda z: z, (torch.zeros(2, 3), torch.zeros(3, 3)))
+    for shift, named in ((1j, "complex64"), (torch.zeros(2, 3, dtype=torch.int64), "int64")):
+        with pytest.raises(ValueError, match=rf"f must return floating-point tensors, got \[torch\.{named}\]"):
+            deq(lambda z, shift=shift: (0 * z[0].to(torch.asarray(shift).dtype) + shift,), (torch.zeros(2, 3),))
 
 
 def test_jacobian_penalty() -> None:

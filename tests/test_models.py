@@ -363,6 +363,12 @@ def test_local_directory_round_trip(tmp_path: Path) -> None:
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     x = image(32, 32)
     assert torch.equal(again(x), model(x))
+    for options in (dict(), dict(feature_cls="getter"), dict(output_stride=32)):
+        maps = timm.create_model(
+            f"local-dir:{tmp_path}", pretrained=True, features_only=True, out_indices=(1, 3), **options
+        )
+        expected = model.forward_intermediates(x, [1, 3], intermediates_only=True)
+        assert all(torch.equal(a, b) for a, b in zip(maps.eval()(x), expected, strict=True))
 
 
 @pytest.mark.parametrize("given", ["as objects", "as mappings", "afterwards"])
@@ -424,6 +430,11 @@ def test_pruned_models_end_at_the_last_map(name: str) -> None:
         assert features.shape[1] == pruned.num_features == model.feature_info[last]["num_chs"]
         features.square().sum().backward()
         assert [key for key, p in pruned.named_parameters() if p.grad is None] == []
+        final, maps = pruned.eval().forward_intermediates(x)  # of those that are left
+        assert len(maps) >= last + 1
+        assert torch.equal(final, pruned.forward_features(x))
+        assert torch.equal(pruned.forward_intermediates(x, [0])[0], final)
+        assert torch.equal(maps[last], final)
     model.prune_intermediate_layers([0])
     for use in (lambda: model.deq, lambda: model.solve(x)):
         with pytest.raises(RuntimeError, match="pruned to its stem"):

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -560,6 +562,36 @@ def test_files_are_replaced_whole(tmp_path: Path) -> None:
     _write(path, lambda place: place.write_text(place.name))
     assert path.read_text() == "labels.nii.gz"  # libraries tell the format by the name
     assert [file.name for file in tmp_path.iterdir()] == ["labels.nii.gz"]
+
+
+def test_names_that_are_no_text(classifier: tuple[Path, nn.Module], photos: Path, tmp_path: Path) -> None:
+    """They are Latin-1, from an old disk; the tables show the byte."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    source = next(path for path in sorted(photos.iterdir()) if path.suffix == ".png")
+    try:
+        shutil.copy(source, os.fsdecode(os.fsencode(folder) + b"/M\xfcller.png"))
+    except OSError:
+        pytest.skip("the file system takes no such names")
+    said = predict(classifier[0], folder, "--out", tmp_path / "out").ok()
+    assert "M\udcfcller.png" in said
+    assert table(tmp_path / "out")[0]["input"].endswith(r"M\udcfcller.png")
+    (entry,) = json.loads((tmp_path / "out" / "predictions.json").read_text())["predictions"]
+    assert entry["input"].endswith("M\udcfcller.png")
+
+
+def test_a_link_to_nothing_is_an_input_that_cannot_be_read(
+    classifier: tuple[Path, nn.Module], photos: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for path in sorted(photos.iterdir())[:2]:
+        shutil.copy(path, folder)
+    (folder / "later.png").symlink_to(tmp_path / "nowhere.png")
+    outcome = predict(classifier[0], folder, "--out", tmp_path / "out")
+    assert outcome.code == 2
+    assert "later.png" in outcome.err
+    assert "1 of 3 inputs have no prediction" in outcome.err
 
 
 def test_output_names() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 from itertools import pairwise
 from pathlib import Path
@@ -243,6 +244,25 @@ def test_image_folder_is_resumed(tmp_path: Path) -> None:
     train(tmp_path / "run", *words, "run.resume=true").ok()
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
     assert [row["epoch"] for row in rows(tmp_path / "run")] == ["0", "1"]
+
+
+def test_other_data_are_no_data_to_resume_with(tmp_path: Path) -> None:
+    """Their held-out samples may be those that were trained on, and their classes in another order."""
+    words = folder_words(tmp_path / "data", workers=0)
+    train(tmp_path / "run", *words, "run.max_minutes=1e-7").ok()
+    folder = tmp_path / "data" / "train" / "ant"
+    last = max(folder.iterdir())
+    last.rename(tmp_path / last.name)
+    line = train(tmp_path / "run", *words, "run.resume=true").refusal()
+    assert re.search(r"other data \(number of training samples: (\d+), not (\d+)\)", line)
+    (tmp_path / last.name).rename(last)
+    for split in ("train", "validation"):
+        (tmp_path / "data" / split / "ant").rename(tmp_path / "data" / split / "cow")
+    line = train(tmp_path / "run", *words, "run.resume=true").refusal()
+    assert "(classes: ant, bee, cat, not bee, cat, cow)" in line
+    for split in ("train", "validation"):
+        (tmp_path / "data" / split / "cow").rename(tmp_path / "data" / split / "ant")
+    train(tmp_path / "run", *words, "run.resume=true").ok()
 
 
 def test_image_folder_read_by_a_worker_is_resumed(tmp_path: Path) -> None:

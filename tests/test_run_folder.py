@@ -86,7 +86,7 @@ def test_fewer_epochs_are_another_run(tmp_path: Path) -> None:
     ("entry", "value"),
     [
         ("epoch", "x"), ("epoch", -1), ("batch", 0.5), ("counts", [1, 0]), ("config", "a: [1"), ("config", "a: 1"),
-        ("config", 3), ("id", 3), ("trained", [1]),
+        ("config", 3), ("id", 3), ("trained", [1]), ("data", [1]),
     ],
 )  # fmt: skip
 def test_a_state_that_makes_no_sense(entry: str, value: Any, stopped: Path, tmp_path: Path) -> None:
@@ -154,8 +154,17 @@ def limit_files() -> None:
 def test_a_full_disk(tmp_path: Path) -> None:
     line = spawn_train(tmp_path / "run", "data.num_train=32", hook=limit_files).refusal()
     assert "cannot write" in line
-    assert "checkpoint.pt" in line
+    assert "checkpoint.pt: File too large" in line
     assert_nothing_partial(tmp_path / "run")
+
+
+def test_a_full_disk_leaves_a_finished_run_as_it_was(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train(folder).ok()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    spawn_train(folder, "run.resume=true", "run.epochs=3", hook=limit_files).refusal()
+    assert "results.json" in before
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 # What is kept.

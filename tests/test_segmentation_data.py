@@ -124,6 +124,15 @@ def test_classes_that_are_unclear(text: str, said: str, tmp_path: Path) -> None:
         batches(data("masks", tmp_path), training=True)
 
 
+def test_a_class_with_the_number_that_is_ignored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (masks(tmp_path) / "classes.txt").read_text()
+    for name, is_class in (("void", False), ("Don't care", False), ("tumour", True)):
+        (tmp_path / "classes.txt").write_text(f"{text.rstrip()}\n255 {name}\n")
+        batches(data("masks", tmp_path), training=True)
+        said = capsys.readouterr().err
+        assert said.startswith("warning: 255 tumour of ") == is_class == bool(said)
+
+
 def test_masks_of_0_and_255_are_suspicious(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     masks(tmp_path)
     for path in tmp_path.glob("*/masks/*.png"):

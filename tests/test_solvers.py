@@ -435,6 +435,23 @@ def test_statistics(solver: FixedPointSolver) -> None:
         assert x.shape == (5,)
 
 
+def test_evaluations_of_a_solve_whose_first_is_known() -> None:
+    """They are none for a sample at its answer, also beside one whose line search takes more."""
+    torch.manual_seed(0)
+    matrix, b = 0.8 * torch.randn(4, 4, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64)
+    fn = lambda z: z @ matrix + b  # noqa: E731
+    z0 = torch.stack((torch.zeros(4, dtype=torch.float64), torch.linalg.solve(torch.eye(4) - matrix.T, b[1])))
+    z0[1] = fn(z0)[1]
+    solver = Broyden(tol=1e-8, line_search=4)
+    _, cold, _ = solver.solve(fn, z0)
+    _, warm, _ = solver.solve(fn, z0, f0=fn(z0))
+    assert cold.nfe == warm.nfe + 1 > cold.num_steps.max() + 1, "no line search took place"
+    assert cold.num_steps.tolist() == warm.num_steps.tolist()
+    assert (warm.evaluations[1], cold.evaluations[1]) == (0, 1)
+    assert (cold.evaluations[0] - 1 - warm.evaluations[0]).abs() < 1e-12
+    assert warm.evaluations[0] == warm.nfe
+
+
 # One sample does not see another
 
 

@@ -441,6 +441,10 @@ def test_image_folder_with_classes_of_its_own(tmp_path: Path) -> None:
     train(tmp_path / "run", *words).ok()
     out = validate("--checkpoint", tmp_path / "run").ok()
     assert printed(out) == pytest.approx(float(rows(tmp_path / "run")[-1]["test_top1"]), abs=0.01)
+    assert "the classes of" not in out
+    (tmp_path / "data" / "validation" / "ant").rename(tmp_path / "data" / "validation" / "dog")
+    out = validate("--checkpoint", tmp_path / "run" / "model.safetensors").ok()
+    assert "model.safetensors are ant, bee, cat; those here bee, cat, dog" in out
 
 
 def test_top5_of_three_classes(tmp_path: Path) -> None:

@@ -165,10 +165,11 @@ def test_spectral_radii() -> None:
 class Numbers:
     """A split whose sample k is the number k; the last two are of another shape."""
 
-    class_names, spacing = ("a", "b"), None
+    class_names = ("a", "b")
 
     def __init__(self, count: int) -> None:
         self.count = count
+        self.spacings = [(1.0, 1.0, float(k)) for k in range(count)]
 
     def __len__(self) -> int:
         return self.count
@@ -184,6 +185,7 @@ def test_part_of_a_split() -> None:
     assert [int(y) for _, y in part.samples] == list(range(0, 100, 10))
     assert [len(y) for _, y in part.epoch()] == [8, 2]
     assert (len(part), part.class_names) == (2, ("a", "b"))
+    assert [mm[2] for mm in part.spacings] == list(range(0, 100, 10))
     whole = Part(Numbers(5), 50, silent)
     assert [y.tolist() for _, y in whole.epoch()] == [[0, 1, 2], [3, 4]]
     assert [y.tolist() for _, y in whole.epoch(start=1)] == [[3, 4]]

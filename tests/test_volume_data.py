@@ -345,6 +345,22 @@ def test_labels_lie_in_space_as_their_volume(sform: int, qform: int, tmp_path: P
     assert float(after.header["cal_max"]) == 0  # or viewers would show every label as black
 
 
+@pytest.mark.parametrize(("field", "value"), [("quatern_b", 1.1), ("xyzt_units", 7)])
+def test_labels_take_over_a_header_with_a_damaged_field_that_does_not_count(
+    field: str, value: float, tmp_path: Path
+) -> None:
+    image = nibabel.Nifti1Image(blob((6, 16, 17))[0].astype(np.int16), np.diag([2.0, 3.0, 4.0, 1.0]))
+    image.set_qform(image.affine, code=1)
+    image.header[field] = value
+    nibabel.save(image, tmp_path / "x.nii.gz")
+    volume = load_volume(tmp_path / "x.nii.gz")
+    assert volume.spacing == (2.0, 3.0, 4.0)  # by the sform, in mm
+    save_labels(tmp_path / "y.nii.gz", torch.ones(volume.shape, dtype=torch.uint8), volume)
+    after = nibabel.load(tmp_path / "y.nii.gz")
+    assert np.array_equal(after.affine, image.affine)
+    assert after.header[field] == pytest.approx(value)
+
+
 def test_record_of_the_preprocessing_round_trips() -> None:
     preprocessing = Preprocessing((1.0, 1.5, 2.0), "none", "minmax", (16, 24, 32), ("background", "tumour"))
     record = json.loads(json.dumps(preprocessing.record()))

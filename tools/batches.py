@@ -24,6 +24,7 @@ class Batches(Protocol):
     """The batches of one split, as many and in the same order for the same epoch, wherever it is entered."""
 
     class_names: tuple[str, ...]  # empty where they are not known
+    num_samples: int | None  # of the split, all processes together; None where it is not known
     spacings: Sequence[Sequence[float]] | None  # mm per voxel of the samples of this process, in order, where known
 
     def __len__(self) -> int: ...

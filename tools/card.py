@@ -409,7 +409,8 @@ def training(record: Mapping[str, Any], data: Dataset) -> list[str]:
     if "command" in run:
         time = "over several sessions" if run["minutes"] is None else f"{run['minutes']:.0f} minutes"
         versions = ", ".join(f"{key} {value}" for key, value in run["versions"].items())
-        text += f", {time} on {run['hardware']}; {versions}.\n\n```bash\n{run['command']}\n```"
+        text += f", {time} on {run['hardware']}; {versions}. At that commit the command was\n\n"
+        text += f"```bash\n{run['command']}\n```"
     else:
         text += "; time and hardware were not recorded."
     for stage in reversed(record.get("stages", [])):

@@ -65,7 +65,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch and safetensors have their own words for it
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        reasons = (getattr(e, "strerror", None) for e in (error, error.__context__))
+        reason = next(filter(None, reasons), str(error).partition("\n")[0])
         raise BadInput(f"cannot write {path}: {reason}") from None
 
 
@@ -97,7 +98,12 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
     """Write all that a run needs to go on."""
-    write_atomically(folder / STATE_FILE, lambda path: torch.save(state, path))
+
+    def write(path: Path) -> None:
+        with open(path, "wb") as file:  # given a path, PyTorch would not say that the disk is full
+            torch.save(state, file)
+
+    write_atomically(folder / STATE_FILE, write)
 
 
 def load_state(path: Path) -> dict[str, Any]:

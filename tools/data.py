@@ -74,6 +74,7 @@ class ArrayBatches:
         home = process.device if config.cache_on_device else torch.device("cpu")
         self.images, self.labels = arrays.images.to(home), arrays.labels.to(home)
         self.training, self.seed, self.process, self.note = training, seed, process, arrays.note
+        self.num_samples = len(self.labels)
         self.batch_size = shared_batch_size(config.batch_size, len(self.labels), process, training)
         self.augment = config.augment if training else "none"
         constants = dict(device=process.device, dtype=torch.float32)

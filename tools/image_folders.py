@@ -63,6 +63,8 @@ class ReaderBatches:
 
     def __init__(self, loader: Any, process: Process, seed: int, class_names: tuple[str, ...]) -> None:
         self.loader, self.process, self.seed, self.class_names = loader, process, seed, class_names
+        data = loader.dataset  # a stream's length is that of a process, or a guess
+        self.num_samples = None if isinstance(data, torch.utils.data.IterableDataset) else len(data)
         if hasattr(loader.sampler, "seed"):  # timm leaves the order of distributed samples at seed 0
             loader.sampler.seed = seed
         self.limit = evaluation_sample_limit(loader)

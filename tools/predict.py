@@ -93,7 +93,8 @@ def gather(words: Sequence[str], suffixes: Sequence[str], out: Path) -> list[Pat
         path = Path(word)
         if path.is_dir():
             files = [file for file in sorted(path.iterdir()) if file.name.lower().endswith(tuple(suffixes))]
-            files = [file for file in files if file.is_file() and not file.name.startswith(".")]
+            # A link to nothing is an input that cannot be read, and said to be.
+            files = [file for file in files if not file.is_dir() and not file.name.startswith(".")]
             if not files:
                 raise BadInput(f"no files {', '.join(suffixes)} in {path}")
         elif not path.exists() and glob.has_magic(word):
@@ -163,7 +164,8 @@ def save_tables(results: Sequence[Result], predictor: Predictor, model: str) -> 
         "predictions.json": as_json(results, names, dense, about),
     }
     for name, content in text.items():
-        write_atomically(out / name, lambda path, content=content: path.write_text(content, encoding="utf-8"))
+        data = content.encode(errors="backslashreplace")  # names of files may be no text
+        write_atomically(out / name, lambda path, data=data: path.write_bytes(data))
 
 
 def main() -> None:

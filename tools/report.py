@@ -3,6 +3,7 @@
 import argparse
 import csv
 import ctypes
+import io
 import math
 import os
 import sys
@@ -148,6 +149,8 @@ def keep_freed_memory() -> None:
 def program(main: Callable[[], None]) -> None:
     """Run a program; bad input ends it with one line on stderr and exit code 2."""
     keep_freed_memory()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show must not end the program
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except (BadInput, WeightsError) as error:

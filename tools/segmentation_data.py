@@ -166,6 +166,17 @@ def read_masks(root: Path, split: str, ignored: int) -> Pairs:
     return Pairs(pairs, table, tuple(names[k] for k in sorted(names)))
 
 
+def warn_of_ignored_class(root: Path, ignored: int) -> None:
+    """Say so where classes.txt gives a name to the value to ignore that sounds like a class."""
+    name = _read_classes(root / "classes.txt").get(ignored)
+    if name is not None and not re.search("void|ignore|unlabel|undefined|unknown|border|boundar|don.?t", name.lower()):
+        print(
+            f"warning: {ignored} {name} of {root / 'classes.txt'} does not count, since data.ignore_index={ignored}. "
+            "If that is a class, set data.ignore_index to a value that no mask has",
+            file=sys.stderr,
+        )
+
+
 def warn_of_one_class(data: Pairs, ignored: int) -> None:
     """Say so where the first masks hold a single class beside the value to ignore: masks of 0 and 255, it may be."""
     counts = np.zeros(256, np.int64)
@@ -257,7 +268,7 @@ class PairBatches:
         self, data: Pairs, spec: ImageSpec, config: DataConfig, process: Process, *, training: bool, seed: int = 0
     ) -> None:
         self.config, self.process, self.training, self.seed = config, process, training, seed
-        self.class_names = data.class_names
+        self.class_names, self.num_samples = data.class_names, len(data.pairs)
         whole = not training or config.patch_size is None  # a crop is padded
         self.dataset = PairDataset(data, transforms(config, spec, training), spec.size[0], whole=whole)
         self.batch_size = shared_batch_size(config.batch_size, len(data.pairs), process, training)
@@ -318,6 +329,7 @@ def read_batches(
     data = Pairs(data.pairs[chosen(len(data.pairs), config, training)], data.table, data.class_names)
     batches = PairBatches(data, spec, config, process, training=training, seed=seed)
     if training and process.is_main and config.name == "masks":
+        warn_of_ignored_class(root, config.ignore_index)
         warn_of_one_class(data, config.ignore_index)
     return batches, len(data.class_names)
 

@@ -126,6 +126,9 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
             error_kw=dict(elinewidth=0.8, ecolor="0.3"),
             color=[_colour(row["contender"]) for row in shown],
         )
+        if not shown:
+            ax.text(0.5, 0.5, "tolerance not reached", transform=ax.transAxes, ha="center", fontsize="small")
+            ax.set(xticks=[], yticks=[])
         ax.bar_label(bars, fmt=lambda x: f"{x:.2f}" if x >= 0.1 else f"{x:.1g}", padding=3, fontsize="small")
         ax.axvline(1, color="black", linewidth=0.6)
         ax.margins(x=0.14)

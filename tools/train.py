@@ -171,11 +171,8 @@ class Run:
         if self.process.is_main and (final or trainer.bad_in_a_row == 0) and self._finite():
             make_folder(self.folder)
             clear_leftovers(self.folder)
-            for name in (RESULTS_FILE, STEPS_FILE, STEPS_PICTURE):  # of weights that are replaced
-                (self.folder / name).unlink(missing_ok=True)
             settings = dataclasses.replace(self.config, run=dataclasses.replace(self.config.run, resume=False))
             text = config_yaml(settings)
-            write_atomically(self.folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
             state = {
                 "epoch": self.epoch,
                 "batch": self.batch,
@@ -188,9 +185,13 @@ class Run:
                 "command": self.command,
                 "counts": [trainer.num_steps, trainer.bad_steps, trainer.bad_in_a_row],
                 "config": text,
+                "data": self._data,
                 "id": self.id,
             }
-            save_state(self.folder, state)
+            save_state(self.folder, state)  # first: where it fails, what there is belongs together as before
+            for name in (RESULTS_FILE, STEPS_FILE, STEPS_PICTURE):  # of weights that are replaced
+                (self.folder / name).unlink(missing_ok=True)
+            write_atomically(self.folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
             export(self.final_model, self.folder, build.data_record(self.config, self.test_batches.class_names))
             self.saved = time.monotonic()
 
@@ -203,9 +204,23 @@ class Run:
         """Whether all weights are finite; a loss can be so although they are not any more."""
         return all(bool(torch.isfinite(p).all()) for m in (self.model, self.final_model) for p in m.parameters())
 
+    @property
+    def _data(self) -> dict[str, Any]:
+        """What the data of a run are known by."""
+        splits = {"training": self.train_batches, "test": self.test_batches}
+        counts = {f"number of {name} samples": split.num_samples for name, split in splits.items()}
+        return {"classes": ", ".join(self.test_batches.class_names), **counts}
+
     def _restore(self, state: dict[str, Any]) -> None:
         trainer, origin = self.trainer, self.folder / STATE_FILE
         try:
+            for what, now in self._data.items():
+                before = state.get("data", {}).get(what, now)  # earlier states do not say
+                if before != now:
+                    raise BadInput(
+                        f"{origin} is of a run on other data ({what}: {before}, not {now}); go on with the same data, "
+                        f"or start anew in another run.out_dir, with model.checkpoint={self.folder} from its weights"
+                    )
             self.model.load_state_dict(state["model"])
             if trainer.ema is not None:
                 trainer.ema.module.load_state_dict(state["ema"])

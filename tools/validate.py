@@ -231,11 +231,12 @@ def main() -> None:
             samples = int(gather(torch.tensor([[len(some.samples)]]), process).sum())
         return steps_table(model, arguments.steps, partial(run, task=task, batches=some), headline, samples)
 
-    labels = tuple(recorded_config(config.model.name).get("label_names") or ())
-    if config.model.pretrained and labels and batches.class_names and labels != batches.class_names and process.is_main:
-        print(
-            f"the classes of {config.model.name} are {', '.join(labels)}; those here {', '.join(batches.class_names)}"
-        )
+    place = config.model.name if arguments.checkpoint is None else f"local-dir:{run_of(arguments.checkpoint)}"
+    known = arguments.checkpoint is not None or config.model.pretrained
+    labels = tuple(recorded_config(place).get("label_names") or ()) if known else ()
+    if labels and batches.class_names and labels != batches.class_names and process.is_main:
+        weights = arguments.checkpoint or config.model.name
+        print(f"the classes of {weights} are {', '.join(labels)}; those here {', '.join(batches.class_names)}")
     solver = model.deq.solver
     full = build_task(config, model, batches, process, distances=True)
     if arguments.scales or arguments.flip:

@@ -168,7 +168,7 @@ def main() -> None:
             count = min(MOST_LINES, len(part.samples))  # spread over them: a split may be sorted by class
             shown = [part.samples[i * len(part.samples) // count] for i in range(count)]
             inputs = [study.window(x) for x, _ in shown]
-            spacing = config.data.spacing if predictor.is_3d else None
+            spacing = part.spacings[0] if part.spacings else config.data.spacing if predictor.is_3d else None
             if predictor.dense:  # a window may be larger than its volume, or smaller than the padded one
                 size = inputs[0].shape[2:]
                 truth = unpadded(padded(shown[0][1][0], size, VOID), size)

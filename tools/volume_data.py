@@ -203,7 +203,7 @@ class VolumeBatches:
 
     def __init__(self, data: Volumes, config: DataConfig, process: Process, *, training: bool, seed: int = 0) -> None:
         self.data, self.config, self.process, self.training, self.seed = data, config, process, training, seed
-        self.class_names = data.class_names
+        self.class_names, self.num_samples = data.class_names, len(data.labels)
         self.segmented = config.name in SEGMENTED
         self.size = tuple(config.patch_size)
         self.batch_size = shared_batch_size(config.batch_size, len(data.labels), process, training)

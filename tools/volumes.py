@@ -26,6 +26,11 @@ NORMALISATIONS = ("zscore", "minmax", "none")
 ORIENTATIONS = ("RAS", "none")
 UNITS = {"meter": 1e3, "micron": 1e-3}
 """Units of length in NIfTI files in mm; a file that names none is in mm."""
+PLACE = (
+    *("xyzt_units", "qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
+    *("sform_code", "srow_x", "srow_y", "srow_z"),
+)
+"""Where a volume lies, as its header has it; `pixdim` belongs to it."""
 MOST_CLASSES = 255
 """Labels are bytes, of which one stands for voxels that do not count."""
 
@@ -129,8 +134,15 @@ def load_volume(path: str | Path, in_chans: int = 1) -> Volume:
     checked_finite(voxels, str(path))
     known = any(int(file.header[code]) > 0 for code in ("sform_code", "qform_code") if code in file.header)
     voxels = voxels.permute(3, 0, 1, 2).contiguous()
-    unit = UNITS.get(file.header.get_xyzt_units()[0], 1.0) if hasattr(file.header, "get_xyzt_units") else 1.0
-    return Volume(voxels, np.asarray(file.affine), str(path), known, file.header, unit)
+    return Volume(voxels, np.asarray(file.affine), str(path), known, file.header, _unit(file.header))
+
+
+def _unit(header: Any) -> float:
+    """Return the mm of a unit of length of a file; 1 where it names none, or one that there is not."""
+    try:
+        return UNITS.get(header.get_xyzt_units()[0], 1.0)
+    except (AttributeError, KeyError):
+        return 1.0
 
 
 def checked_finite(voxels: Tensor, name: str) -> Tensor:
@@ -269,15 +281,16 @@ def restore(scores: Tensor, volume: Volume, preprocessing: Preprocessing) -> Ten
 
 
 def save_labels(path: Path, labels: Tensor, volume: Volume) -> None:
-    """Write labels as a NIfTI file that lies where their volume does: its sform, its qform and its units."""
+    """Write labels as a NIfTI file that lies where their volume does: its sform, its qform and its units.
+
+    They may differ, a file may have one or none of them, and the one that does not count may be damaged.
+    """
     nibabel = optional("nibabel", "volumes")
     image = nibabel.Nifti1Image(labels.numpy().astype(np.uint8), volume.affine)
     if isinstance(volume.header, nibabel.Nifti1Header):
-        for kind in ("qform", "sform"):  # which may differ, and of which a file may have one or none
-            matrix, code = getattr(volume.header, f"get_{kind}")(coded=True)
-            getattr(image, f"set_{kind}")(matrix, code)
-        image.header["pixdim"][1:4] = volume.header["pixdim"][1:4]
-        image.header.set_xyzt_units(*volume.header.get_xyzt_units())
+        for name in PLACE:
+            image.header[name] = volume.header[name]
+        image.header["pixdim"][:4] = volume.header["pixdim"][:4]
     nibabel.save(image, path)
 
 

@@ -260,20 +260,25 @@ class Backbone(nn.Module):
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
-        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
-        complete = not (stop_early or intermediates_only) and self.last_tap is None
+        whole, last = len(self.feature_info), self.last_tap
+        left = whole if last is None or last >= self._num_stem_taps else last + 1  # of a model pruned to its stem
+        take_indices, max_index = feature_take_indices(left, indices)
+        end = max_index
+        if not (stop_early or intermediates_only):
+            end = max(end, whole - 1 if last is None else last)
         x = self.stem.act1(self.stem.norm1(self.stem.conv1(self._prepared(x))))
         taps = [x]
         equilibrium = None
-        if complete or max_index > 0:
+        if end > 0:
             x = self.stem.act2(self.stem.norm2(self.stem.conv2(x)))
             taps += [x][: self._num_stem_taps - 1]
-        if complete or max_index >= self._num_stem_taps:
+        if end >= self._num_stem_taps:
             equilibrium = self.equilibrium(self.inject(x), z0, solver, unroll, jacobian_probes)
             taps += [equilibrium.state[i] for i in range(len(self.feature_info) - self._num_stem_taps)]
         result = [taps[i] for i in take_indices]
         if not intermediates_only:
-            result = (self.head(equilibrium.state) if complete else taps[max_index], result)
+            final = max_index if stop_early else last
+            result = (self.head(equilibrium.state) if final is None else taps[final], result)
         return with_equilibrium(result, equilibrium, return_equilibrium)
 
     def prune_intermediate_layers(

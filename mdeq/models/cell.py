@@ -8,13 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from ..layers import GroupNorm, SpatialDims, channel_mask, conv, convolve, resize
+from ..layers import GroupNorm, SpatialDims, channel_mask, conv, convolve, is_plain, resize
 from ..state import State, lies_channels_last
 
 Injection = tuple[Tensor | None, ...]
 """The input-dependent term added inside f, per branch; None where there is none."""
 Kernels = dict[nn.Module, Tensor]
-"""The kernel of every convolution of a cell, weight norm folded, fixed during a solve."""
+"""The kernel of every plain convolution of a cell, weight norm folded, fixed during a solve.
+
+A layer without a kernel here is called as it is: one with hooks, such as those of pruning, or another in its place.
+"""
 
 
 def _normed(layer: nn.Module, enabled: bool) -> nn.Module:
@@ -42,10 +45,15 @@ class ResidualBlock(nn.Module):
         self.norm2 = GroupNorm(num_groups, channels, **dd)
         self.norm3 = GroupNorm(num_groups, channels, **dd)
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The convolutions."""
+        return [self.conv1, self.conv2]
+
     def forward(self, z: Tensor, injection: Tensor | None, mask: Tensor | None, kernels: Kernels) -> Tensor:
         # In place wherever autograd has no need of what is overwritten: fresh memory costs more than the arithmetic.
-        hidden = F.relu_(self.norm1(convolve(self.conv1, z, kernels[self.conv1])))
-        out = convolve(self.conv2, hidden, kernels[self.conv2])
+        hidden = F.relu_(self.norm1(convolve(self.conv1, z, kernels.get(self.conv1))))
+        out = convolve(self.conv2, hidden, kernels.get(self.conv2))
         if mask is not None:
             out *= mask
         if injection is not None:
@@ -68,9 +76,15 @@ class Downsample(nn.Module):
         )
         self.norms = nn.ModuleList(GroupNorm(num_groups, width, **dd) for width in widths[1:])
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The convolutions."""
+        return list(self.convs)
+
     def forward(self, x: Tensor, size: Sequence[int], kernels: Kernels) -> Tensor:
         for step, (layer, norm) in enumerate(zip(self.convs, self.norms)):
-            x = norm(convolve(layer, F.relu_(x) if step else x, kernels[layer]))  # (B, C, *S) -> (B, C, *ceil(S / 2))
+            x = F.relu_(x) if step else x
+            x = norm(convolve(layer, x, kernels.get(layer)))  # (B, C, *S) -> (B, C, *ceil(S / 2))
         return x
 
 
@@ -84,8 +98,13 @@ class Upsample(nn.Module):
         self.conv = conv(spatial_dims, in_channels, out_channels, 1, **dd)
         self.norm = GroupNorm(num_groups, out_channels, **dd)
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The convolutions."""
+        return [self.conv]
+
     def forward(self, x: Tensor, size: Sequence[int], kernels: Kernels) -> Tensor:
-        return resize(self.norm(convolve(self.conv, x, kernels[self.conv])), size)
+        return resize(self.norm(convolve(self.conv, x, kernels.get(self.conv))), size)
 
 
 class Same(nn.Module):
@@ -105,9 +124,14 @@ class PostFuse(nn.Module):
         self.conv = _normed(conv(spatial_dims, channels, channels, 1, **dd), weight_norm)
         self.norm = GroupNorm(num_groups // 2, channels, affine=affine, **dd)
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The convolutions."""
+        return [self.conv]
+
     def forward(self, x: Tensor, kernels: Kernels) -> Tensor:
         """Return the output `(B, C, *S)`; x is overwritten."""
-        return self.norm(convolve(self.conv, F.relu_(x), kernels[self.conv]))
+        return self.norm(convolve(self.conv, F.relu_(x), kernels.get(self.conv)))
 
 
 class MultiscaleCell(nn.Module):
@@ -206,11 +230,12 @@ class MultiscaleCell(nn.Module):
         return tuple(channel_mask(x, c, self.dropout) for c in self.channels)
 
     def kernels(self) -> Kernels:
-        """Return every convolution's kernel, weight norm folded, in the dtype that autocast would give it.
+        """Return every plain convolution's kernel, weight norm folded, in the dtype that autocast would give it.
 
         Computed once per solve; gradients reach the parameters through it.
         """
-        kernels = {m: m.weight for m in self.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))}
+        parts = [m for m in self.modules() if isinstance(m, (ResidualBlock, Downsample, Upsample, PostFuse))]
+        kernels = {layer: layer.weight for part in parts for layer in part.layers if is_plain(layer)}
         device = self.blocks[0].norm1.weight.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
             low = torch.get_autocast_dtype(device)  # float64 stays as it is

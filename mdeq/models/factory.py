@@ -67,8 +67,6 @@ def create(
     if pretrained:
         kwargs, brought = with_weights(variant, kwargs)
     args = {**defaults, **brought, **kwargs}
-    if args.get("pretrained_model_args"):  # those of a config.json
-        _require_plausible(model_cls, variant, args)
     taps = feature_table(args.get("spatial_dims", 2), args["channels"], args["stem_stride"])
     coarsest = taps[-1]["reduction"]
     if args.pop("output_stride", coarsest) != coarsest:
@@ -78,6 +76,8 @@ def create(
         )
     if args.get("feature_cls") in ("dict", "fx", "hook", "list"):  # timm's, which look for a module of every map
         raise ValueError(f"feature_cls of {variant} has to be left out: one solve gives the maps of all branches")
+    if args.get("pretrained_model_args"):  # those of a config.json
+        _require_plausible(model_cls, variant, args)
     with hub_errors(source["hf_hub_id"]) if remote else nullcontext():
         model = build_model_with_cfg(
             model_cls,
@@ -100,7 +100,8 @@ def _require_plausible(model_cls: type[Backbone], variant: str, args: dict[str, 
     """Raise ValueError before memory is taken for a model of absurd size."""
     if len(args["channels"]) > MAX_BRANCHES:
         raise ValueError(f"channels must have at most {MAX_BRANCHES} entries, got {len(args['channels'])}")
-    outline = build_model_with_cfg(model_cls, variant, False, **{**args, "features_only": False, "device": "meta"})
+    args = {key: value for key, value in args.items() if key not in ("features_only", "out_indices", "feature_cls")}
+    outline = build_model_with_cfg(model_cls, variant, False, **{**args, "device": "meta"})
     count = sum(p.numel() for p in outline.parameters())
     if count > MAX_PARAMETERS:
         raise ValueError(f"a model of {count:,} parameters is described, the limit is {MAX_PARAMETERS:,}")

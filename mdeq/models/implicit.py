@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from timm.models import register_notrace_module
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.checkpoint import checkpoint
 
 from ..deq import DEQ, Equilibrium
@@ -59,10 +60,24 @@ class CellFn:
         return replace(self, injection=injection, masks=masks)
 
     def tensors(self) -> list[Tensor]:
-        """Return what f is made of beside its state: injection, kernels, norms."""
-        # By name: in a replica of nn.DataParallel a module's parameters() is empty.
-        norms = [p for m in self.cell.modules() if isinstance(m, nn.GroupNorm) for p in (m.weight, m.bias)]
-        return [*(x for x in (*self.injection, *norms) if x is not None), *self.kernels.values()]
+        """Return what f is made of beside its state: injection, kernels, and what these were not computed from."""
+        folded = {id(p) for layer in self.kernels for p in _made_of(layer)}
+        others = {id(p): p for m in self.cell.modules() for p in _parameters(m).values() if id(p) not in folded}
+        injected = (u for u in self.injection if u is not None)
+        return [*injected, *others.values(), *self.kernels.values()]
+
+
+def _made_of(layer: nn.Module) -> list[Tensor]:
+    """Return the parameters that the weight of a convolution is, or is computed from."""
+    if is_parametrized(layer, "weight"):
+        return [p for part in layer.parametrizations["weight"].modules() for p in _parameters(part).values()]
+    return [p for name, p in _parameters(layer).items() if name == "weight"]
+
+
+def _parameters(module: nn.Module) -> dict[str, Tensor]:
+    """Return a module's own parameters by name, also of a replica of nn.DataParallel, which has them elsewhere."""
+    found = {**module._parameters, **getattr(module, "_former_parameters", {})}
+    return {name: p for name, p in found.items() if p is not None}
 
 
 @register_notrace_module

@@ -44,6 +44,7 @@ class SolveStats:
         nfe: evaluations of f, for the whole batch.
         trace: `(steps + 1, B)` residual at every iterate, the starting point first; a finished sample's last repeats.
         per_step: evaluations that a step takes by itself, and the start; 2 for the reversible iteration.
+        first_known: whether the image of the starting point was known and took none.
     """
 
     status: Tensor
@@ -52,6 +53,7 @@ class SolveStats:
     nfe: int
     trace: Tensor
     per_step: int = 1
+    first_known: bool = False
 
     @property
     def converged(self) -> Tensor:
@@ -65,7 +67,7 @@ class SolveStats:
         A line search evaluates f for every sample that is still on its way; these are shared out evenly over the steps.
         """
         steps, calls = len(self.trace) - 1, self.nfe / self.per_step
-        first = 1 if calls > steps else 0  # or the first was known
+        first = 0 if self.first_known else 1
         more = calls - steps - first
         return self.per_step * (first + self.num_steps * (1.0 + more / max(steps, 1)))
 
@@ -280,7 +282,7 @@ class FixedPointSolver(ABC):
         for whole, index in reversed(outer):
             progress = whole.merge(index, progress)
         forget_casts(z0)
-        return progress.best, progress.stats(nfe), memory
+        return progress.best, progress.stats(nfe, f0 is not None), memory
 
 
 @dataclass
@@ -362,13 +364,13 @@ class _Progress:
         self.trace += [last.index_copy(0, index, row) for row in part.trace[1:]]
         return self
 
-    def stats(self, nfe: int) -> SolveStats:
+    def stats(self, nfe: int, first_known: bool) -> SolveStats:
         trace = torch.stack(self.trace)
         # Where no iterate competed, the starting point is what is returned.
         residual = torch.where(self.best_residual == _largest(self.best), trace[0], self.best_residual)
         small = (x.to(self.best.device, non_blocking=True) for x in (self.status, residual, self.num_steps, trace))
         status, residual, num_steps, trace = small
-        return SolveStats(status, residual, num_steps, nfe, trace)
+        return SolveStats(status, residual, num_steps, nfe, trace, first_known=first_known)
 
 
 def _largest(z: Tensor) -> float:
