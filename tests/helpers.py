@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from unittest import mock
 
 import numpy as np
@@ -320,10 +320,11 @@ def _kill_after_step(number: int) -> None:
 def _kill_in_save(number: int) -> None:
     save = torch.save
 
-    def half(content: Any, path: Path) -> None:
+    def half(content: Any, file: BinaryIO) -> None:
         buffer = io.BytesIO()
         save(content, buffer)
-        path.write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+        file.write(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+        file.flush()
         _die()
 
     _patch(torch, "save", number, half, None)

@@ -466,7 +466,8 @@ def replica(model: nn.Module) -> nn.Module:
         for name, child in module._modules.items():
             setattr(other, name, copies.get(child))
         for name, p in module._parameters.items():
-            setattr(other, name, None if p is None else p.view_as(p))
+            other._former_parameters[name] = None if p is None else p.view_as(p)
+            setattr(other, name, other._former_parameters[name])
     return copies[model]
 
 

@@ -442,7 +442,8 @@ def test_image_folder_with_classes_of_its_own(tmp_path: Path) -> None:
     out = validate("--checkpoint", tmp_path / "run").ok()
     assert printed(out) == pytest.approx(float(rows(tmp_path / "run")[-1]["test_top1"]), abs=0.01)
     assert "the classes of" not in out
-    (tmp_path / "data" / "validation" / "ant").rename(tmp_path / "data" / "validation" / "dog")
+    for split in ("train", "validation"):
+        (tmp_path / "data" / split / "ant").rename(tmp_path / "data" / split / "dog")
     out = validate("--checkpoint", tmp_path / "run" / "model.safetensors").ok()
     assert "model.safetensors are ant, bee, cat; those here bee, cat, dog" in out
 
