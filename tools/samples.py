@@ -83,14 +83,14 @@ class Part:
     def __init__(self, whole: Batches, count: int, watch: Watch, together: int = TOGETHER) -> None:
         count = min(count, len(whole))
         places = [k * len(whole) // count for k in range(count)]
-        self.class_names, known = whole.class_names, whole.spacings
+        self.class_names, self.num_samples = whole.class_names, None  # other processes have theirs
+        known = whole.spacings
         self.spacings = None if known is None else [known[k] for k in places if k < len(known)]
         self.samples: list[Batch] = []
         for number, sample in enumerate(watch(whole.epoch(), "reading")):
             self.samples += [sample] if number in places else []
             if len(self.samples) == count:
                 break
-        self.num_samples = len(self.samples)
         self.batches = list(_joined(self.samples, together))
 
     def __len__(self) -> int:

@@ -27,9 +27,9 @@ ORIENTATIONS = ("RAS", "none")
 UNITS = {"meter": 1e3, "micron": 1e-3}
 """Units of length in NIfTI files in mm; a file that names none is in mm."""
 PLACE = (
-    *("xyzt_units", "qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
-    *("sform_code", "srow_x", "srow_y", "srow_z"),
-)
+    "xyzt_units", "qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z",
+    "sform_code", "srow_x", "srow_y", "srow_z",
+)  # fmt: skip
 """Where a volume lies, as its header has it; `pixdim` belongs to it."""
 MOST_CLASSES = 255
 """Labels are bytes, of which one stands for voxels that do not count."""

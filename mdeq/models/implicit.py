@@ -119,8 +119,8 @@ class MultiscaleDEQ(nn.Module):
         checkpoint = self.grad_checkpointing and (unroll > 0 or isinstance(self.deq.gradient, PhantomGradient))
         fn = self.fn(injection, checkpoint)
         # With everything upstream frozen no backward solve is due, although f(z) depends on z.
-        learns = any(x.requires_grad for x in fn.tensors())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+        learns = torch.is_grad_enabled() and any(x.requires_grad for x in fn.tensors())
+        with torch.set_grad_enabled(learns):
             return self.deq(fn, start, solver=solver, unroll=unroll, jacobian_probes=jacobian_probes)
 
 
