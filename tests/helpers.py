@@ -6,7 +6,6 @@ import io
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -281,10 +280,11 @@ def spawn_train(folder: Path, *words: Any, hook: Hook | None = None) -> Outcome:
 
 def spawn_distributed(logs: Path, name: str, *words: Any, world: int = 2, hook: Hook | None = None) -> list[Outcome]:
     """Run a program in several processes that form a group, as torchrun does."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = dict(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    # The store lives here and holds its port from the start, as torchrun's does: a port that was only looked for may be
+    # taken by another test before the group is there.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    group = dict(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port))
+    group |= dict(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
     started = [
         Started(logs / str(rank), name, words, hook, {**group, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(world)
