@@ -45,10 +45,8 @@ class _Coupled:
         self, fn: FlatFn, dtype: torch.dtype, beta: float, rows: Tensor, stored: _Stored | None = None
     ) -> None:
         self.fn, self.dtype, self.beta, self.rows, self.stored = fn, dtype, beta, rows, stored
-        if hasattr(fn, "take"):
-            self.take = self._take
 
-    def _take(self, index: Tensor) -> "_Coupled":
+    def take(self, index: Tensor) -> "_Coupled":
         return _Coupled(self.fn.take(index), self.dtype, self.beta, self.rows[index], self.stored)
 
     def apply(self, x: Tensor) -> Tensor:
@@ -217,7 +215,8 @@ class ReversibleGradient:
             divergence_factor=solver.divergence_factor,
             check_every=solver.check_every,
         )
-        pair, stats = picard(coupled, torch.cat((z0, z0), dim=1).to(_STATE))
+        start = torch.cat((z0, z0), dim=1).to(_STATE)
+        pair, stats, _ = picard.solve(coupled, start, compact=hasattr(fn, "take"))
         count = _steps_of_best(stats)
         stats = replace(stats, nfe=2 * stats.nfe, per_step=2)
         if stored is None:

@@ -16,6 +16,7 @@ from small_sets import SIZE, masks, picture, save
 from test_train_tasks import SMALL, config_file
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassJaccardIndex
+from torchvision import tv_tensors
 
 from tools.batches import VOID, ImageSpec, Process
 from tools.config import BadInput, DataConfig, LossConfig, TrainConfig
@@ -29,6 +30,7 @@ from tools.segmentation_data import (
     CITYSCAPES_CLASSES,
     CITYSCAPES_IDS,
     PairBatches,
+    RandomScale,
     label_table,
     read_batches,
     read_cityscapes,
@@ -248,6 +250,28 @@ def test_masks_move_with_their_images(augment: str, tmp_path: Path) -> None:
     assert float(close.float().mean()) > (0.9 if augment == "scale_flip" else 0.999)  # bilinear between classes
     assert bool((red[~known] < 0.01).float().mean() > 0.5)  # padding is black and does not count
     assert int((~known).sum()) >= 4
+
+
+def test_a_resized_mask_lies_on_its_image() -> None:
+    """Resized by the nearest pixel as torchvision does, it would be half a pixel too low and too far right."""
+    mask = torch.zeros(60, 80, dtype=torch.uint8)
+    mask[20:31, 30:51] = 1
+    away = []
+    for seed in range(40):
+        torch.manual_seed(seed)
+        image, resized = RandomScale(0.5, 2)(tv_tensors.Image((255 * mask).expand(3, -1, -1)), tv_tensors.Mask(mask))
+        assert isinstance(resized, tv_tensors.Mask)
+        assert resized.dtype == torch.uint8
+        assert set(resized.unique().tolist()) == {0, 1}
+        away.append(centre(resized) - centre(image[0]))
+    assert float(torch.stack(away).mean(dim=0).abs().max()) < 0.15
+
+
+def centre(x: Tensor) -> Tensor:
+    """Return the centre of mass of an image `(H, W)`."""
+    rows, columns = (torch.arange(n, dtype=torch.float64) for n in x.shape)
+    x = x.double()
+    return torch.stack(((x.sum(1) * rows).sum(), (x.sum(0) * columns).sum())) / x.sum()
 
 
 def test_order_and_augmentation_depend_on_seed_epoch_and_number(tmp_path: Path) -> None:

@@ -206,7 +206,11 @@ class RandomScale(v2.Transform):
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         size = [max(1, round(params["scale"] * n)) for n in inpt.shape[-2:]]
-        return self._call_kernel(v2.functional.resize, inpt, size)  # masks by nearest neighbour
+        if not isinstance(inpt, tv_tensors.Mask):
+            return self._call_kernel(v2.functional.resize, inpt, size)
+        # torchvision resizes masks by "nearest", which moves them half a pixel to the lower right of their image.
+        exact = v2.functional.resize_image(inpt.unsqueeze(0), size, interpolation=v2.InterpolationMode.NEAREST_EXACT)
+        return tv_tensors.wrap(exact.squeeze(0), like=inpt)
 
 
 def transforms(config: DataConfig, spec: ImageSpec, training: bool) -> v2.Compose:

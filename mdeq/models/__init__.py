@@ -2,8 +2,8 @@
 
 from . import volumes
 from .cell import MultiscaleCell
-from .factory import list_models
 from .implicit import compile_cell
+from .listing import list_models
 from .mdeq import MDEQ
 from .official import identify_checkpoint, translate_checkpoint
 from .rescale import rescale

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
-import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import DefaultCfg, build_model_with_cfg, generate_default_cfgs
 from torch import nn
@@ -12,9 +11,6 @@ from torch import nn
 from .backbone import Backbone, Features, feature_table
 from .official import checkpoint_filter_fn
 from .weights import hub_errors, with_releases, with_weights
-
-MODULES = ("mdeq", "segmenter", "volumes")
-"""The modules that register models, under which timm lists them."""
 
 MAX_BRANCHES, MAX_PARAMETERS = 16, 2**31
 """What a config.json may ask for: its author may be anybody, and memory is short."""
@@ -105,13 +101,3 @@ def _require_plausible(model_cls: type[Backbone], variant: str, args: dict[str, 
     count = sum(p.numel() for p in outline.parameters())
     if count > MAX_PARAMETERS:
         raise ValueError(f"a model of {count:,} parameters is described, the limit is {MAX_PARAMETERS:,}")
-
-
-def list_models(name_filter: str = "", pretrained: bool = False) -> list[str]:
-    """Return the names of this package's models, those that match a pattern or have weights.
-
-    Args:
-        name_filter: with wildcards, as in `timm.list_models`.
-        pretrained: list the names with tag that have weights.
-    """
-    return [name for m in MODULES for name in timm.list_models(name_filter, module=m, pretrained=pretrained)]

@@ -8,8 +8,9 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import model_entrypoint
 from torch import Tensor, nn
+
+from .listing import list_models
 
 G, V = ".parametrizations.weight.original0", ".parametrizations.weight.original1"
 """What the names of a weight-normed kernel end in: its length and its direction."""
@@ -93,10 +94,6 @@ def _default(name: str) -> Shapes:
     return shapes_of(timm.create_model(name, device="meta").state_dict())
 
 
-def _own_models() -> list[str]:
-    return [name for name in timm.list_models() if model_entrypoint(name).__module__.startswith(f"{__package__}.")]
-
-
 def differences(facts: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
     """Return those facts that others differ in."""
     return {name: value for name, value in facts.items() if others.get(name) != value}
@@ -116,7 +113,7 @@ def identify(weights: Mapping[str, Tensor], layout: str, name: str | None = None
     """
     meta = {key: value.to("meta") for key, value in weights.items()}
     found = []
-    for candidate in _own_models():
+    for candidate in list_models():
         default = _default(candidate)
         matched = shapes_of(meta if layout == "native" else match_weight_norm(meta, default))
         args = differences(describe(matched), describe(default))

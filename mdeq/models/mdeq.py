@@ -47,7 +47,7 @@ class MDEQ(Backbone):
         stem_stride: total stride of the stem, 1, 2 or 4, for all axes or per axis.
         expansion, num_groups, dropout, weight_norm, post_norm_affine: see `MultiscaleCell`.
         drop_rate: dropout before the classifier.
-        solver: forward solver, or its description; only a description can be saved in a config.json.
+        solver: forward solver, or its description; a config.json keeps either, but no solver of your own class.
         gradient: gradient estimator, or its description; the same.
         device, dtype: of all parameters and buffers.
 
