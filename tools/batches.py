@@ -116,6 +116,22 @@ def seed_everything(*numbers: int) -> None:
     random.seed(seed)
 
 
+def training_keys(
+    order: Tensor, batch_size: int, process: Process, *, seed: int, epoch: int, number: int
+) -> list[tuple[int, int]]:
+    """Return what a process has of a batch: the samples' indices, each with the seed of its augmentation.
+
+    Args:
+        order: of the indices in this epoch `(N,)`.
+        batch_size: of all processes together.
+        process: this process.
+        seed, epoch, number: of the run, the epoch and the batch, on which alone the seeds depend.
+    """
+    batch = order[number * batch_size : (number + 1) * batch_size].tolist()
+    places = range(process.rank, len(batch), process.world_size)
+    return [(batch[place], seed_of(seed, epoch, number + 1, place)) for place in places]
+
+
 def reads_training_split(config: DataConfig, training: bool) -> bool:
     """Whether samples come from the training split: to train on, or to evaluate on what is held out of it."""
     return training or config.holdout is not None

@@ -1,4 +1,4 @@
-"""From a config to the objects of a run: device and processes, model, data, optimiser."""
+"""From a config to the objects of a run: device and processes, model, data."""
 
 import inspect
 import os
@@ -61,16 +61,18 @@ def find_device(name: str, setting: str) -> torch.device:
 
 
 def start_process(run: RunConfig) -> Process:
-    """Return this process, after joining the others where torchrun or Slurm started several.
+    """Return this process, after joining the others where torchrun started several.
 
     Raises:
-        BadInput: for a device that is not there.
+        BadInput: for a device that is not there, or a group without ranks.
     """
     if run.threads is not None:
         torch.set_num_threads(run.threads)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         return Process(device=find_device(run.device, "run.device"))
+    if "RANK" not in os.environ:
+        raise BadInput(f"WORLD_SIZE={world} without RANK: start several processes by torchrun, or unset WORLD_SIZE")
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     # Each process looks at its own GPU alone: something on the first would be there once for every process.
     on_gpu = run.device.partition(":")[0] in ("auto", "cuda") and torch.cuda.is_available()
@@ -150,7 +152,7 @@ def build_model(config: ModelConfig, num_classes: int | None, *, for_training: b
         create = partial(timm.create_model, name, pretrained=config.pretrained)
         if config.solver is not None and "name" not in config.solver:  # a few settings of the model's own
             rest = {key: value for key, value in kwargs.items() if key != "solver"}
-            config.solver = kwargs["solver"] = mdeq.spec_of(create(**rest).deq.solver) | config.solver
+            kwargs["solver"] = mdeq.spec_of(create(**rest).deq.solver) | config.solver
         model = create(**kwargs)
     except mdeq.WeightsError as error:
         hint = "; model.pretrained=false starts from scratch" if for_training else ""
@@ -203,6 +205,7 @@ def renew_cfg(model: nn.Module, start: ModelConfig, data: DataConfig) -> None:
     # config.json gets the names of labels from the data.
     anew = {
         "input_size": size,
+        **({"crop_pct": 1.0} if data.name in ("digits", "cifar10") else {}),  # which are resized as a whole
         "tag": "",
         "license": licence,
         **dict.fromkeys(("hf_hub_id", "file", "description", "label_names")),

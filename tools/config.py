@@ -157,6 +157,7 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
 
+_PATHS = ("data.root", "run.out_dir", "model.checkpoint")
 _CHOICES = {
     "task": ("classification", "segmentation"),
     "data.augment": ("none", "flip", "crop_flip", "imagenet", "scale_flip", "volume"),
@@ -204,8 +205,17 @@ def load_config(
     for override in overrides:
         if "=" not in override:
             raise BadInput(f"expected key=value, got {override!r}")
-        config = _merge(config, lambda o=override: OmegaConf.from_dotlist([o]), override)
+        config = _merge(config, lambda o=override: _read_override(o), override)
     return _checked(config)
+
+
+def _read_override(word: str) -> Any:
+    """Return what a `key=value` word sets; a path is taken as it stands, also where YAML would see a number in it."""
+    key, _, value = word.partition("=")
+    if key not in _PATHS or value in ("", "null"):
+        return OmegaConf.from_dotlist([word])
+    section, _, name = key.partition(".")
+    return OmegaConf.create({section: {name: value}})
 
 
 def parse_config(text: str, origin: str) -> TrainConfig:
@@ -219,6 +229,10 @@ def _checked(config: Any) -> TrainConfig:
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         raise BadInput(f"config: {str(error).splitlines()[0]}") from None
     _check(result)
+    for key in _PATHS:
+        section, _, name = key.partition(".")
+        if (path := getattr(getattr(result, section), name)) is not None and path.startswith("~"):
+            setattr(getattr(result, section), name, str(Path(path).expanduser()))  # no shell does so after a "="
     return result
 
 
@@ -283,6 +297,8 @@ def _check(config: TrainConfig) -> None:
     for key in _AT_LEAST_ONE:
         if value(key) is not None and value(key) < 1:
             raise BadInput(f"{key} must be >= 1, got {value(key)}")
+    if config.run.seed >= 2**63:
+        raise BadInput(f"run.seed must be below 2**63, got {config.run.seed}")
     if config.data.cache_on_device and config.data.name not in ("digits", "cifar10"):
         raise BadInput(f"data.cache_on_device is for digits and cifar10, not for {config.data.name}")
     for keys, rule, holds in (

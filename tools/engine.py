@@ -134,12 +134,14 @@ class Trainer:
         for k, (x_k, y_k) in enumerate(parts):
             last = k + 1 == len(parts)
             with nullcontext() if last or self.process.world_size == 1 else self.model.no_sync():
-                loss, logits, equilibrium = self._forward(x_k, y_k, unroll, probes, weight)
-                good = good and self._agree(bool(torch.isfinite(loss)))
-                total += float(loss.detach()) * len(y_k) / len(y)
+                loss, logits, equilibrium = self._forward(x_k, y_k, unroll, probes)
+                penalty = equilibrium.jacobian_penalty
+                objective = loss if penalty is None else loss + weight * penalty
+                good = good and self._agree(bool(torch.isfinite(objective)))
+                total += float(objective.detach()) * len(y_k) / len(y)
                 if not good:
                     break
-                self.scaler.scale(loss * (len(y_k) / len(y))).backward()
+                self.scaler.scale(objective * (len(y_k) / len(y))).backward()
             tally.add(loss, logits.float(), y_k)
             forward.add(equilibrium.stats)
             for stats in equilibrium.backward_stats:
@@ -155,9 +157,7 @@ class Trainer:
         self._count(good, buffers)
         return total if good else math.nan
 
-    def _forward(
-        self, x: Tensor, y: Tensor, unroll: int, probes: int, weight: float
-    ) -> tuple[Tensor, Tensor, Equilibrium]:
+    def _forward(self, x: Tensor, y: Tensor, unroll: int, probes: int) -> tuple[Tensor, Tensor, Equilibrium]:
         try:
             with self.amp():
                 logits, equilibrium = self.model(
@@ -171,8 +171,6 @@ class Trainer:
                 f"a batch of {len(y)} image(s) of {tuple(x.shape[2:])} leaves a batch norm one value per channel; "
                 "raise data.batch_size or data.image_size, or set model.freeze_bn=true"
             ) from None
-        if equilibrium.jacobian_penalty is not None:
-            loss = loss + weight * equilibrium.jacobian_penalty
         return loss, logits, equilibrium
 
     def _agree(self, good: bool) -> bool:

@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 from timm.data import create_dataset, create_loader
+from timm.data.readers.img_extensions import set_img_extensions
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.task.evaluator import evaluation_sample_limit
+from torch.utils.data import DataLoader, IterableDataset
 
-from tools.batches import Batch, Batches, ImageSpec, Process, require_augment, seed_everything
+from tools.batches import Batch, Batches, ImageSpec, Process, generator, require_augment, seed_everything, training_keys
 from tools.config import BadInput, DataConfig, nearest
+from tools.images import SUFFIXES, read_picture
 
 READERS = {
     "hfds": "datasets", "hfids": "datasets", "wds": "webdataset", "tfds": "tensorflow_datasets", "torch": "torchvision",
@@ -25,27 +28,41 @@ DATA_NAMES = (
 
 # An image that cannot be read ends a run with one line, see StrictImages; timm would say so a second time.
 logging.getLogger("timm.data.dataset").setLevel(logging.ERROR)
+set_img_extensions(SUFFIXES)  # timm knows three; a class of files of another kind would be missing without a word
 
 
 class StrictImages(torch.utils.data.Dataset):
-    """A timm image data set that stops at an image that cannot be read, where timm skips it."""
+    """A timm image data set that reads files as tools/predict.py does, and stops at one that cannot be read.
 
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-        dataset._max_retries = 1
+    timm skips that one, clips 16-bit values to white, and leaves pictures on their side that EXIF says how to turn. An
+    index may come with the seed of its augmentation.
+    """
+
+    def __init__(self, dataset: Any, in_chans: int) -> None:
+        self.dataset, self.in_chans = dataset, in_chans
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> Any:
-        try:
-            return self.dataset[index]
-        except (RuntimeError, OSError, SyntaxError):
-            if hasattr(self.dataset, "filename"):
-                name = self.dataset.filename(index, absolute=True)
-            else:  # torchvision's
+    def __getitem__(self, key: int | tuple[int, int]) -> Any:
+        index, seed = key if isinstance(key, tuple) else (key, None)
+        if seed is not None:
+            seed_everything(seed)
+        if not hasattr(self.dataset, "reader"):  # torchvision's
+            try:
+                return self.dataset[index]
+            except (RuntimeError, OSError, SyntaxError):
                 name = self.dataset.samples[index][0] if hasattr(self.dataset, "samples") else f"number {index}"
-            raise BadInput(f"cannot read image {name}") from None
+                raise BadInput(f"cannot read image {name}") from None
+        name = self.dataset.filename(index, absolute=True)
+        try:
+            file, target = self.dataset.reader[index]
+            with file:
+                content = file.read()
+        except OSError as error:
+            raise BadInput(f"cannot read image {name}: {error.strerror or error}") from None
+        image = self.dataset.transform(read_picture((name, content), self.in_chans))
+        return image, -1 if target is None else target
 
     @property
     def transform(self) -> Any:
@@ -56,17 +73,52 @@ class StrictImages(torch.utils.data.Dataset):
         self.dataset.transform = value
 
 
+class FileBatches:
+    """Batches to train on of the files that a timm loader was made for.
+
+    Order and augmentation depend on seed, epoch and batch number alone, whatever the processes and workers; timm's own
+    samplers go other ways with one process than with several.
+    """
+
+    spacings: Sequence[Sequence[float]] | None = None
+
+    def __init__(
+        self, loader: DataLoader, batch_size: int, process: Process, seed: int, class_names: tuple[str, ...]
+    ) -> None:
+        self.loader, self.batch_size, self.process, self.seed = loader, batch_size, process, seed
+        self.class_names, self.num_samples = class_names, len(loader.dataset)
+
+    def __len__(self) -> int:
+        return self.num_samples // self.batch_size
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+        order = torch.randperm(self.num_samples, generator=generator(self.seed, epoch))
+        made = self.loader
+        keys = [
+            training_keys(order, self.batch_size, self.process, seed=self.seed, epoch=epoch, number=number)
+            for number in range(start, len(self))
+        ]
+        batches = DataLoader(
+            made.dataset,
+            batch_sampler=keys,
+            num_workers=made.num_workers,
+            collate_fn=made.collate_fn,
+            pin_memory=made.pin_memory,
+            generator=generator(self.seed, epoch),  # for the seeds of the workers: the common one stays as it is
+        )
+        for x, y in batches:
+            yield x.to(self.process.device, non_blocking=True), y.to(self.process.device, non_blocking=True)
+
+
 class ReaderBatches:
-    """Batches of a timm loader."""
+    """Batches of a timm loader: to evaluate on, or of a stream."""
 
     spacings: Sequence[Sequence[float]] | None = None
 
     def __init__(self, loader: Any, process: Process, seed: int, class_names: tuple[str, ...]) -> None:
         self.loader, self.process, self.seed, self.class_names = loader, process, seed, class_names
         data = loader.dataset  # a stream's length is that of a process, or a guess
-        self.num_samples = None if isinstance(data, torch.utils.data.IterableDataset) else len(data)
-        if hasattr(loader.sampler, "seed"):  # timm leaves the order of distributed samples at seed 0
-            loader.sampler.seed = seed
+        self.num_samples = None if isinstance(data, IterableDataset) else len(data)
         self.limit = evaluation_sample_limit(loader)
 
     def __len__(self) -> int:
@@ -77,7 +129,7 @@ class ReaderBatches:
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
         rank = self.process.rank
-        seed_everything(self.seed, epoch, 0, rank)  # the order in a single process, and the seeds of the workers
+        seed_everything(self.seed, epoch, 0, rank)  # the seeds of the workers
         batches = iter(self.loader)
         seen = 0
         for number in range(len(self)):
@@ -211,14 +263,19 @@ def read_batches(
     classes = getattr(getattr(dataset, "reader", dataset), "class_to_idx", None)
     if is_folder and classes and not training:
         _require_same_classes(Path(config.root), config.train_split, set(classes), split)
-    if not isinstance(dataset, torch.utils.data.IterableDataset):
+    is_stream = isinstance(dataset, IterableDataset)
+    if not is_stream:
         if training and config.num_train is not None:
             raise BadInput("data.num_train is for data sets with a name; use a split or a smaller folder")
-        dataset = StrictImages(dataset)
+        dataset = StrictImages(dataset, spec.size[0])
     loader = _loader(config, spec, process, dataset, training)
-    if len(loader) == 0:
+    names = tuple(str(name) for name in sorted(classes, key=classes.__getitem__)) if classes else ()
+    if training and not is_stream:
+        batches: Batches = FileBatches(loader, config.batch_size, process, seed, names)
+    else:
+        batches = ReaderBatches(loader, process, seed, names)
+    if len(batches) == 0:
         raise BadInput(
             f"{len(dataset)} training images are fewer than one batch; lower data.batch_size={config.batch_size}"
         )
-    names = tuple(str(name) for name in sorted(classes, key=classes.__getitem__)) if classes else ()
-    return ReaderBatches(loader, process, seed, names), len(names) or None
+    return batches, len(names) or None

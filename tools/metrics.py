@@ -70,7 +70,12 @@ class MeanLoss:
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Count a batch: mean loss, logits `(B, K, *S)`, labels `(B, *S)`."""
-        self.loss += self.loss.new_tensor([len(labels), float(loss.detach()) * len(labels)])
+        count = self.weight(labels)
+        self.loss += self.loss.new_tensor([count, float(loss.detach()) * count])
+
+    def weight(self, labels: Tensor) -> int:
+        """Return over how many a batch's loss is the mean."""
+        return len(labels)
 
     def summary(self, process: Process) -> dict[str, float]:
         """Return the scores of all processes."""
@@ -108,17 +113,22 @@ class RankTally(Tally):
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         super().add(loss, logits, labels)
-        scores = logits.detach().double().softmax(dim=1)
-        self.rows.append(torch.cat((labels.double().unsqueeze(1), scores), dim=1).cpu())
+        # Log-odds of each class against the rest, which rank as probabilities do, but do not end at 1.
+        logits = logits.detach().double()
+        rest = [torch.cat((logits[:, :k], logits[:, k + 1 :]), dim=1).logsumexp(dim=1) for k in range(logits.shape[1])]
+        self.rows.append(torch.cat((labels.double().unsqueeze(1), logits - torch.stack(rest, dim=1)), dim=1).cpu())
 
     def summary(self, process: Process) -> dict[str, float]:
         rows = gather(torch.cat(self.rows).T, process).numpy()
         labels, scores = rows[0].astype(int), rows[1:].T
         result = {**super().summary(process), "auc": math.nan, "balanced_accuracy": math.nan}
         present = np.unique(labels)
-        if len(present) == scores.shape[1] > 1 and np.isfinite(scores).all():
-            result["auc"] = float(np.mean([roc_auc_score(labels == k, scores[:, k]) for k in present]))
-            result["balanced_accuracy"] = 100 * float(balanced_accuracy_score(labels, scores.argmax(axis=1)))
+        if len(present) and np.isfinite(scores).all():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of classes that are found although none of their samples is there
+                result["balanced_accuracy"] = 100 * float(balanced_accuracy_score(labels, scores.argmax(axis=1)))
+            if len(present) == scores.shape[1] > 1:
+                result["auc"] = float(np.mean([roc_auc_score(labels == k, scores[:, k]) for k in present]))
         return result
 
 
@@ -134,13 +144,16 @@ class PixelTally(MeanLoss):
     def __init__(self, class_names: Sequence[str], ignored: int, process: Process) -> None:
         super().__init__()
         metrics = optional("torchmetrics.classification", "seg")
-        count, self.class_names = len(class_names), class_names
+        count, self.class_names, self.ignored = len(class_names), class_names, ignored
         self.confusion = metrics.MulticlassConfusionMatrix(count, ignore_index=ignored, sync_on_compute=False)
         self.confusion.to(process.device)
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         super().add(loss, logits, labels)
         self.confusion.update(logits.argmax(dim=1), labels)
+
+    def weight(self, labels: Tensor) -> int:
+        return int((labels != self.ignored).sum())
 
     def summary(self, process: Process) -> dict[str, float]:
         flat = gather(self.confusion.confmat.cpu().flatten().unsqueeze(1), process).sum(dim=1)

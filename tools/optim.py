@@ -10,7 +10,7 @@ from torch import nn
 
 from tools.config import BadInput, OptimConfig, TrainConfig, nearest
 
-SCHEDULES = ("cosine", "step", "multistep", "tanh", "poly", "wsd", "rsqrt", "constant", "none")
+SCHEDULES = ("cosine", "step", "tanh", "poly", "wsd", "rsqrt", "constant", "none")
 
 
 def build_optimizer(optim: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:

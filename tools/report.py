@@ -81,7 +81,7 @@ class RunLog:
     def __init__(self, folder: Path, run: RunConfig, settings: dict[str, Any], first_epoch: int, run_id: str) -> None:
         self.path = folder / "log.csv"
         self.rows: list[dict[str, Any]] = []
-        if self.path.exists():  # epochs after the checkpoint are done again
+        if first_epoch > 0 and self.path.exists():  # epochs after the checkpoint are done again
             with open(self.path, newline="", encoding="utf-8") as file:
                 self.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < first_epoch]
         self.folder, self.settings, self.id = folder, settings, run_id

@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from tools.checkpoint import STATE_FILE, check_folder, load_state, make_folder
+from tools.checkpoint import STATE_FILE, WEIGHTS_FILE, check_folder, load_state, make_folder
 from tools.config import BadInput, TrainConfig, load_config, parse_config
 
 RUNS = Path("runs")
@@ -151,6 +151,8 @@ def claimed(plan: Plan, name: str, *, is_main: bool) -> Iterator[Path]:
                 raise BadInput(
                     f"{folder} holds a run already; set run.resume=true to go on with it, or another run.out_dir"
                 )
+            if plan.state is None and (folder / WEIGHTS_FILE).exists():
+                raise BadInput(f"{folder} holds weights already ({WEIGHTS_FILE}); choose another run.out_dir")
             yield folder
     finally:
         with contextlib.suppress(OSError):  # the first that is not empty

@@ -26,9 +26,9 @@ from tools.batches import (
     chosen,
     generator,
     require_augment,
-    seed_of,
     shared_batch_size,
     split_name,
+    training_keys,
 )
 from tools.config import BadInput, DataConfig
 from tools.images import SUFFIXES, Source, exif_orientation, name_of, read_image, read_mask
@@ -281,16 +281,14 @@ class PairBatches:
         count = len(self.dataset)
         return count // self.batch_size if self.training else -(-count // self.batch_size)
 
-    def _keys(self, epoch: int, number: int, order: Tensor) -> list[tuple[int, int]]:
-        batch = order[number * self.batch_size : (number + 1) * self.batch_size].tolist()
-        places = range(self.process.rank, len(batch), self.process.world_size)
-        return [(batch[place], seed_of(self.seed, epoch, number + 1, place)) for place in places]
-
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         order = torch.arange(len(self.dataset))
         if self.training:
             order = torch.randperm(len(self.dataset), generator=generator(self.seed, epoch))
-        keys = [self._keys(epoch, number, order) for number in range(start, len(self))]
+        keys = [
+            training_keys(order, self.batch_size, self.process, seed=self.seed, epoch=epoch, number=number)
+            for number in range(start, len(self))
+        ]
         loader = DataLoader(
             self.dataset,
             batch_sampler=[part for part in keys if part],

@@ -19,7 +19,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -114,6 +113,10 @@ class Run:
         for found, origin in ((classes, "the training split"), (test_classes, "the test split")):
             build.check_classes(model, found, origin)
         config.data.num_classes = model.num_classes  # the effective config, from which validate.py builds the model
+        # And the solver and gradient that were brought by weights which the model is not built with any more then.
+        for name, part in (("solver", model.deq.solver), ("gradient", model.deq.gradient)):
+            if "name" not in (getattr(config.model, name) or {}):
+                setattr(config.model, name, mdeq.spec_of(part))
         build.renew_cfg(model, config.model, config.data)
         return build.placed(model, config.run, process), train_batches, test_batches
 
@@ -142,7 +145,7 @@ class Run:
             optimizer=optimizer,
             scheduler=scheduler,
             task=self.task,
-            criterion=self.task.criterion if mixup is None else SoftTargetCrossEntropy(),
+            criterion=self.task.criterion if mixup is None else nn.CrossEntropyLoss(self.task.criterion.weight),
             optim=optim,
             deq=config.deq,
             process=process,
@@ -166,9 +169,14 @@ class Run:
 
         Amid steps that had to be skipped the last good checkpoint stays, unless this one is the last; weights that are
         not finite never take its place.
+
+        Raises:
+            BadInput: if the last weights are not finite.
         """
-        trainer = self.trainer
-        if self.process.is_main and (final or trainer.bad_in_a_row == 0) and self._finite():
+        trainer, finite = self.trainer, self._finite()
+        if final and not finite:
+            raise BadInput(f"the weights are not finite any more; lower optim.lr, or set optim.clip_grad; {self._kept}")
+        if self.process.is_main and (final or trainer.bad_in_a_row == 0) and finite:
             make_folder(self.folder)
             clear_leftovers(self.folder)
             settings = dataclasses.replace(self.config, run=dataclasses.replace(self.config.run, resume=False))
@@ -202,7 +210,13 @@ class Run:
 
     def _finite(self) -> bool:
         """Whether all weights are finite; a loss can be so although they are not any more."""
-        return all(bool(torch.isfinite(p).all()) for m in (self.model, self.final_model) for p in m.parameters())
+        models = (self.model, self.final_model)
+        return all(bool(torch.isfinite(x).all()) for m in models for x in m.state_dict().values())
+
+    @property
+    def _kept(self) -> str:
+        """What there is to go on from after a failure, in words."""
+        return "the last good checkpoint is kept" if (self.folder / STATE_FILE).exists() else "nothing was saved"
 
     @property
     def _data(self) -> dict[str, Any]:
@@ -293,8 +307,7 @@ class Run:
                     self.trainer, self.train_batches, self.epoch, start=self.batch, after_step=after_step
                 )
         except Diverged as error:
-            kept = "the last good checkpoint is kept" if (self.folder / STATE_FILE).exists() else "nothing was saved"
-            raise BadInput(f"{error}; {kept}") from None
+            raise BadInput(f"{error}; {self._kept}") from None
 
     def _end_epoch(self, train: dict[str, float]) -> None:
         config, trainer = self.config, self.trainer

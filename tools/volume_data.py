@@ -21,9 +21,9 @@ from tools.batches import (
     chosen,
     generator,
     require_augment,
-    seed_of,
     shared_batch_size,
     split_name,
+    training_keys,
 )
 from tools.config import BadInput, DataConfig, optional
 from tools.nifti_data import Pick, read_nifti
@@ -235,15 +235,15 @@ class VolumeBatches:
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         if self.training:
-            order = torch.randperm(len(self.data.labels), generator=generator(self.seed, epoch)).tolist()
+            order = torch.randperm(len(self.data.labels), generator=generator(self.seed, epoch))
         for number in range(start, len(self)):
             if self.training:
-                batch = order[number * self.batch_size : (number + 1) * self.batch_size]
+                where = dict(seed=self.seed, epoch=epoch, number=number)
+                keys = training_keys(order, self.batch_size, self.process, **where)
             else:
                 batch = self.groups[number]
-            places = self._places(batch)
-            seeds = [seed_of(self.seed, epoch, number + 1, place) for place in places]
-            samples = [self._sample(batch[place], seed) for place, seed in zip(places, seeds)]
+                keys = [(batch[place], 0) for place in self._places(batch)]
+            samples = [self._sample(index, seed) for index, seed in keys]
             if samples:
                 x, y = (torch.stack(part).to(self.process.device) for part in zip(*samples))
                 yield x, y.long()
