@@ -174,7 +174,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         except (SafetensorError, OSError) as error:
             raise BadInput(f"{path} is damaged or no safetensors file: {error}") from None
     content = _unpickle(path)
-    for key in ("ema", "model", "state_dict"):
+    for key in ("ema", "state_dict_ema", "model_ema", "model", "state_dict"):  # timm's names too
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
             break
@@ -239,7 +239,7 @@ def load_weights(model: nn.Module, path: str | Path, *, classifier: str, new_cla
         if not new_classifier:
             raise BadInput(f"{path} is of a model with {there[0]} classes, this one has {here[0]}")
         weights = {name: w for name, w in weights.items() if not name.startswith(f"{classifier}.")}
-    missing = [name for name in own if name not in weights]
+    missing = [name for name in own if name not in weights and not name.endswith(".num_batches_tracked")]
     unexpected = [name for name in weights if name not in own]
     changed = [name for name in own if name in weights and own[name].shape != weights[name].shape]
     left = [name for name in missing if new_classifier and name.startswith(f"{classifier}.")]

@@ -96,14 +96,21 @@ def load(path: Path, name: str | None) -> tuple[nn.Module, str]:
         if name is None and told(file).get("architecture") in mdeq.list_models():
             source = ModelConfig(name=f"local-dir:{file.parent}", checkpoint=str(file))
             return build_model(source, None, for_training=False), "native"
-        layout, fitting, args = mdeq.identify_checkpoint(read_weights(file), name)
+        weights = read_weights(file)
+        layout, fitting, args = mdeq.identify_checkpoint(weights, name)
         if name not in (None, fitting):
             raise BadInput(f"{path} does not fit {name}: it fits {fitting}")
         default = timm.get_pretrained_cfg(fitting)
-        overlay: dict[str, Any] = dict(file=str(file), num_classes=args.get("num_classes", default.num_classes))
+        # The tensors, not the file, of which timm takes others where it holds averages too.
+        overlay: dict[str, Any] = dict(state_dict=weights, num_classes=args.get("num_classes", default.num_classes))
         if "in_chans" in args:
             overlay["input_size"] = (args["in_chans"], *default.input_size[1:])
-        return timm.create_model(fitting, pretrained=True, pretrained_cfg_overlay=overlay, **args), layout
+        model = timm.create_model(fitting, pretrained=True, pretrained_cfg_overlay=overlay, **args)
+        # What the architecture's released weights were trained on says nothing of these.
+        model.pretrained_cfg |= dict(state_dict=None, description=None, tag="", license=None, hf_hub_id=None)
+        if layout == "native":
+            model.pretrained_cfg["label_names"] = None
+        return model, layout
     except (ValueError, RuntimeError, TypeError, OSError, SafetensorError) as error:
         raise BadInput(f"{path}: {str(error).splitlines()[0]}") from None
 

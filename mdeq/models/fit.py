@@ -125,7 +125,12 @@ def identify(weights: Mapping[str, Tensor], layout: str, name: str | None = None
             built = timm.create_model(candidate, device="meta", **args)
             if not _problems(matched, shapes_of(built.state_dict())):
                 return candidate, args
-    raise ValueError("the checkpoint fits none of the models")
+    if name is None:
+        raise ValueError("the checkpoint fits none of the models")
+    default = _default(name)
+    found = shapes_of(meta if layout == "native" else match_weight_norm(meta, default))
+    problems = _problems(found, default, limit=8) or "its arguments contradict each other"
+    raise ValueError(f"the checkpoint ({layout} layout) does not fit {name}; {problems}")
 
 
 def check_fit(weights: Mapping[str, Tensor], model: nn.Module, layout: str) -> None:
@@ -185,13 +190,27 @@ def _advice(weights: Mapping[str, Tensor], layout: str, own: Mapping[str, Any], 
     try:
         fitting, args = identify(weights, layout, name)
     except ValueError:
-        return ""
+        return _advice_on_arguments(weights, own, name)
     if fitting == name:
         args = differences(describe(shapes_of(weights)), own)
     text = ", ".join(f"{key}={value}" for key, value in args.items() if key not in _ADAPTED)
     if fitting == name:
         return f" as it is built: pass {text}" if text else ""
     return f": it fits {fitting}" + (f" with {text}" if text else "")
+
+
+def _advice_on_arguments(weights: Mapping[str, Tensor], own: Mapping[str, Any], name: str) -> str:
+    """Return the arguments with which a model of any size fits, to go on a sentence; nothing if there are none."""
+    found = shapes_of(weights)
+    facts = describe(found)
+    args = differences(facts, own)
+    if "task" in args:
+        return ""
+    with suppress(ValueError, TypeError, RuntimeError, ArithmeticError):
+        built = timm.create_model(name, device="meta", **{key: x for key, x in facts.items() if key != "task"})
+        if not _problems(found, shapes_of(built.state_dict())):
+            return f" as it is built: pass {', '.join(f'{key}={value}' for key, value in args.items())}"
+    return ""
 
 
 def _listed(keys: list[str], limit: int | None) -> str:

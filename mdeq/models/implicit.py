@@ -116,8 +116,9 @@ class MultiscaleDEQ(nn.Module):
                 raise ValueError(f"z0 must have shapes {[tuple(z.shape) for z in start]}, got {given}")
             start = tuple(without_metadata(z).to(s) for z, s in zip(z0, start))
         # The implicit gradient goes through one evaluation many times: nothing to gain from computing it again.
-        phantom = isinstance(build_gradient(self.deq.gradient), PhantomGradient)
-        checkpoint = self.grad_checkpointing and (unroll > 0 or phantom)
+        checkpoint = self.grad_checkpointing and (
+            unroll > 0 or isinstance(build_gradient(self.deq.gradient), PhantomGradient)
+        )
         fn = self.fn(injection, checkpoint)
         # With everything upstream frozen no backward solve is due, although f(z) depends on z.
         learns = torch.is_grad_enabled() and any(x.requires_grad for x in fn.tensors())

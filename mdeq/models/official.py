@@ -117,7 +117,7 @@ def layout_of(keys: Collection[str]) -> str:
     Raises:
         ValueError: for keys of none.
     """
-    if any(key.startswith(("stem.", "inject.", "equilibrium.")) for key in keys):
+    if any(key.startswith(("stem.conv1.", "inject.", "equilibrium.")) for key in keys):
         return "native"
     if any(key.startswith("full_stage.") for key in keys):
         return "TorchDEQ"
