@@ -208,3 +208,15 @@ def test_program_that_is_interrupted(capsys: pytest.CaptureFixture[str]) -> None
         program(main)
     assert end.value.code == 130
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("place", ["1e3", "0123", "a #1", "a: b", "a=b"])
+def test_a_path_is_taken_as_it_stands(place: str) -> None:
+    config = load_config(None, [f"run.out_dir={place}", f"data.root={place}", f"model.checkpoint={place}"])
+    assert (config.run.out_dir, config.data.root, config.model.checkpoint) == (place, place, place)
+
+
+def test_a_path_in_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert load_config(None, ["run.out_dir=~/x"]).run.out_dir == "/home/somebody/x"
+    assert load_config(None, ["run.out_dir=null"]).run.out_dir is None

@@ -21,6 +21,7 @@ import tools.convert
 from tests import official
 from tools.checkpoint import export, load_weights
 from tools.config import BadInput
+from tools.pretrained import load_trained
 
 
 @pytest.fixture
@@ -283,3 +284,32 @@ def test_a_folder_that_gives_another_model_is_not_kept(
     monkeypatch.setattr(tools.convert, "export", damaged)
     assert "nothing was kept" in run("convert", released, "--out", tmp_path / "out").refusal()
     assert [path.name for path in tmp_path.iterdir()] == ["released.pkl"]
+
+
+@pytest.mark.parametrize("names", [("ema", "model"), ("state_dict_ema", "state_dict"), ("model_ema", "model")])
+def test_every_reader_takes_the_averaged_weights(names: tuple[str, str], tmp_path: Path) -> None:
+    averaged, raw = (timm.create_model("mdeq_tiny_cifar", num_classes=7) for _ in range(2))
+    path = tmp_path / "state.pth"
+    torch.save(dict(zip(names, (averaged.state_dict(), raw.state_dict()))), path)
+    model = timm.create_model("mdeq_tiny_cifar", num_classes=7)
+    load_weights(model, path, classifier="classifier", new_classifier=False)
+    for found in (tools.convert.load(path, None)[0], load_trained(str(path)).model, model):
+        assert torch.equal(found.stem.conv1.weight, averaged.stem.conv1.weight)
+
+
+def test_nothing_of_a_release_is_said_of_a_file(tmp_path: Path) -> None:
+    """Ten classes need not be those of CIFAR-10."""
+    save_file(timm.create_model("mdeq_tiny_cifar").state_dict(), tmp_path / "weights.safetensors")
+    trained = load_trained(str(tmp_path / "weights.safetensors"))
+    assert trained.label_names == tuple(f"class {k}" for k in range(10))
+    run("convert", tmp_path / "weights.safetensors", "--out", tmp_path / "out").ok()
+    cfg = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not [word for word in ("CIFAR", "cifar10", "airplane") if word in json.dumps(cfg)]
+
+
+def test_a_named_model_that_does_not_fit(tmp_path: Path) -> None:
+    weights = timm.create_model("mdeq_tiny_cifar").state_dict()
+    del weights["stem.conv2.weight"]
+    save_file(weights, tmp_path / "a.safetensors")
+    line = run("convert", tmp_path / "a.safetensors", "--model", "mdeq_tiny_cifar", "--out", tmp_path / "o").refusal()
+    assert "does not fit mdeq_tiny_cifar; it lacks 1: stem.conv2.weight" in line

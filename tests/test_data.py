@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import image_folder, png, write_archive, write_archives, write_images
-from PIL import Image
+from PIL import ExifTags, Image
 from sklearn.datasets import load_digits
 from torch import Tensor
 
@@ -24,6 +24,7 @@ from tools.data import (
     read_cifar10,
     read_digits,
 )
+from tools.images import read_image
 
 GREY = ImageSpec((1, 16, 16), (0.5,), (0.25,))
 COLOUR = ImageSpec((3, 16, 16), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), crop_pct=1.0)
@@ -529,3 +530,46 @@ def test_held_out_samples_are_the_last_ones_and_not_trained_on() -> None:
 def test_held_out_samples_need_a_data_set_with_a_name(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"data\.holdout"):
         reader(image_folder(tmp_path), False, holdout=5)
+
+
+# Image folders as tools/predict.py reads them.
+
+
+@pytest.mark.parametrize("kind", ["16 bits", "turned", "transparent", "webp"])
+def test_a_folder_is_read_as_predictions_are(kind: str, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+    folder, name, options = tmp_path / "validation" / "ant", "a.png", {}
+    if kind == "16 bits":
+        picture = Image.fromarray(pixels[..., 0].astype(np.uint16) * 256)
+    elif kind == "transparent":
+        picture = Image.fromarray(np.concatenate([pixels, np.zeros_like(pixels[..., :1])], axis=2))
+    else:
+        picture, name, options = Image.fromarray(pixels), "a.webp", dict(lossless=True)
+        if kind == "turned":
+            picture.getexif()[ExifTags.Base.Orientation] = 6
+            name, options = "a.jpg", dict(exif=picture.getexif())
+    for split in ("train", "validation"):
+        (tmp_path / split / "ant").mkdir(parents=True)
+        picture.save(tmp_path / split / "ant" / name, **options)
+    spec = ImageSpec((3, 24, 24), (0.0,) * 3, (1.0,) * 3, crop_pct=1.0)
+    x, _ = next(iter(reader(tmp_path, False, spec)[0].epoch()))
+    torch.testing.assert_close(x[0], read_image(folder / name, 3) / 255, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_order_and_augmentation_of_a_folder_know_no_processes(workers: int, tmp_path: Path) -> None:
+    image_folder(tmp_path)
+    config = DataConfig(
+        name="folder", root=str(tmp_path), batch_size=4, workers=workers, augment="imagenet", auto_augment="rand-m9"
+    )
+
+    def split(rank: int = 0, world: int = 1) -> Batches:
+        return build_batches(config, COLOUR, Process(rank, world), training=True, seed=3)[0]
+
+    alone = list(split().epoch(1))
+    halves = [list(split(rank, 2).epoch(1, 2)) for rank in (0, 1)]  # from another batch on, too
+    assert len(alone) == 6
+    for (x, y), (x0, y0), (x1, y1) in zip(alone[2:], *halves, strict=True):
+        assert torch.equal(x, torch.stack((x0, x1), dim=1).flatten(0, 1))
+        assert y.tolist() == torch.stack((y0, y1), dim=1).flatten().tolist()
+    assert not torch.equal(alone[0][0], next(iter(split().epoch(2)))[0])

@@ -22,7 +22,7 @@ from helpers import (
 )
 
 from tools import run_folder
-from tools.checkpoint import write_atomically
+from tools.checkpoint import export, write_atomically
 from tools.config import BadInput, load_config
 from tools.run_folder import Plan, claimed
 
@@ -184,6 +184,17 @@ def test_a_test_image_that_cannot_be_read_costs_no_epoch(tmp_path: Path) -> None
     resume(tmp_path / "run").ok()
     (row,) = rows(tmp_path / "run")
     assert float(row["train_loss"]) == kept["trained"]["loss"]
+
+
+def test_weights_are_not_written_over(tmp_path: Path) -> None:
+    """What tools/convert.py made has no state of a run beside it."""
+    started = make_run(tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    export(started.model, tmp_path / "run")
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    line = train(tmp_path / "run").refusal()
+    assert "holds weights already (model.safetensors); choose another run.out_dir" in line
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
 
 
 def test_weights_that_are_not_finite_take_the_place_of_none(tmp_path: Path) -> None:

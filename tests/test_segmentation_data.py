@@ -527,6 +527,27 @@ def test_auc_and_balanced_accuracy() -> None:
     one = RankTally(2)
     one.add(torch.tensor(0.0), torch.zeros(2, 2), torch.tensor([1, 1]))
     assert math.isnan(one.summary(Process())["auc"])
+    assert one.summary(Process())["balanced_accuracy"] == 0.0  # of the class that is there
+    sure = RankTally(2)  # probabilities of all four would round to 1 in their own class
+    sure.add(
+        torch.tensor(0.0),
+        torch.tensor([[0.0, 50.0], [0.0, 60.0], [0.0, 70.0], [0.0, 80.0]]),
+        torch.tensor([0, 0, 1, 1]),
+    )
+    assert sure.summary(Process())["auc"] == 1.0
+
+
+def test_the_loss_of_pixels_is_that_of_no_batch() -> None:
+    """The mean over the pixels that count, however the images are put together."""
+    torch.manual_seed(0)
+    logits, labels = torch.randn(4, 3, 8, 8), torch.randint(0, 3, (4, 8, 8))
+    labels[0, :7], labels[1] = VOID, VOID
+    for size in (1, 2, 4):
+        tally = PixelTally(("a", "b", "c"), VOID, Process())
+        for x, y in zip(logits.split(size), labels.split(size)):
+            tally.add(PixelLoss(VOID)(x, y), x, y)
+        expected = float(nn.functional.cross_entropy(logits, labels, ignore_index=VOID))
+        assert tally.summary(Process())["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 # Predictions.

@@ -32,6 +32,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import mdeq
+import tools.train
 from mdeq import SolveStatus
 from tools.batches import Process
 from tools.build import build_model, placed
@@ -418,6 +419,24 @@ def test_evaluation_counts_every_image_once(tmp_path: Path) -> None:
     assert len(y) == 20
     assert result["top1"] == pytest.approx(100 * float((logits.argmax(1) == y).double().mean()))
     assert result["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, y)), rel=1e-5)
+
+
+def test_class_weights_count_with_mixed_labels(tmp_path: Path) -> None:
+    words = ("data.mixup=0.5", f"loss.class_weights={[20.0] + [1.0] * 9}")
+    criterion = make_run(tmp_path / "run", *words).trainer.criterion
+    logits, soft = torch.randn(4, 10), torch.full((4, 10), 0.1)
+    weights = torch.tensor([20.0] + [1.0] * 9)
+    expected = -(soft * weights * logits.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(criterion(logits, soft), expected)
+
+
+def test_a_run_keeps_the_solver_that_its_first_weights_brought(tmp_path: Path) -> None:
+    """validate.py builds the model with other weights, which bring none."""
+    words = ["model.name=mdeq_tiny_cifar.cifar10", "model.pretrained=true", "model.solver=null", "model.gradient=null"]
+    run = tools.train.Run(load_config(None, words), tmp_path / "run", Process())
+    trained = timm.create_model("mdeq_tiny_cifar.cifar10", pretrained=True)
+    assert mdeq.build_solver(run.config.model.solver) == run.model.deq.solver == trained.deq.solver
+    assert mdeq.build_gradient(run.config.model.gradient) == run.model.deq.gradient == trained.deq.gradient
 
 
 def test_one_setting_of_the_model_s_own_solver() -> None:

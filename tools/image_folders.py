@@ -217,7 +217,7 @@ def _loader(config: DataConfig, spec: ImageSpec, process: Process, dataset: Any,
             std=spec.std,
             crop_pct=spec.crop_pct,
             num_workers=config.workers,
-            distributed=process.world_size > 1,
+            distributed=process.world_size > 1 and not (training and isinstance(dataset, StrictImages)),  # FileBatches
             pin_memory=process.device.type == "cuda",
             device=process.device,
             use_prefetcher=False,
