@@ -1,6 +1,8 @@
 """The reversible gradient, against autograd through the same iteration written out."""
 
+import gc
 import warnings
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -303,3 +305,34 @@ def test_a_start_at_the_equilibrium_has_no_gradient() -> None:
     assert torch.isfinite(grad[1:]).all()
     (grad,) = torch.autograd.grad(eq.state[0][1:].sum(), f.b)  # none is due to the first
     assert torch.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_nothing_is_kept(backward: bool) -> None:
+    """All of f goes with the result: no reference cycle waits for the garbage collector."""
+
+    class Map:
+        def __init__(self, bias: Tensor) -> None:
+            self.bias = bias
+
+        def __call__(self, z: Any) -> Any:
+            return (torch.tanh(z[0] + self.bias),)
+
+        def take(self, index: Tensor) -> "Map":
+            return Map(self.bias[index])
+
+        def tensors(self) -> list[Tensor]:
+            return [self.bias]
+
+    f = Map(torch.zeros(3, 4, requires_grad=True))
+    gc.collect()
+    gc.disable()
+    try:
+        equilibrium = DEQ(Picard(max_steps=3), ReversibleGradient())(f, (torch.ones(3, 4),))
+        if backward:
+            equilibrium.state[0].sum().backward()
+        alive = weakref.ref(f)
+        del equilibrium, f
+        assert alive() is None
+    finally:
+        gc.enable()

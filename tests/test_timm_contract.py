@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from timm.models import FeatureInfo, create_feature_extractor
 from timm.models._features import FeatureGetterNet
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
+
+import mdeq
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ["test_mdeq", "mdeq_tiny_cifar", "deq_tiny_cifar"]
@@ -194,3 +197,19 @@ def test_timms_own_tests(name: str, tmp_path: Path) -> None:
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None
     assert int(passed[1]) >= 9  # forward, backward, cfg, features, intermediates (2), pruning, fx (2)
+
+
+def test_models_of_other_packages_are_not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Theirs may come from a module of the same name."""
+
+    def foreign_net(pretrained: bool = False, **kwargs: Any) -> None: ...
+
+    monkeypatch.setattr(foreign_net, "__module__", "elsewhere.segmenter")
+    monkeypatch.setitem(sys.modules, "elsewhere.segmenter", types.ModuleType("elsewhere.segmenter"))
+    registry = timm.models._registry
+    for name in ("_model_entrypoints", "_model_to_module", "_module_to_models", "_model_default_cfgs"):
+        monkeypatch.setattr(registry, name, copy.deepcopy(getattr(registry, name)))
+    timm.models.register_model(foreign_net)
+    assert "foreign_net" in timm.list_models()
+    assert "foreign_net" not in mdeq.list_models()
+    assert mdeq.list_models(filter="*3d_tiny_seg") == ["mdeq3d_tiny_seg"]
