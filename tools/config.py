@@ -34,7 +34,7 @@ def optional(module: str, extra: str, package: str | None = None) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise BadInput(f"this needs {package or module.partition('.')[0]}: pip install mdeq-vision[{extra}]") from None
+        raise BadInput(f"this needs {package or module.partition('.')[0]}: pip install -e '.[{extra}]'") from None
 
 
 @dataclass

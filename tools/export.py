@@ -72,7 +72,7 @@ def require(formats: Sequence[str]) -> None:
         try:
             importlib.import_module(package)
         except ImportError:
-            raise BadInput(f"ONNX needs {package}: `pip install mdeq-vision[export]`, or --format pt2") from None
+            raise BadInput(f"ONNX needs {package}: `pip install -e '.[export]'`, or --format pt2") from None
 
 
 def load(name: str, checkpoint: Path | None) -> tuple[nn.Module, tuple[str, ...], str]:

@@ -3,7 +3,7 @@
     python tools/memory.py --model mdeq3d_tiny_seg --sides 32 48 64 96 --steps 6 12 24 --out DIR
 
 Compares the implicit, phantom and reversible gradients with backpropagation through the unrolled solve and with the
-explicit twin, a network of as many cells in a row, each with weights of its own. Sides are compared at the middle
+untied network, a network of as many cells in a row, each with weights of its own. Sides are compared at the middle
 number of steps, steps at the middle side. Every figure is that of a process of its own, on top of what the program
 holds before the step; the limit makes running out of memory a row like the others. Prints a table and saves memory.csv
 and memory.png.
@@ -40,7 +40,7 @@ from tools.report import Parser, program
 from tools.timings import save_table
 
 
-class Twin(nn.Module):
+class Untied(nn.Module):
     """As many cells in a row as there are steps, each with weights of its own, in place of an equilibrium."""
 
     def __init__(self, model: nn.Module, steps: int) -> None:
@@ -82,7 +82,7 @@ GRADIENTS: dict[str, Callable[[nn.Module, int], Callable[[Tensor], Tensor]]] = {
     "phantom, 5 steps": _solved(lambda steps: PhantomGradient(5), _anderson),
     "reversible": _solved(lambda steps: ReversibleGradient(0.5, steps), _anderson),
     "unrolled": lambda model, steps: lambda x: model.head(model.solve(x, unroll=steps).state),
-    "explicit twin": Twin,
+    "untied network": Untied,
 }
 
 
