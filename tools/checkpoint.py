@@ -1,11 +1,9 @@
 """Checkpoints that are complete or not there at all, and weights read from files that may be damaged or hostile."""
 
-import copy
 import hashlib
 import json
 import os
 import re
-import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from timm.models import save_for_hf
+from timm.models._hub import save_config_for_hf  # the half of save_for_hf that writes no weights
 from torch import Tensor, nn
 
 import mdeq
@@ -72,9 +70,9 @@ def writing(path: Path) -> Iterator[None]:
 
 def clear_leftovers(folder: Path) -> None:
     """Remove the half-written files that a kill left in a run's folder."""
-    for name in (STATE_FILE, WEIGHTS_FILE, CONFIG_FILE, RESULTS_FILE, "config.json", "log.csv", "export"):
+    for name in (STATE_FILE, WEIGHTS_FILE, CONFIG_FILE, RESULTS_FILE, "config.json", "log.csv"):
         for path in folder.glob(f".{name}.*"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            path.unlink()
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -145,11 +143,7 @@ def export(model: nn.Module, folder: Path, record: dict[str, Any] | None = None)
 
     What `record` says of the data, such as label names and preprocessing, is added to config.json.
     """
-    if not all(p.is_contiguous() for p in model.parameters()):  # channels last, which files of safetensors do not have
-        model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-    with writing(folder / "config.json"), tempfile.TemporaryDirectory(dir=folder, prefix=".export.") as temporary:
-        save_for_hf(model, temporary, model_config=record, safe_serialization=True)
-        write_atomically(folder / "config.json", lambda path: os.replace(Path(temporary) / "config.json", path))
+    write_atomically(folder / "config.json", lambda path: save_config_for_hf(model, str(path), record))
     weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(weights, path, metadata=FORMAT))
     return folder / WEIGHTS_FILE
