@@ -116,7 +116,7 @@ def seed_everything(*numbers: int) -> None:
     random.seed(seed)
 
 
-def training_keys(
+def sample_keys(
     order: Tensor, batch_size: int, process: Process, *, seed: int, epoch: int, number: int
 ) -> list[tuple[int, int]]:
     """Return what a process has of a batch: the samples' indices, each with the seed of its augmentation.

@@ -13,7 +13,7 @@ from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.task.evaluator import evaluation_sample_limit
 from torch.utils.data import DataLoader, IterableDataset
 
-from tools.batches import Batch, Batches, ImageSpec, Process, generator, require_augment, seed_everything, training_keys
+from tools.batches import Batch, Batches, ImageSpec, Process, generator, require_augment, sample_keys, seed_everything
 from tools.config import BadInput, DataConfig, nearest
 from tools.images import SUFFIXES, read_picture
 
@@ -94,10 +94,10 @@ class FileBatches:
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         order = torch.randperm(self.num_samples, generator=generator(self.seed, epoch))
         made = self.loader
-        keys = [
-            training_keys(order, self.batch_size, self.process, seed=self.seed, epoch=epoch, number=number)
+        keys = (  # one batch at a time: millions of samples have as many seeds
+            sample_keys(order, self.batch_size, self.process, seed=self.seed, epoch=epoch, number=number)
             for number in range(start, len(self))
-        ]
+        )
         batches = DataLoader(
             made.dataset,
             batch_sampler=keys,

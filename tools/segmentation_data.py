@@ -26,9 +26,9 @@ from tools.batches import (
     chosen,
     generator,
     require_augment,
+    sample_keys,
     shared_batch_size,
     split_name,
-    training_keys,
 )
 from tools.config import BadInput, DataConfig
 from tools.images import SUFFIXES, Source, exif_orientation, name_of, read_image, read_mask
@@ -285,13 +285,13 @@ class PairBatches:
         order = torch.arange(len(self.dataset))
         if self.training:
             order = torch.randperm(len(self.dataset), generator=generator(self.seed, epoch))
-        keys = [
-            training_keys(order, self.batch_size, self.process, seed=self.seed, epoch=epoch, number=number)
+        keys = (  # one batch at a time: millions of samples have as many seeds
+            sample_keys(order, self.batch_size, self.process, seed=self.seed, epoch=epoch, number=number)
             for number in range(start, len(self))
-        ]
+        )
         loader = DataLoader(
             self.dataset,
-            batch_sampler=[part for part in keys if part],
+            batch_sampler=(part for part in keys if part),
             num_workers=self.config.workers,
             collate_fn=_collate,
             pin_memory=self.process.device.type == "cuda",

@@ -21,9 +21,9 @@ from tools.batches import (
     chosen,
     generator,
     require_augment,
+    sample_keys,
     shared_batch_size,
     split_name,
-    training_keys,
 )
 from tools.config import BadInput, DataConfig, optional
 from tools.nifti_data import Pick, read_nifti
@@ -239,7 +239,7 @@ class VolumeBatches:
         for number in range(start, len(self)):
             if self.training:
                 where = dict(seed=self.seed, epoch=epoch, number=number)
-                keys = training_keys(order, self.batch_size, self.process, **where)
+                keys = sample_keys(order, self.batch_size, self.process, **where)
             else:
                 batch = self.groups[number]
                 keys = [(batch[place], 0) for place in self._places(batch)]
