@@ -1,12 +1,13 @@
 """The numbers that the official MDEQ-Vision code computed for a CIFAR TINY network (weights, results: tests/data)."""
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 import mdeq
-from mdeq.models.official import from_official
+from mdeq.models.official import checkpoint_filter_fn, from_official
 from tests.official import DATA, official_model
 
 
@@ -122,3 +123,19 @@ def test_spectral_radius(case: dict[str, Tensor]) -> None:
     torch.manual_seed(0)
     radius = model.deq.spectral_radius(model.equilibrium.fn(injection), equilibrium.state, num_iters=150)
     assert radius.tolist() == pytest.approx([0.8630667857275162, 0.859780439834459], rel=5e-3)
+
+
+def test_weights_that_fit_no_model_for_a_model_without_a_name() -> None:
+    model = mdeq.MDEQ(channels=(8, 16), head_channels=(4, 4), num_groups=2)
+    weights = timm.create_model("test_mdeq").state_dict()
+    del weights["stem.conv2.weight"]
+    with pytest.raises(ValueError, match=r"the checkpoint \(native layout\) does not fit MDEQ; it lacks"):
+        checkpoint_filter_fn(weights, model)
+
+
+def test_advice_on_the_arguments_of_a_model_of_another_size() -> None:
+    size = dict(channels=(8, 16), head_channels=(4, 4), num_groups=2)
+    weights = timm.create_model("test_mdeq", **size, post_norm_affine=True).state_dict()
+    model = timm.create_model("test_mdeq", **size, post_norm_affine=False)
+    with pytest.raises(ValueError, match=r"does not fit test_mdeq as it is built: pass post_norm_affine=True;"):
+        checkpoint_filter_fn(weights, model)

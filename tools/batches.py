@@ -1,7 +1,7 @@
 """What a data set gives to a training loop: batches whose order depends on seed and epoch alone."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tools.config import BadInput, DataConfig
+from tools.config import ARRAYS, BadInput, DataConfig
 
 MIN_SIZE = 16  # of a side of an input
 VOID = 255
@@ -117,19 +117,21 @@ def seed_everything(*numbers: int) -> None:
 
 
 def sample_keys(
-    order: Tensor, batch_size: int, process: Process, *, seed: int, epoch: int, number: int
-) -> list[tuple[int, int]]:
-    """Return what a process has of a batch: the samples' indices, each with the seed of its augmentation.
+    order: Tensor, batch_size: int, numbers: Iterable[int], process: Process, seed: int, epoch: int
+) -> Iterator[list[tuple[int, int]]]:
+    """Yield what a process has of each batch: the samples' indices, each with the seed of its augmentation.
 
     Args:
         order: of the indices in this epoch `(N,)`.
         batch_size: of all processes together.
+        numbers: of the batches.
         process: this process.
-        seed, epoch, number: of the run, the epoch and the batch, on which alone the seeds depend.
+        seed, epoch: of the run, and which epoch this is; on them and the number of the batch alone depend the seeds.
     """
-    batch = order[number * batch_size : (number + 1) * batch_size].tolist()
-    places = range(process.rank, len(batch), process.world_size)
-    return [(batch[place], seed_of(seed, epoch, number + 1, place)) for place in places]
+    for number in numbers:  # one at a time: millions of samples have as many seeds
+        batch = order[number * batch_size : (number + 1) * batch_size].tolist()
+        places = range(process.rank, len(batch), process.world_size)
+        yield [(batch[place], seed_of(seed, epoch, number + 1, place)) for place in places]
 
 
 def reads_training_split(config: DataConfig, training: bool) -> bool:
@@ -146,7 +148,7 @@ def evaluated_split(config: DataConfig) -> str:
     """Return what people call the samples that are evaluated on."""
     if config.holdout is not None:
         return "held-out training"
-    return "test" if config.name in ("digits", "cifar10") else config.test_split  # these two have no names for it
+    return "test" if config.name in ARRAYS else config.test_split  # these two have no names for it
 
 
 def told_holdout(config: DataConfig) -> list[str]:
@@ -171,10 +173,16 @@ def chosen(count: int, config: DataConfig, training: bool) -> slice:
 
 
 def require_augment(config: DataConfig, *kinds: str) -> None:
-    """Raise BadInput for an augmentation that the data do not have."""
+    """Raise BadInput for an augmentation that the data do not have, or a setting of one that would do nothing."""
     if config.augment not in kinds:
         listed = f"{', '.join(kinds[:-1])} or {kinds[-1]}"
         raise BadInput(f"data.augment must be {listed} for {config.name}, got {config.augment}")
+    if (config.auto_augment is not None or config.reprob > 0) and (config.augment == "none" or "imagenet" not in kinds):
+        setting = "data.reprob" if config.auto_augment is None else "data.auto_augment"
+        raise BadInput(
+            f"{setting} is for image folders and timm's other readers with data.augment=imagenet; got data.name="
+            f"{config.name} and data.augment={config.augment}"
+        )
 
 
 def shared_batch_size(batch_size: int, count: int, process: Process, training: bool) -> int:

@@ -19,7 +19,7 @@ from tools import volume_data
 from tools.batches import Batches, ImageSpec, Process
 from tools.card import combined_licence, dataset
 from tools.checkpoint import load_weights, read_json
-from tools.config import BadInput, DataConfig, ModelConfig, RunConfig, TrainConfig, nearest
+from tools.config import ARRAYS, BadInput, DataConfig, ModelConfig, RunConfig, TrainConfig, nearest
 from tools.data import build_batches
 from tools.tasks import check_task
 
@@ -205,7 +205,7 @@ def renew_cfg(model: nn.Module, start: ModelConfig, data: DataConfig) -> None:
     # config.json gets the names of labels from the data.
     anew = {
         "input_size": size,
-        **({"crop_pct": 1.0} if data.name in ("digits", "cifar10") else {}),  # which are resized as a whole
+        **({"crop_pct": 1.0} if data.name in ARRAYS else {}),  # which are resized as a whole
         "tag": "",
         "license": licence,
         **dict.fromkeys(("hf_hub_id", "file", "description", "label_names")),

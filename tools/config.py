@@ -15,6 +15,9 @@ from yaml import YAMLError
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "digits" / "mdeq_tiny_cifar.yaml"
 
+ARRAYS = ("digits", "cifar10")
+"""Data sets of 10 classes whose images are held in memory, resized as a whole; see `tools.data.Arrays`."""
+
 
 class BadInput(Exception):
     """Something that the user has to change, said in one line. Programs print it and exit with code 2."""
@@ -299,7 +302,7 @@ def _check(config: TrainConfig) -> None:
             raise BadInput(f"{key} must be >= 1, got {value(key)}")
     if config.run.seed >= 2**63:
         raise BadInput(f"run.seed must be below 2**63, got {config.run.seed}")
-    if config.data.cache_on_device and config.data.name not in ("digits", "cifar10"):
+    if config.data.cache_on_device and config.data.name not in ARRAYS:
         raise BadInput(f"data.cache_on_device is for digits and cifar10, not for {config.data.name}")
     for keys, rule, holds in (
         (("optim.layer_decay",), "in (0, 1]", lambda number: 0 < number <= 1),

@@ -137,7 +137,7 @@ class Trainer:
                 loss, logits, equilibrium = self._forward(x_k, y_k, unroll, probes)
                 penalty = equilibrium.jacobian_penalty
                 objective = loss if penalty is None else loss + weight * penalty
-                good = good and self._agree(bool(torch.isfinite(objective)))
+                good = good and self.agree(bool(torch.isfinite(objective)))
                 total += float(objective.detach()) * len(y_k) / len(y)
                 if not good:
                     break
@@ -173,7 +173,7 @@ class Trainer:
             ) from None
         return loss, logits, equilibrium
 
-    def _agree(self, good: bool) -> bool:
+    def agree(self, good: bool) -> bool:
         """Whether all processes found their part good; they have to take or skip a step together."""
         if self.process.world_size == 1:
             return good

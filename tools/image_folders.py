@@ -48,21 +48,25 @@ class StrictImages(torch.utils.data.Dataset):
         index, seed = key if isinstance(key, tuple) else (key, None)
         if seed is not None:
             seed_everything(seed)
-        if not hasattr(self.dataset, "reader"):  # torchvision's
-            try:
-                return self.dataset[index]
-            except (RuntimeError, OSError, SyntaxError):
-                name = self.dataset.samples[index][0] if hasattr(self.dataset, "samples") else f"number {index}"
-                raise BadInput(f"cannot read image {name}") from None
-        name = self.dataset.filename(index, absolute=True)
         try:
+            if not hasattr(self.dataset, "reader"):  # torchvision's
+                return self.dataset[index]
             file, target = self.dataset.reader[index]
             with file:
                 content = file.read()
-        except OSError as error:
-            raise BadInput(f"cannot read image {name}: {error.strerror or error}") from None
-        image = self.dataset.transform(read_picture((name, content), self.in_chans))
-        return image, -1 if target is None else target
+        except (RuntimeError, OSError, SyntaxError):
+            raise BadInput(f"cannot read image {self._name(index)}") from None
+        try:
+            image = read_picture(("", content), self.in_chans)
+        except BadInput:
+            image = read_picture((self._name(index), content), self.in_chans)  # raises again, and names the file
+        return self.dataset.transform(image), -1 if target is None else target
+
+    def _name(self, index: int) -> str:
+        """Return the name of a file; of some readers that takes reading it once more."""
+        if hasattr(self.dataset, "filename"):
+            return self.dataset.filename(index, absolute=True)
+        return self.dataset.samples[index][0] if hasattr(self.dataset, "samples") else f"number {index}"
 
     @property
     def transform(self) -> Any:
@@ -94,10 +98,8 @@ class FileBatches:
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         order = torch.randperm(self.num_samples, generator=generator(self.seed, epoch))
         made = self.loader
-        keys = (  # one batch at a time: millions of samples have as many seeds
-            sample_keys(order, self.batch_size, self.process, seed=self.seed, epoch=epoch, number=number)
-            for number in range(start, len(self))
-        )
+        numbers = range(start, len(self))
+        keys = sample_keys(order, self.batch_size, numbers, self.process, self.seed, epoch)
         batches = DataLoader(
             made.dataset,
             batch_sampler=keys,

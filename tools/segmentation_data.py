@@ -285,13 +285,11 @@ class PairBatches:
         order = torch.arange(len(self.dataset))
         if self.training:
             order = torch.randperm(len(self.dataset), generator=generator(self.seed, epoch))
-        keys = (  # one batch at a time: millions of samples have as many seeds
-            sample_keys(order, self.batch_size, self.process, seed=self.seed, epoch=epoch, number=number)
-            for number in range(start, len(self))
-        )
+        numbers = range(start, len(self))
+        keys = sample_keys(order, self.batch_size, numbers, self.process, self.seed, epoch)
         loader = DataLoader(
             self.dataset,
-            batch_sampler=(part for part in keys if part),
+            batch_sampler=filter(None, keys),
             num_workers=self.config.workers,
             collate_fn=_collate,
             pin_memory=self.process.device.type == "cuda",

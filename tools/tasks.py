@@ -117,13 +117,6 @@ def check_task(config: TrainConfig, model: nn.Module) -> None:
         raise BadInput("data.mixup and data.cutmix are for task=classification")
     if volumes and data.cutmix > 0 and len({*(data.patch_size or ())}) > 1:  # timm measures its box by two axes
         raise BadInput("data.cutmix of volumes needs a data.patch_size with equal sides; use data.mixup")
-    named = ("digits", "cifar10", *segmentation_data.NAMES, *volume_data.NAMES)
-    if (data.auto_augment is not None or data.reprob > 0) and (data.name in named or data.augment == "none"):
-        setting = "data.reprob" if data.auto_augment is None else "data.auto_augment"
-        raise BadInput(
-            f"{setting} is for image folders and timm's other readers with data.augment=imagenet; got data.name="
-            f"{data.name} and data.augment={data.augment}"
-        )
     if min(config.loss.class_weights or [1]) < 0:
         raise BadInput(f"loss.class_weights must be >= 0, got {min(config.loss.class_weights)}")
     if config.loss.name == "dice_ce" and not (dense and volumes):

@@ -173,10 +173,10 @@ class Run:
         Raises:
             BadInput: if the last weights are not finite.
         """
-        trainer, finite = self.trainer, self._finite()
-        if final and not finite:
+        trainer = self.trainer
+        if final and not trainer.agree(self._finite()):  # all processes are here, or the others would wait for this one
             raise BadInput(f"the weights are not finite any more; lower optim.lr, or set optim.clip_grad; {self._kept}")
-        if self.process.is_main and (final or trainer.bad_in_a_row == 0) and finite:
+        if self.process.is_main and (final or (trainer.bad_in_a_row == 0 and self._finite())):
             make_folder(self.folder)
             clear_leftovers(self.folder)
             settings = dataclasses.replace(self.config, run=dataclasses.replace(self.config.run, resume=False))

@@ -32,7 +32,7 @@ import mdeq
 from tools import build, segmentation_data, volume_data
 from tools.batches import Batches, Process, told_holdout
 from tools.checkpoint import CONFIG_FILE, RESULTS_FILE, STEPS_FILE, STEPS_PICTURE, check_folder, make_folder, run_of
-from tools.config import BadInput, DataConfig, TrainConfig, load_config, split_overrides
+from tools.config import ARRAYS, BadInput, DataConfig, TrainConfig, load_config, split_overrides
 from tools.engine import evaluate
 from tools.inference import MultiScale
 from tools.metrics import gather
@@ -157,7 +157,7 @@ def as_recorded(data: DataConfig, model: str, overrides: Sequence[str]) -> DataC
 def load(config: TrainConfig, process: Process, *, subset: bool = False) -> tuple[torch.nn.Module, Batches]:
     """Return the model of a config and its test split, which has fewer classes only if it is said to be a subset."""
     classes = config.data.num_classes
-    if classes is None and config.data.name in ("digits", "cifar10"):
+    if classes is None and config.data.name in ARRAYS:
         classes = 10
     model = build.build_model(config.model, classes, for_training=False)
     batches = build.build_test_split(config, model, process, subset=subset)

@@ -236,13 +236,10 @@ class VolumeBatches:
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         if self.training:
             order = torch.randperm(len(self.data.labels), generator=generator(self.seed, epoch))
-        for number in range(start, len(self)):
-            if self.training:
-                where = dict(seed=self.seed, epoch=epoch, number=number)
-                keys = sample_keys(order, self.batch_size, self.process, **where)
-            else:
-                batch = self.groups[number]
-                keys = [(batch[place], 0) for place in self._places(batch)]
+            batches = sample_keys(order, self.batch_size, range(start, len(self)), self.process, self.seed, epoch)
+        else:
+            batches = ([(group[place], 0) for place in self._places(group)] for group in self.groups[start:])
+        for keys in batches:
             samples = [self._sample(index, seed) for index, seed in keys]
             if samples:
                 x, y = (torch.stack(part).to(self.process.device) for part in zip(*samples))

@@ -112,11 +112,14 @@ def identify(weights: Mapping[str, Tensor], layout: str, name: str | None = None
         ValueError: if no model fits.
     """
     meta = {key: value.to("meta") for key, value in weights.items()}
+
+    def matched_to(candidate: str) -> Shapes:
+        return shapes_of(meta if layout == "native" else match_weight_norm(meta, _default(candidate)))
+
     found = []
     for candidate in list_models():
-        default = _default(candidate)
-        matched = shapes_of(meta if layout == "native" else match_weight_norm(meta, default))
-        args = differences(describe(matched), describe(default))
+        matched = matched_to(candidate)
+        args = differences(describe(matched), describe(_default(candidate)))
         variant = set(args) <= {*_ADAPTED, *_VARIABLE}
         if variant or (candidate == name and not {"task", "spatial_dims", "channels"} & set(args)):
             found.append(((not variant, candidate != name, len(args)), candidate, args, matched))
@@ -125,11 +128,9 @@ def identify(weights: Mapping[str, Tensor], layout: str, name: str | None = None
             built = timm.create_model(candidate, device="meta", **args)
             if not _problems(matched, shapes_of(built.state_dict())):
                 return candidate, args
-    if name is None:
+    if name not in list_models():  # none was given, or it is that of a class
         raise ValueError("the checkpoint fits none of the models")
-    default = _default(name)
-    found = shapes_of(meta if layout == "native" else match_weight_norm(meta, default))
-    problems = _problems(found, default, limit=8) or "its arguments contradict each other"
+    problems = _problems(matched_to(name), _default(name), limit=8) or "its arguments contradict each other"
     raise ValueError(f"the checkpoint ({layout} layout) does not fit {name}; {problems}")
 
 
@@ -190,7 +191,9 @@ def _advice(weights: Mapping[str, Tensor], layout: str, own: Mapping[str, Any], 
     try:
         fitting, args = identify(weights, layout, name)
     except ValueError:
-        return _advice_on_arguments(weights, own, name)
+        if not _fits_as_described(weights, name):
+            return ""
+        fitting = name
     if fitting == name:
         args = differences(describe(shapes_of(weights)), own)
     text = ", ".join(f"{key}={value}" for key, value in args.items() if key not in _ADAPTED)
@@ -199,18 +202,13 @@ def _advice(weights: Mapping[str, Tensor], layout: str, own: Mapping[str, Any], 
     return f": it fits {fitting}" + (f" with {text}" if text else "")
 
 
-def _advice_on_arguments(weights: Mapping[str, Tensor], own: Mapping[str, Any], name: str) -> str:
-    """Return the arguments with which a model of any size fits, to go on a sentence; nothing if there are none."""
+def _fits_as_described(weights: Mapping[str, Tensor], name: str) -> bool:
+    """Whether weights fit a model built with all the arguments that they tell of, whatever its size."""
     found = shapes_of(weights)
-    facts = describe(found)
-    args = differences(facts, own)
-    if "task" in args:
-        return ""
-    with suppress(ValueError, TypeError, RuntimeError, ArithmeticError):
-        built = timm.create_model(name, device="meta", **{key: x for key, x in facts.items() if key != "task"})
-        if not _problems(found, shapes_of(built.state_dict())):
-            return f" as it is built: pass {', '.join(f'{key}={value}' for key, value in args.items())}"
-    return ""
+    args = {key: value for key, value in describe(found).items() if key != "task"}
+    with suppress(ValueError, TypeError, RuntimeError, ArithmeticError):  # of a class, or of shapes that no model has
+        return not _problems(found, shapes_of(timm.create_model(name, device="meta", **args).state_dict()))
+    return False
 
 
 def _listed(keys: list[str], limit: int | None) -> str:
