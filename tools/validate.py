@@ -64,6 +64,7 @@ NOT_OF_A_RECORD = ("config", "model", "checkpoint", "out", "scales", "flip")
 
 
 def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
+    """Return the arguments and the settings that come of them; `release` is that of `--record FILE`, else None."""
     parser = Parser(description=__doc__)
     parser.add_argument("--config", type=Path, help="YAML file of the run; default: the one beside the checkpoint")
     parser.add_argument("--model", help="model, instead of the config's; hf-hub: and local-dir: names work too")
@@ -92,6 +93,15 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the config")
     overrides, rest = split_overrides(sys.argv[1:])
     arguments = parser.parse_args(rest)
+    check_arguments(arguments, overrides)
+    arguments.release = None if arguments.record in (None, HERE) else read_release(arguments.record)
+    if arguments.release is not None:
+        return arguments, release_config(arguments.release, overrides, renew=arguments.renew)
+    return arguments, settings(arguments, overrides)
+
+
+def check_arguments(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """Raise BadInput where arguments do not go together."""
     if arguments.overrides:
         raise BadInput(f"expected key=value, got {arguments.overrides[0]}")
     if arguments.steps is not None and min(arguments.steps) < 1:
@@ -100,22 +110,26 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
         raise BadInput("--samples goes with --steps and must be >= 1")
     if arguments.out is not None:
         check_folder(arguments.out)
-    if arguments.twice and (arguments.record in (None, HERE) or arguments.renew):
+    of_release = arguments.record not in (None, HERE)
+    if arguments.twice and (not of_release or arguments.renew):
         raise BadInput("--twice goes with --record FILE, which it compares; without FILE that is always measured")
-    path, checkpoint = arguments.config, arguments.checkpoint
-    if arguments.record not in (None, HERE):
-        given = [name for name in NOT_OF_A_RECORD if getattr(arguments, name)]
-        if given:
-            raise BadInput(f"--record {arguments.record} says what to evaluate, and how; leave out --{given[0]}")
-        return arguments, release_config(read_release(arguments.record), overrides, renew=arguments.renew)
-    if arguments.record == HERE:
-        given = [f"--{name}" for name in ("scales", "flip") if getattr(arguments, name)]
-        if given := [*given, *unkept(overrides)]:
-            raise BadInput(
-                f"--record keeps what a figure is found again by, settings of data and solver; not {given[0]}"
-            )
-    if arguments.renew:
+    if arguments.renew and not of_release:
         raise BadInput("--renew goes with --record FILE, a record in mdeq/weights/")
+    given = [name for name in NOT_OF_A_RECORD if getattr(arguments, name)]
+    if of_release and given:
+        raise BadInput(f"--record {arguments.record} says what to evaluate, and how; leave out --{given[0]}")
+    changed = [*(f"--{name}" for name in ("scales", "flip") if name in given), *unkept(overrides)]
+    if arguments.record == HERE and changed:
+        raise BadInput(f"--record keeps what a figure is found again by, settings of data and solver; not {changed[0]}")
+
+
+def settings(arguments: argparse.Namespace, overrides: Sequence[str]) -> TrainConfig:
+    """Return the settings of an evaluation: those of a config, of the run of a checkpoint, or of a release's record.
+
+    Raises:
+        BadInput: if none of the three is given, or the checkpoint is not there.
+    """
+    path, checkpoint = arguments.config, arguments.checkpoint
     if checkpoint is not None:
         if not checkpoint.exists():
             raise BadInput(f"no checkpoint {checkpoint}")
@@ -138,7 +152,7 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
         config.model = dataclasses.replace(config.model, checkpoint=str(checkpoint), pretrained=False)
     elif arguments.model is not None or config.model.checkpoint is None:
         config.model = dataclasses.replace(config.model, pretrained=True)
-    return arguments, config
+    return config
 
 
 def as_recorded(data: DataConfig, model: str, overrides: Sequence[str]) -> DataConfig:
@@ -177,121 +191,146 @@ def averaged(task: Task, config: TrainConfig, scales: list[float], flip: bool) -
     return dataclasses.replace(task, inference=MultiScale(tuple(scales), flip, task.inference))
 
 
-def compare(
-    release: mdeq.Release,
-    model: torch.nn.Module,
-    headline: Headline,
-    result: dict[str, float],
-    twice: dict[str, float] | None,
-) -> None:
-    """Print what a record says and what was found; raise SystemExit with 1 where these differ.
+class Measurements:
+    """What is measured of one model on one test split.
 
     Args:
-        release: the record's.
-        model: its model.
-        headline: which metric counts.
-        result, twice: what was found, and at twice the steps if that was measured.
+        arguments: `--steps`, `--samples`, `--scales`, `--flip` count.
+        config: settings of model, data and run.
     """
-    line, same = compared(release.name, headline, result[headline.key], recorded_figure(release))
-    different = [*([] if same else [line]), *differing(release, result), *contradictions(release, model)]
-    print("\n".join([line, *result_lines(result)]))
-    if twice is not None:
-        said = release.card["evaluation"]["metrics_at_twice_the_steps"][headline.key]
-        line, same = compared(f"{release.name} at twice the steps", headline, twice[headline.key], said)
-        print(line)
-        different += [] if same else [line]
-    if different:
-        print("\n".join(f"differs: {line}" for line in different), file=sys.stderr)
-        sys.exit(1)
+
+    def __init__(self, arguments: argparse.Namespace, config: TrainConfig) -> None:
+        self.arguments, self.config = arguments, config
+        self.process = process = build.start_process(config.run)
+        # a number of classes that a run saved says nothing of these data
+        self.subset = any(word.startswith("data.num_classes=") for word in sys.argv)
+        self.model, self.batches = load(config, process, subset=self.subset)
+        self.task = build_task(config, self.model, self.batches, process)
+        self.with_distances = build_task(config, self.model, self.batches, process, distances=True)
+        if arguments.scales or arguments.flip:
+            scales = arguments.scales or [1.0]
+            self.with_distances = self.task = averaged(self.with_distances, config, scales, arguments.flip)
+        self.headline: Headline = self.task.headline
+        self.watch = partial(tqdm, leave=False, disable=not (config.run.progress and process.is_main))
+        self.place = (process.device, process.world_size)
+
+    def run(self, label: str, task: Task, batches: Batches, **kwargs: Any) -> dict[str, float]:
+        """Evaluate the model, with a bar of progress that has a label."""
+        run, process = self.config.run, self.process
+
+        def watch(iterator: Iterator[Any]) -> Iterator[Any]:
+            return iter(self.watch(iterator, desc=label, total=len(batches), unit="batch"))
+
+        amp, dtype = build.autocast(run, process), build.DTYPES[run.dtype]
+        return evaluate(self.model, batches, process, task, amp=amp, dtype=dtype, watch=watch, **kwargs)
+
+    def test(self) -> dict[str, float]:
+        """Return all metrics of the test split."""
+        return self.run("test", self.with_distances, self.batches)
+
+    def twice(self) -> dict[str, float]:
+        """Return its metrics at twice the steps, without a tolerance."""
+        solver = self.model.deq.solver
+        more_steps = dataclasses.replace(solver, max_steps=2 * solver.max_steps, tol=0.0)
+        return self.run("twice the steps", self.task, self.batches, solver=more_steps)
+
+    def against_steps(self) -> list[dict[str, float]]:
+        """Return a row for each number of `--steps`; none without."""
+        if not self.arguments.steps:
+            return []
+        some, samples, process = self.batches, None, self.process
+        if self.arguments.samples is not None:
+            watch = partial(self.watch, unit="sample")
+            size = self.config.data.batch_size
+            wanted = self.arguments.samples
+            some = read_part(self.config, self.model, wanted, process, watch, subset=self.subset, together=size)
+            samples = int(gather(torch.tensor([[len(some.samples)]]), process).sum())
+        run = partial(self.run, task=self.task, batches=some)
+        return steps_table(self.model, self.arguments.steps, run, self.headline, samples)
+
+
+def check_release(arguments: argparse.Namespace, measured: Measurements) -> None:
+    """Compare what a record says with what is found; with `--steps`, have it hold that table.
+
+    Raises:
+        SystemExit: with 1 where they differ.
+    """
+    release, model, headline = arguments.release, measured.model, measured.headline
+    result = measured.test()
+    twice = measured.twice() if arguments.twice else None
+    if measured.process.is_main:
+        line, same = compared(release.name, headline, result[headline.key], recorded_figure(release))
+        different = [*([] if same else [line]), *differing(release, result), *contradictions(release, model)]
+        print("\n".join([line, *result_lines(result)]))
+        if twice is not None:
+            said = release.card["evaluation"]["metrics_at_twice_the_steps"][headline.key]
+            line, same = compared(f"{release.name} at twice the steps", headline, twice[headline.key], said)
+            print(line)
+            different += [] if same else [line]
+        if different:
+            print("\n".join(f"differs: {line}" for line in different), file=sys.stderr)
+            sys.exit(1)
+    rows = measured.against_steps()
+    if rows and measured.process.is_main:
+        print("\n".join(step_lines(rows, headline)))
+        put_into_card(arguments.record, **recorded(rows, circumstances(*measured.place)))
+        print(f"saved: {arguments.record}")
+
+
+def evaluate_split(arguments: argparse.Namespace, measured: Measurements) -> None:
+    """Print what is measured, at twice the steps too; save it where `--record`, `--renew` or `--steps` ask for it."""
+    config, headline, model = measured.config, measured.headline, measured.model
+    result, twice, rows = measured.test(), measured.twice(), measured.against_steps()
+    if not measured.process.is_main:
+        return
+    title = f"{config.model.name} on {config.data.name}"
+    print("\n".join([f"{title}, {model.deq.solver}", *told_holdout(config.data)]))
+    lines = headline_lines(headline, result, twice, model.deq.solver.max_steps, digits=2)
+    top5 = f", top-5 {result['top5']:.2f} %" if "top5" in result else ""
+    print("\n".join([f"{lines[0]}{top5}, loss {result['loss']:.4f}", *lines[1:], *result_lines(result)]))
+    release, here = arguments.release, circumstances(*measured.place)
+    words = [*(release.card["evaluation"].get("settings", []) if release else []), *split_overrides(sys.argv[1:])[0]]
+    settings = evaluation_settings(words)
+    note = getattr(measured.batches, "note", "")
+    record = partial(
+        evaluation, model, result, twice, *measured.place, metric=headline.key, settings=settings, data_note=note
+    )
+    if release is not None:
+        renewed(arguments.record, record(), recorded(rows, here))
+        print("\n".join([f"saved: {arguments.record}", *(step_lines(rows, headline) if rows else [])]))
+        return
+    fresh = Path("runs") / f"validate_{config.model.name.replace('/', '_')}"
+    folder = arguments.out or (fresh if arguments.checkpoint is None else run_of(arguments.checkpoint))
+    if arguments.record:
+        make_folder(folder)
+        write_results(folder, evaluation=record())
+    if rows:
+        print("\n".join(step_lines(rows, headline)))
+        save_table(rows, folder, title, headline)
+        if (folder / RESULTS_FILE).exists():
+            write_results(folder, steps_by=here | {"settings": settings})
+        print(f"saved: {folder / STEPS_FILE}, {folder / STEPS_PICTURE}")
+
+
+def tell_other_classes(arguments: argparse.Namespace, config: TrainConfig, batches: Batches) -> None:
+    """Print the classes that weights were trained for where those of the data are others."""
+    place = config.model.name if arguments.checkpoint is None else f"local-dir:{run_of(arguments.checkpoint)}"
+    known = arguments.checkpoint is not None or config.model.pretrained
+    labels = tuple(recorded_config(place).get("label_names") or ()) if known else ()
+    if labels and batches.class_names and labels != batches.class_names:
+        weights = arguments.checkpoint or config.model.name
+        print(f"the classes of {weights} are {', '.join(labels)}; those here {', '.join(batches.class_names)}")
 
 
 def main() -> None:
     arguments, config = parse_arguments()
-    process = build.start_process(config.run)
-    told = any(word.startswith("data.num_classes=") for word in sys.argv)  # a saved number says nothing of these data
-    model, batches = load(config, process, subset=told)
-    task = build_task(config, model, batches, process)
-    headline = task.headline
-    amp, dtype = build.autocast(config.run, process), build.DTYPES[config.run.dtype]
-
-    quiet = not (config.run.progress and process.is_main)
-
-    def run(label: str, task: Task, batches: Batches = batches, **kwargs: Any) -> dict[str, float]:
-        def watch(iterator: Iterator[Any]) -> Iterator[Any]:
-            return iter(tqdm(iterator, desc=label, total=len(batches), unit="batch", leave=False, disable=quiet))
-
-        return evaluate(model, batches, process, task, amp=amp, dtype=dtype, watch=watch, **kwargs)
-
-    def against_steps() -> list[dict[str, float]]:
-        some, samples = batches, None
-        if arguments.samples is not None:
-            watch = partial(tqdm, unit="sample", leave=False, disable=quiet)
-            size = config.data.batch_size
-            some = read_part(config, model, arguments.samples, process, watch, subset=told, together=size)
-            samples = int(gather(torch.tensor([[len(some.samples)]]), process).sum())
-        return steps_table(model, arguments.steps, partial(run, task=task, batches=some), headline, samples)
-
-    place = config.model.name if arguments.checkpoint is None else f"local-dir:{run_of(arguments.checkpoint)}"
-    known = arguments.checkpoint is not None or config.model.pretrained
-    labels = tuple(recorded_config(place).get("label_names") or ()) if known else ()
-    if labels and batches.class_names and labels != batches.class_names and process.is_main:
-        weights = arguments.checkpoint or config.model.name
-        print(f"the classes of {weights} are {', '.join(labels)}; those here {', '.join(batches.class_names)}")
-    solver = model.deq.solver
-    full = build_task(config, model, batches, process, distances=True)
-    if arguments.scales or arguments.flip:
-        full = task = averaged(full, config, arguments.scales or [1.0], arguments.flip)
-    more_steps = dataclasses.replace(solver, max_steps=2 * solver.max_steps, tol=0.0)
-    of_release = arguments.record not in (None, HERE)
-    where = (process.device, process.world_size)
-    if of_release and not arguments.renew:
-        release = read_release(arguments.record)
-        result = run("test", full)
-        twice = run("twice the steps", task, solver=more_steps) if arguments.twice else None
-        if process.is_main:
-            compare(release, model, headline, result, twice)
-        rows = against_steps() if arguments.steps else []
-        if rows and process.is_main:
-            print("\n".join(step_lines(rows, headline)))
-            put_into_card(arguments.record, **recorded(rows, circumstances(*where)))
-            print(f"saved: {arguments.record}")
-        return
-    result = run("test", task=full)
-    twice = run("twice the steps", task, solver=more_steps)
-    rows = against_steps() if arguments.steps else []
-    if not process.is_main:
-        return
-    print("\n".join([f"{config.model.name} on {config.data.name}, {solver}", *told_holdout(config.data)]))
-    lines = headline_lines(headline, result, twice, solver.max_steps, digits=2)
-    top5 = f", top-5 {result['top5']:.2f} %" if "top5" in result else ""
-    print("\n".join([f"{lines[0]}{top5}, loss {result['loss']:.4f}", *lines[1:], *result_lines(result)]))
-    checkpoint = arguments.checkpoint
-    fresh = Path("runs") / f"validate_{config.model.name.replace('/', '_')}"
-    beside = fresh if checkpoint is None else run_of(checkpoint)
-    folder = arguments.out or beside
-    earlier = read_release(arguments.record).card["evaluation"].get("settings", []) if of_release else []
-    settings = evaluation_settings([*earlier, *split_overrides(sys.argv[1:])[0]])
-    if arguments.record:
-        record = evaluation(
-            model, result, twice, *where,
-            metric=headline.key,
-            settings=settings,
-            data_note=getattr(batches, "note", ""),
-        )  # fmt: skip
-        if of_release:
-            renewed(arguments.record, record, recorded(rows, circumstances(*where)))
-            print(f"saved: {arguments.record}")
-        else:
-            make_folder(folder)
-            write_results(folder, evaluation=record)
-    if rows:
-        print("\n".join(step_lines(rows, headline)))
-        if of_release:
-            return
-        save_table(rows, folder, f"{config.model.name} on {config.data.name}", headline)
-        if (folder / RESULTS_FILE).exists():
-            write_results(folder, steps_by=circumstances(*where) | {"settings": settings})
-        print(f"saved: {folder / STEPS_FILE}, {folder / STEPS_PICTURE}")
+    measured = Measurements(arguments, config)
+    if measured.process.is_main:
+        tell_other_classes(arguments, config, measured.batches)
+    if arguments.release is not None and not arguments.renew:
+        check_release(arguments, measured)
+    else:
+        evaluate_split(arguments, measured)
 
 
 if __name__ == "__main__":
