@@ -1,13 +1,11 @@
 """How to differentiate through an equilibrium: estimators, each of which owns the forward solve."""
 
 from collections.abc import Callable, Mapping
-from copy import copy
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .jacobian import evaluate, vjp
 from .reversible import ReversibleGradient
@@ -56,16 +54,12 @@ class _Implicit(torch.autograd.Function):
         z: Tensor,
         value: Tensor,
         solver: FixedPointSolver,
-        start: Callable[[Any, Tensor], Tensor] | None,
-        memory: Any,
+        start: Callable[[tuple[Tensor, ...], Tensor], Tensor] | None,
         record: list[SolveStats],
+        *secants: Tensor,
     ) -> Tensor:
-        # Its tensors by autograd, which lets go of them in backward: kept in ctx, they would live as long as the loss.
-        entries, ctx.form = tree_flatten(dict(getattr(memory, "__dict__", {})))
-        ctx.places = [k for k, x in enumerate(entries) if isinstance(x, Tensor)]
-        ctx.save_for_backward(f_z, z, *(entries[k] for k in ctx.places))
-        ctx.entries = [None if isinstance(x, Tensor) else x for x in entries]
-        ctx.memory = _with_entries(memory, tree_unflatten(ctx.entries, ctx.form))
+        # Saved, for autograd to let go of them in backward: as attributes they would live as long as the loss.
+        ctx.save_for_backward(f_z, z, *secants)
         ctx.solver, ctx.start, ctx.record = solver, start, record
         return value.clone()
 
@@ -75,7 +69,7 @@ class _Implicit(torch.autograd.Function):
             raise RuntimeError(
                 "the implicit gradient cannot be differentiated again (create_graph=True); use PhantomGradient"
             )
-        f_z, z, *kept = ctx.saved_tensors
+        f_z, z, *secants = ctx.saved_tensors
         # The system is linear: solved for a gradient of unit length, it stops alike at every scale of the loss.
         size = torch.linalg.vector_norm(grad, dim=1, keepdim=True, dtype=small_dtype(grad))
         rhs = (grad / torch.where(size > 0, size, torch.ones_like(size))).to(grad.dtype)
@@ -86,26 +80,14 @@ class _Implicit(torch.autograd.Function):
         if ctx.start is None:  # from zero, where the first evaluation is known
             u, stats, _ = ctx.solver.solve(adjoint, torch.zeros_like(rhs), f0=rhs)
         else:
-            entries = list(ctx.entries)
-            for k, x in zip(ctx.places, kept):
-                entries[k] = x
-            memory = _with_entries(ctx.memory, tree_unflatten(entries, ctx.form))
             with full_precision(rhs):  # backward may be called under autocast
-                u = ctx.start(memory, rhs)
+                u = ctx.start(tuple(secants), rhs)
             u, stats = ctx.solver(adjoint, u)
         ctx.record.append(stats)
         # Where no step was possible, zero would pass for a gradient. From zero, the first step goes to what is known.
         lost = (stats.status == SolveStatus.NONFINITE) & (stats.num_steps <= (ctx.start is None))
         u = u.masked_fill(lost.unsqueeze(1), float("nan"))
-        return (u * size).to(grad.dtype), *(None,) * 6
-
-
-def _with_entries(memory: Any, entries: Mapping[str, Any]) -> Any:
-    """Return a solver's memory with other values of some of its attributes."""
-    if entries:
-        memory = copy(memory)
-        vars(memory).update(entries)  # a dataclass may be frozen, or want its tensors when it is made
-    return memory
+        return (u * size).to(grad.dtype), *(None,) * (5 + len(secants))
 
 
 @dataclass(frozen=True)
@@ -142,10 +124,10 @@ class ImplicitGradient:
             return (fn(z_star) if training else z_star), stats, record
         z, f_z = evaluate(fn, z_star)
         value = f_z.detach() if training else z_star
-        start, kept = None, None
+        start, secants = None, ()
         if warm:
-            start, kept = (lambda memory, w: solver.inverse_transposed(memory, stats, w)), memory
-        return _Implicit.apply(f_z, z, value, self.solver, start, kept, record), stats, record
+            start, secants = (lambda secants, w: solver.inverse_transposed(secants, stats, w)), solver.secants(memory)
+        return _Implicit.apply(f_z, z, value, self.solver, start, record, *secants), stats, record
 
 
 class _Substitute(torch.autograd.Function):

@@ -2,7 +2,6 @@
 
 import gc
 import weakref
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -573,7 +572,7 @@ def test_the_transposed_inverse_is_that_of_the_textbook_update() -> None:
     solver = Broyden(tol=0.0, max_steps=6)
     with torch.no_grad():
         _, stats, memory = solver.solve(recorded, f.zeros[0])
-        actual = solver.inverse_transposed(memory, stats, f.upstream)
+        actual = solver.inverse_transposed(solver.secants(memory), stats, f.upstream)
         for i in range(3):
             inverse = -torch.eye(8, dtype=torch.float64)
             points = [z[i] for z in iterates[:6]]  # the last step's own update has no direction after it
@@ -612,8 +611,7 @@ def test_a_warm_start_is_let_go_of_in_backward() -> None:
     class Watched(Broyden):
         def init(self, z0: Tensor) -> Any:
             memory = super().init(z0)
-            memory.more = [z0.clone()]  # somebody's solver may have a list of them
-            histories.extend(map(weakref.ref, (memory.d, memory.more[0])))
+            histories.append(weakref.ref(memory.d.untyped_storage()))
             return memory
 
     loss = DEQ(Watched(), ImplicitGradient(Broyden(), warm_start=True))(f, f.zeros).state[0].sum()
@@ -652,26 +650,22 @@ def test_implicit_in_float16(warm: bool, scale: float) -> None:
 
 
 def test_a_warm_start_takes_any_memory() -> None:
-    """Of a solver of one's own: one that wants its tensors when it is made, and whose fields cannot be set."""
+    """Of a solver of one's own, which says what of it is kept until backward."""
     f, seen = Affine(), []
 
-    @dataclass(frozen=True)
-    class Memory:
-        start: Tensor
-        batch: int = field(init=False)
-
-        def __post_init__(self) -> None:
-            object.__setattr__(self, "batch", len(self.start))
-
     class Own(Picard):
-        def init(self, z0: Tensor) -> Memory:
-            return Memory(z0)
+        def init(self, z0: Tensor) -> dict[str, Tensor]:
+            return {"start": z0}
 
-        def inverse_transposed(self, memory: Memory, stats: SolveStats, w: Tensor) -> Tensor:
-            seen.append((memory.batch, memory.start.shape))
+        def secants(self, memory: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            return (memory["start"],)
+
+        def inverse_transposed(self, secants: tuple[Tensor, ...], stats: SolveStats, w: Tensor) -> Tensor:
+            seen.extend(secants)
             return w
 
     eq = DEQ(Own(tol=1e-12, max_steps=200), ImplicitGradient(EXACT, warm_start=True))(f, f.zeros)
     grad_a, _ = f.backward(eq)
-    assert seen == [(len(f.b), f.b.shape)]
+    assert len(seen) == 1
+    assert torch.equal(seen[0], f.zeros[0])
     assert relative(grad_a, f.closed_form()[1]) < 1e-9

@@ -201,13 +201,17 @@ class FixedPointSolver(ABC):
         """Whether `inverse_transposed` has more to say than w."""
         return type(self).inverse_transposed is not FixedPointSolver.inverse_transposed
 
-    def inverse_transposed(self, memory: Any, stats: SolveStats, w: Tensor) -> Tensor:
-        """Return an estimate of `(I - J)^-T w` `(B, D)` from what a solve remembers of J; w where that is nothing.
+    def secants(self, memory: Any) -> tuple[Tensor, ...]:
+        """Return what the memory of a solve holds of J, for `inverse_transposed`: all that is kept until backward."""
+        return ()
+
+    def inverse_transposed(self, secants: tuple[Tensor, ...], stats: SolveStats, w: Tensor) -> Tensor:
+        """Return an estimate of `(I - J)^-T w` `(B, D)` from what a solve has learnt of J; w where that is nothing.
 
         It is where the linear system of the implicit gradient may start (Ramzi et al. 2022, SHINE).
 
         Args:
-            memory: of a solve, as `solve` returns it.
+            secants: of a solve that kept every sample in the batch, as `secants` returns them.
             stats: of the same solve.
             w: `(B, D)`.
         """

@@ -108,14 +108,18 @@ class Broyden(FixedPointSolver):
         memory.d[:, k] = step
         return step
 
-    def inverse_transposed(self, memory: _Directions, stats: SolveStats, w: Tensor) -> Tensor:
-        # The directions are those of the last `count` steps; a sample that had stopped before took no part in the rest.
-        steps, dtype, w = len(stats.trace) - 1, w.dtype, w.to(small_dtype(w))
-        valid = stats.num_steps - (steps - memory.count)
-        for j in reversed(range(memory.count - 1)):
-            d, following = memory.d[:, j].to(w.dtype), memory.d[:, j + 1].to(w.dtype)
+    def secants(self, memory: _Directions) -> tuple[Tensor, ...]:
+        return memory.d[:, : memory.count], memory.length[:, : memory.count]
+
+    def inverse_transposed(self, secants: tuple[Tensor, ...], stats: SolveStats, w: Tensor) -> Tensor:
+        # The directions are those of the last steps; a sample that had stopped before took no part in the rest.
+        directions, length = secants
+        steps, count, dtype, w = len(stats.trace) - 1, directions.shape[1], w.dtype, w.to(small_dtype(w))
+        valid = stats.num_steps - (steps - count)
+        for j in reversed(range(count - 1)):
+            d, following = directions[:, j].to(w.dtype), directions[:, j + 1].to(w.dtype)
             square = torch.linalg.vecdot(d, d)
-            u = following - (1 - memory.length[:, j : j + 1]) * d
+            u = following - (1 - length[:, j : j + 1]) * d
             counts = (j + 1 < valid) & (square > 0)
             share = torch.linalg.vecdot(u, w) / square
             # What a sample that had stopped holds from then on need not be finite.
