@@ -28,8 +28,9 @@ import mdeq
 from mdeq.models import weights
 from mdeq.models.weights import DEFAULT_ORG, Release, WeightsError, local_file, with_releases
 from tools.build import renew_cfg
-from tools.card import combined_licence, model_card
+from tools.card import model_card
 from tools.config import DataConfig, ModelConfig, TrainConfig, load_config, parse_config
+from tools.known_data import combined_licence
 from tools.publish import TABLE_END, TABLE_START, shipped_files, with_table
 from tools.recheck import contradictions
 

@@ -17,10 +17,10 @@ from torch import nn
 import mdeq
 from tools import volume_data
 from tools.batches import Batches, ImageSpec, Process
-from tools.card import combined_licence, dataset
 from tools.checkpoint import load_weights, read_json
 from tools.config import ARRAYS, BadInput, DataConfig, ModelConfig, RunConfig, TrainConfig, nearest
 from tools.data import build_batches
+from tools.known_data import combined_licence, dataset
 from tools.tasks import check_task
 
 _UNUSABLE = (

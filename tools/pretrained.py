@@ -13,9 +13,9 @@ from torch import nn
 import mdeq
 from tools import convert
 from tools.build import build_model, data_record, known_model, renew_cfg
-from tools.card import DATASETS
 from tools.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_json, read_weights, run_of
 from tools.config import BadInput, ModelConfig, load_config
+from tools.known_data import DATASETS
 from tools.segmentation_data import CITYSCAPES_CLASSES
 
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl")

@@ -30,9 +30,10 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 import mdeq
-from tools.card import combined_licence, dataset, model_card, releases_table
+from tools.card import model_card, releases_table
 from tools.checkpoint import CONFIG_FILE, STEPS_FILE, WEIGHTS_FILE, read_json, read_weights, sha256, write_atomically
 from tools.config import BadInput, TrainConfig, config_yaml, load_config, parse_config
+from tools.known_data import combined_licence, dataset
 from tools.recheck import put_into_card, read_release, told_solver
 from tools.report import Parser, program
 from tools.results import ROOT, read_results, write_json
