@@ -74,7 +74,8 @@ class DEQ(nn.Module):
     from the start, such as one with nan in its input, the state is nan, where a solver returns the starting point.
 
     Args:
-        solver: the forward solver; `deq.solver = ...` replaces it at any time.
+        solver: the forward solver; `deq.solver = ...` replaces it at any time. `ReversibleGradient` takes of it
+            tolerance and number of steps alone, in both modes.
         gradient: the gradient estimator, likewise.
 
     Raises:

@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -207,14 +207,8 @@ class ReversibleGradient:
             tensors = list({id(x): x for x in fn.tensors() if x.requires_grad}.values())
         stored = _Stored(self.store_every or self._distance(), solver.max_steps) if tensors else None
         coupled = _Coupled(fn, z0.dtype, self.beta, torch.arange(len(z0), device=z0.device), stored)
-        picard = Picard(
-            damping=self.beta,
-            tol=solver.tol,
-            max_steps=solver.max_steps,
-            stop_mode=solver.stop_mode,
-            divergence_factor=solver.divergence_factor,
-            check_every=solver.check_every,
-        )
+        settings = {f.name: getattr(solver, f.name) for f in fields(FixedPointSolver)}
+        picard = Picard(**settings, damping=self.beta)
         start = torch.cat((z0, z0), dim=1).to(_STATE)
         pair, stats, _ = picard.solve(coupled, start, compact=hasattr(fn, "take"))
         count = _steps_of_best(stats)

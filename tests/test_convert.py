@@ -21,7 +21,7 @@ import tools.convert
 from tests import official
 from tools.checkpoint import export, load_weights
 from tools.config import BadInput
-from tools.pretrained import load_trained
+from tools.pretrained import load_checkpoint, load_trained
 
 
 @pytest.fixture
@@ -293,7 +293,7 @@ def test_every_reader_takes_the_averaged_weights(names: tuple[str, str], tmp_pat
     torch.save(dict(zip(names, (averaged.state_dict(), raw.state_dict()))), path)
     model = timm.create_model("mdeq_tiny_cifar", num_classes=7)
     load_weights(model, path, classifier="classifier", new_classifier=False)
-    for found in (tools.convert.load(path, None)[0], load_trained(str(path)).model, model):
+    for found in (load_checkpoint(path, None)[0], load_trained(str(path)).model, model):
         assert torch.equal(found.stem.conv1.weight, averaged.stem.conv1.weight)
 
 

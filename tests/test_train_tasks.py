@@ -135,6 +135,12 @@ def test_windows_of_a_release_are_compared(volumes: Path) -> None:
     assert "of 1 windows converged" in out
 
 
+def test_volumes_are_not_resized_to_one_size(volumes: Path, tmp_path: Path) -> None:
+    line = train(tmp_path / "run", volumes, *SEGMENTER, "data.image_size=32").refusal()
+    assert "data.image_size=32 is for images with one label each" in line
+    assert not (tmp_path / "run").exists()
+
+
 def test_windows_of_a_release_are_those_of_its_record(volumes: Path) -> None:
     words = ("--record", RECORD, f"data.root={volumes}")
     assert "would give another figure" in run("windows", *words, "data.patch_size=[32,32,32]").refusal()

@@ -409,6 +409,17 @@ def test_an_image(classifier: tuple[Path, nn.Module], photo: Path, tmp_path: Pat
     assert str(photo.parent) not in html
 
 
+def test_solvers_are_compared_whatever_the_gradient(photo: Path, tmp_path: Path) -> None:
+    """A reversible gradient takes the place of any solver."""
+    folder, _ = saved(tmp_path / "run", "mdeq_tiny_cifar", {}, head_channels=(2, 2), gradient={"name": "reversible"})
+    visualize(folder, photo, "--out", tmp_path / "reversible", *QUICK).ok()
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace("reversible", "implicit"))
+    visualize(folder, photo, "--out", tmp_path / "implicit", *QUICK).ok()
+    drawn = [(tmp_path / name / "convergence.png").read_bytes() for name in ("reversible", "implicit")]
+    assert drawn[0] == drawn[1]
+
+
 def test_inputs_after_the_options_and_one_that_is_none(
     classifier: tuple[Path, nn.Module], photo: Path, tmp_path: Path
 ) -> None:

@@ -265,6 +265,16 @@ def build_test_split(config: TrainConfig, model: nn.Module, process: Process, *,
     return batches
 
 
+def build_evaluation(config: TrainConfig, process: Process, *, subset: bool = False) -> tuple[nn.Module, Batches]:
+    """Return the model of a config and its test split, which has fewer classes only if it is said to be a subset."""
+    classes = config.data.num_classes
+    if classes is None and config.data.name in ARRAYS:
+        classes = 10
+    model = build_model(config.model, classes, for_training=False)
+    batches = build_test_split(config, model, process, subset=subset)
+    return placed(model, config.run, process).eval(), batches
+
+
 def check_classes(model: nn.Module, found: int | None, origin: str, *, exactly: bool = False) -> None:
     """Raise BadInput if data have more classes than a model, or, if it is to be `exactly` as many, fewer."""
     if found is None or found == model.num_classes or (found < model.num_classes and not exactly):

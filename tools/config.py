@@ -64,7 +64,7 @@ class DataConfig:
     num_train: int | None = None  # only the first so many training samples
     holdout: int | None = None  # the last so many training samples are held out and evaluated on, not the test split
     num_classes: int | None = None  # None: as many as the data have, where that is known
-    image_size: int | None = None  # None: the model's own
+    image_size: int | None = None  # images with one label each; None: the model's own
     batch_size: int = 64  # images of one optimiser step, over all processes and accumulated parts
     # none | flip | crop_flip (padded by an eighth) | imagenet (timm's random resized crop); images with masks: none |
     # flip | scale_flip; volumes: none | volume (small rotations, shifts, scales and changes of intensity).
@@ -99,11 +99,11 @@ class LossConfig:
 
 @dataclass
 class OptimConfig:
-    name: str = "adamw"  # any of timm.optim.list_optimizers()
+    name: str = "adamw"  # any of timm.optim.list_optimizers() without second derivatives
     lr: float = 1e-3
     weight_decay: float = 0.0
     momentum: float = 0.9
-    schedule: str = "cosine"  # cosine | step | any of timm's, or none
+    schedule: str = "cosine"  # cosine | step | tanh | poly | wsd | rsqrt | constant (all timm's) | none
     warmup_epochs: float = 0.0
     min_lr: float = 1e-6
     decay_epochs: float = 30.0  # step schedule: epochs between decays
@@ -132,7 +132,7 @@ class DEQConfig:
 class RunConfig:
     epochs: int = 10
     seed: int = 0
-    max_minutes: float | None = None  # stop at the next step after this long, with a checkpoint to resume from
+    max_minutes: float | None = None  # stop at the next training step after this long, with a checkpoint to resume from
     resume: bool = False  # go on with the run in out_dir, or with the newest one of this config
     out_dir: str | None = None  # None: a new folder in runs/
     device: str = "auto"  # auto | cpu | cuda | cuda:1

@@ -30,12 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import timm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
 import mdeq
-from tools.build import build_model, known_model
 from tools.checkpoint import (
     CONFIG_FILE,
     FORMAT,
@@ -49,7 +47,8 @@ from tools.checkpoint import (
     sha256,
     write_atomically,
 )
-from tools.config import BadInput, ModelConfig, nearest
+from tools.config import BadInput
+from tools.pretrained import config_beside, load_checkpoint
 from tools.report import Parser, program
 from tools.results import read_results, write_results
 
@@ -79,40 +78,6 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.tag is not None and not re.fullmatch(r"\w+", arguments.tag):
         raise BadInput(f"--tag must be a name of letters, digits and underscores, got {arguments.tag!r}")
     return arguments
-
-
-def load(path: Path, name: str | None) -> tuple[nn.Module, str]:
-    """Return the model of a checkpoint with its weights, through timm's ordinary path, and the layout it was in.
-
-    Raises:
-        BadInput: for a file that cannot be read, or fits no model.
-    """
-    if name is not None and name not in mdeq.list_models():
-        raise BadInput(f"unknown model {name}; {nearest(name, mdeq.list_models())}")
-    file = path / WEIGHTS_FILE if path.is_dir() else path
-    try:
-        if file.name == WEIGHTS_FILE and (file.parent / "config.json").is_file():  # it says more than shapes do
-            return timm.create_model(known_model(f"local-dir:{file.parent}"), pretrained=True), "native"
-        if name is None and told(file).get("architecture") in mdeq.list_models():
-            source = ModelConfig(name=f"local-dir:{file.parent}", checkpoint=str(file))
-            return build_model(source, None, for_training=False), "native"
-        weights = read_weights(file)
-        layout, fitting, args = mdeq.identify_checkpoint(weights, name)
-        if name not in (None, fitting):
-            raise BadInput(f"{path} does not fit {name}: it fits {fitting}")
-        default = timm.get_pretrained_cfg(fitting)
-        # The tensors, not the file, of which timm takes others where it holds averages too.
-        overlay: dict[str, Any] = dict(state_dict=weights, num_classes=args.get("num_classes", default.num_classes))
-        if "in_chans" in args:
-            overlay["input_size"] = (args["in_chans"], *default.input_size[1:])
-        model = timm.create_model(fitting, pretrained=True, pretrained_cfg_overlay=overlay, **args)
-        # What the architecture's released weights were trained on says nothing of these.
-        model.pretrained_cfg |= dict(state_dict=None, description=None, tag="", license=None, hf_hub_id=None)
-        if layout == "native":
-            model.pretrained_cfg["label_names"] = None
-        return model, layout
-    except (ValueError, RuntimeError, TypeError, OSError, SafetensorError) as error:
-        raise BadInput(f"{path}: {str(error).splitlines()[0]}") from None
 
 
 def inflated(model: nn.Module) -> nn.Module:
@@ -154,12 +119,6 @@ def narrow_file(path: Path) -> None:
     write_atomically(path, lambda beside: save_file(weights, beside, metadata=FORMAT))
 
 
-def told(checkpoint: Path) -> dict[str, Any]:
-    """Return the config.json of a run's folder, or beside a file of weights; nothing where there is none."""
-    path = run_of(checkpoint) / "config.json"
-    return read_json(path) if path.is_file() else {}
-
-
 @torch.no_grad()
 def verify(model: nn.Module, folder: Path) -> None:
     """Check that the folder gives the model again, logits and weights alike, bit for bit.
@@ -178,7 +137,7 @@ def verify(model: nn.Module, folder: Path) -> None:
 
 def main() -> None:
     arguments = parse_arguments()
-    model, layout = load(arguments.checkpoint, arguments.model)
+    model, layout = load_checkpoint(arguments.checkpoint, arguments.model)
     if arguments.inflate:
         model = inflated(model)
     if arguments.rescale:
@@ -194,7 +153,7 @@ def main() -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
-        config = told(arguments.checkpoint)
+        config = config_beside(arguments.checkpoint)
         write(model, temporary, {key: config[key] for key in TOLD if key in config})
         if arguments.bf16:
             narrow_file(temporary / WEIGHTS_FILE)

@@ -265,10 +265,10 @@ def read_batches(
     classes = getattr(getattr(dataset, "reader", dataset), "class_to_idx", None)
     if is_folder and classes and not training:
         _require_same_classes(Path(config.root), config.train_split, set(classes), split)
+    if training and config.num_train is not None:
+        raise BadInput("data.num_train is for data sets with a name; use a split or a smaller folder")
     is_stream = isinstance(dataset, IterableDataset)
     if not is_stream:
-        if training and config.num_train is not None:
-            raise BadInput("data.num_train is for data sets with a name; use a split or a smaller folder")
         dataset = StrictImages(dataset, spec.size[0])
     loader = _loader(config, spec, process, dataset, training)
     names = tuple(str(name) for name in sorted(classes, key=classes.__getitem__)) if classes else ()

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
@@ -21,6 +21,8 @@ def build_optimizer(optim: OptimConfig, model: nn.Module) -> torch.optim.Optimiz
     """
     if optim.name not in list_optimizers():
         raise BadInput(f"unknown optim.name {optim.name}; {nearest(optim.name, list_optimizers())}")
+    if get_optimizer_info(optim.name).second_order:
+        raise BadInput(f"optim.name={optim.name} needs second derivatives, which an equilibrium does not have")
     try:
         return create_optimizer_v2(
             model,

@@ -11,7 +11,6 @@ and on the pictures. docs/predict.md has the details.
 """
 
 import argparse
-import glob
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from tqdm import tqdm
 from tools.build import find_device
 from tools.checkpoint import check_folder, make_folder, write_atomically
 from tools.config import BadInput
+from tools.inputs import add_input_arguments, check_size, input_files
 from tools.predictions import Result, as_csv, as_json, printed
 from tools.predictors import Predictor, Sample, Settings
 from tools.pretrained import load_trained
@@ -32,26 +32,14 @@ from tools.report import Parser, program
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__)
-    parser.add_argument("model", metavar="MODEL", help="name with weights, hf-hub:, local-dir:, run's folder, or file")
-    parser.add_argument("input", metavar="INPUT", nargs="+", help="image, NIfTI volume, folder or pattern")
+    windows = "segmentation: windows of so many pixels or voxels, one number or per axis"
+    add_input_arguments(parser, inputs="+", patch=windows)
     parser.add_argument("--out", type=Path, required=True, help="folder for what is written; not that of the inputs")
     parser.add_argument("--topk", type=int, default=5, help="classes to list (default: 5)")
     parser.add_argument("--solver-steps", type=int, help="most solver steps; default: the model's own")
     parser.add_argument("--batch-size", type=int, default=1, help="inputs, or windows of one, at once (default: 1)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
-    parser.add_argument(
-        "--size", type=int, nargs="+", help="images: pixels, one number or height and width, that the model sees"
-    )
-    windows = parser.add_mutually_exclusive_group()
-    windows.add_argument(
-        "--patch", type=int, nargs="+", help="segmentation: windows of so many pixels or voxels, one number or per axis"
-    )
-    windows.add_argument("--whole", action="store_true", help="volumes: no windows, whatever the training patch was")
     parser.add_argument(
         "--overlap", type=float, default=0.5, help="share of a window its neighbour covers (default: 0.5)"
-    )
-    parser.add_argument(
-        "--orientation", choices=["RAS", "none"], help="volumes: none takes the axes as they lie in the file"
     )
     arguments = parser.parse_args()
     for name in ("topk", "solver_steps", "batch_size"):
@@ -60,8 +48,7 @@ def parse_arguments() -> argparse.Namespace:
             raise BadInput(f"--{name.replace('_', '-')} must be >= 1, got {value}")
     if not 0 <= arguments.overlap < 1:
         raise BadInput(f"--overlap must be >= 0 and < 1, got {arguments.overlap:g}")
-    if arguments.size is not None and (len(arguments.size) > 2 or min(arguments.size) < 16):
-        raise BadInput(f"--size must be one or two numbers of at least 16, got {' '.join(map(str, arguments.size))}")
+    check_size(arguments.size)
     check_folder(arguments.out)
     return arguments
 
@@ -80,33 +67,6 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         solver_steps=arguments.solver_steps,
         device=find_device(arguments.device, "--device"),
     )
-
-
-def gather(words: Sequence[str], suffixes: Sequence[str], out: Path) -> list[Path]:
-    """Return the files that the inputs name; of a folder those with one of the suffixes, by name.
-
-    Raises:
-        BadInput: for a folder or pattern without any, or inputs that lie where the outputs go.
-    """
-    found: list[Path] = []
-    for word in words:
-        path = Path(word)
-        if path.is_dir():
-            files = [file for file in sorted(path.iterdir()) if file.name.lower().endswith(tuple(suffixes))]
-            # A link to nothing is an input that cannot be read, and said to be.
-            files = [file for file in files if not file.is_dir() and not file.name.startswith(".")]
-            if not files:
-                raise BadInput(f"no files {', '.join(suffixes)} in {path}")
-        elif not path.exists() and glob.has_magic(word):
-            files = [Path(name) for name in sorted(glob.glob(word))]
-            if not files:
-                raise BadInput(f"no files {word}")
-        else:
-            files = [path]  # one that is not there is said when it is read
-        found += [file for file in files if file not in found]
-    if any(file.parent.resolve() == out.resolve() for file in found):
-        raise BadInput(f"the inputs lie in {out}; give --out another folder")
-    return found
 
 
 def output_names(files: Sequence[Path]) -> list[str]:
@@ -172,7 +132,7 @@ def main() -> None:
     arguments = parse_arguments()
     settings = settings_of(arguments)
     predictor = Predictor(load_trained(arguments.model), settings)
-    files = gather(arguments.input, predictor.suffixes, arguments.out)
+    files = input_files(arguments.input, predictor.suffixes, arguments.out)
     results: list[Result] = []
 
     def watch(inputs: Sequence[Any]) -> Any:

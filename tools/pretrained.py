@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
+from safetensors import SafetensorError
 from timm.data import ImageNetInfo
 from torch import nn
 
 import mdeq
-from tools import convert
 from tools.build import build_model, data_record, known_model, renew_cfg
 from tools.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_json, read_weights, run_of
-from tools.config import BadInput, ModelConfig, load_config
+from tools.config import BadInput, ModelConfig, load_config, nearest
 from tools.known_data import DATASETS
 from tools.segmentation_data import CITYSCAPES_CLASSES
 
@@ -77,6 +78,46 @@ def recorded_config(name: str) -> dict[str, Any]:
     return dict(tagged[0].config) if tagged else {}
 
 
+def load_checkpoint(path: Path, name: str | None) -> tuple[nn.Module, str]:
+    """Return the model of a checkpoint with its weights, through timm's ordinary path, and the layout it was in.
+
+    Raises:
+        BadInput: for a file that cannot be read, or fits no model.
+    """
+    if name is not None and name not in mdeq.list_models():
+        raise BadInput(f"unknown model {name}; {nearest(name, mdeq.list_models())}")
+    file = path / WEIGHTS_FILE if path.is_dir() else path
+    try:
+        if file.name == WEIGHTS_FILE and (file.parent / "config.json").is_file():  # it says more than shapes do
+            return timm.create_model(known_model(f"local-dir:{file.parent}"), pretrained=True), "native"
+        if name is None and config_beside(file).get("architecture") in mdeq.list_models():
+            source = ModelConfig(name=f"local-dir:{file.parent}", checkpoint=str(file))
+            return build_model(source, None, for_training=False), "native"
+        weights = read_weights(file)
+        layout, fitting, args = mdeq.identify_checkpoint(weights, name)
+        if name not in (None, fitting):
+            raise BadInput(f"{path} does not fit {name}: it fits {fitting}")
+        default = timm.get_pretrained_cfg(fitting)
+        # The tensors, not the file, of which timm takes others where it holds averages too.
+        overlay: dict[str, Any] = dict(state_dict=weights, num_classes=args.get("num_classes", default.num_classes))
+        if "in_chans" in args:
+            overlay["input_size"] = (args["in_chans"], *default.input_size[1:])
+        model = timm.create_model(fitting, pretrained=True, pretrained_cfg_overlay=overlay, **args)
+        # What the architecture's released weights were trained on says nothing of these.
+        model.pretrained_cfg |= dict(state_dict=None, description=None, tag="", license=None, hf_hub_id=None)
+        if layout == "native":
+            model.pretrained_cfg["label_names"] = None
+        return model, layout
+    except (ValueError, RuntimeError, TypeError, OSError, SafetensorError) as error:
+        raise BadInput(f"{path}: {str(error).splitlines()[0]}") from None
+
+
+def config_beside(checkpoint: Path) -> dict[str, Any]:
+    """Return the config.json of a run's folder, or beside a file of weights; nothing where there is none."""
+    path = run_of(checkpoint) / "config.json"
+    return read_json(path) if path.is_file() else {}
+
+
 def _from_path(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     folder = run_of(path)
     if not path.exists():
@@ -91,7 +132,7 @@ def _from_path(path: Path) -> tuple[nn.Module, dict[str, Any]]:
             source = ModelConfig(name=f"local-dir:{folder}", pretrained=True)
         return build_model(source, None, for_training=False), config
     if not (folder / CONFIG_FILE).is_file():
-        return convert.load(path, None)[0], {}
+        return load_checkpoint(path, None)[0], {}
     run = load_config(folder / CONFIG_FILE)
     start, source = run.model, dataclasses.replace(run.model, pretrained=False, checkpoint=str(path))
     classifier = read_weights(path).get("classifier.weight")

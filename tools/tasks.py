@@ -10,7 +10,7 @@ from torch import nn
 import mdeq
 from tools import segmentation_data, volume_data
 from tools.batches import VOID, Batches, Process
-from tools.config import BadInput, TrainConfig
+from tools.config import BadInput, DataConfig, TrainConfig
 from tools.inference import Inference, SlidingWindow, whole
 from tools.losses import PixelLoss, VolumeLoss
 from tools.metrics import DiceTally, MeanLoss, PixelTally, RankTally, Tally
@@ -100,6 +100,30 @@ def build_task(
     return Task(MIOU, criterion, test, lambda training: PixelTally(names, VOID, process), inference)
 
 
+_MASKS, _VOLUMES = segmentation_data.NAMES, volume_data.NAMES
+_SETTINGS_OF = {
+    "images with masks and for volumes": (_MASKS + _VOLUMES, ("patch_size",)),
+    "images with masks": (_MASKS, ("scale_range", "ignore_index")),
+    "volumes": (_VOLUMES, ("spacing", "normalise", "flip_axes", "turn_axes")),
+    "volumes with labels per voxel": (volume_data.SEGMENTED, ("foreground",)),
+    "nifti": (("nifti",), ("orientation",)),
+}
+"""Settings of the data that mean something for some alone: for which, in words and by name."""
+
+
+def _check_settings_of(data: DataConfig) -> None:
+    usual = DataConfig()
+    for words, (names, keys) in _SETTINGS_OF.items():
+        for key in keys:
+            if data.name not in names and getattr(data, key) != getattr(usual, key):
+                raise BadInput(f"data.{key} is for {words}, not for {data.name}; leave it out")
+    if data.image_size is not None and data.name in _MASKS + _VOLUMES:
+        raise BadInput(
+            f"data.image_size={data.image_size} is for images with one label each; {data.name} is not resized to one "
+            "size, set data.image_size=null"
+        )
+
+
 def check_task(config: TrainConfig, model: nn.Module) -> None:
     """Raise BadInput if data, model, loss and task do not go together."""
     data, dense = config.data, config.task == "segmentation"
@@ -113,6 +137,7 @@ def check_task(config: TrainConfig, model: nn.Module) -> None:
         raise BadInput(
             f"{config.model.name} is a model of {model.spatial_dims}D data, {data.name} is of {3 if volumes else 2}D"
         )
+    _check_settings_of(data)
     if dense and (data.mixup > 0 or data.cutmix > 0):
         raise BadInput("data.mixup and data.cutmix are for task=classification")
     if volumes and data.cutmix > 0 and len({*(data.patch_size or ())}) > 1:  # timm measures its box by two axes

@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 import mdeq
 from tools import build, segmentation_data, volume_data
-from tools.batches import Batches, Process, told_holdout
+from tools.batches import Batches, told_holdout
 from tools.checkpoint import CONFIG_FILE, RESULTS_FILE, STEPS_FILE, STEPS_PICTURE, check_folder, make_folder, run_of
-from tools.config import ARRAYS, BadInput, DataConfig, TrainConfig, load_config, split_overrides
+from tools.config import BadInput, DataConfig, TrainConfig, load_config, split_overrides
 from tools.engine import evaluate
 from tools.inference import MultiScale
 from tools.metrics import gather
@@ -76,7 +76,9 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
         metavar="N",
         help="with --steps: on N samples spread over the split (default: all)",
     )
-    parser.add_argument("--out", type=Path, help="folder for steps.csv and steps.png; default: that of the checkpoint")
+    parser.add_argument(
+        "--out", type=Path, help="folder of steps.csv and steps.png; default: the checkpoint's, or runs/validate_MODEL"
+    )
     parser.add_argument("--scales", type=float, nargs="+", help="2D segmentation: average over resized images")
     parser.add_argument("--flip", action="store_true", help="2D segmentation: average with mirrored images")
     parser.add_argument(
@@ -168,16 +170,6 @@ def as_recorded(data: DataConfig, model: str, overrides: Sequence[str]) -> DataC
     return dataclasses.replace(data, **{key: value for key, value in values.items() if f"data.{key}" not in said})
 
 
-def load(config: TrainConfig, process: Process, *, subset: bool = False) -> tuple[torch.nn.Module, Batches]:
-    """Return the model of a config and its test split, which has fewer classes only if it is said to be a subset."""
-    classes = config.data.num_classes
-    if classes is None and config.data.name in ARRAYS:
-        classes = 10
-    model = build.build_model(config.model, classes, for_training=False)
-    batches = build.build_test_split(config, model, process, subset=subset)
-    return build.placed(model, config.run, process).eval(), batches
-
-
 def averaged(task: Task, config: TrainConfig, scales: list[float], flip: bool) -> Task:
     """Return a task whose images are predicted at several scales, and mirrored, too.
 
@@ -204,7 +196,7 @@ class Measurements:
         self.process = process = build.start_process(config.run)
         # a number of classes that a run saved says nothing of these data
         self.subset = any(word.startswith("data.num_classes=") for word in sys.argv)
-        self.model, self.batches = load(config, process, subset=self.subset)
+        self.model, self.batches = build.build_evaluation(config, process, subset=self.subset)
         self.task = build_task(config, self.model, self.batches, process)
         self.with_distances = build_task(config, self.model, self.batches, process, distances=True)
         if arguments.scales or arguments.flip:

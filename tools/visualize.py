@@ -20,13 +20,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tqdm import tqdm
 
+import mdeq
 from tools.batches import VOID, Process, memory_for
 from tools.build import find_device
 from tools.checkpoint import check_folder, make_folder, write_atomically
 from tools.config import BadInput, split_overrides
 from tools.gallery import CAPTIONS, NEEDS_DATA, DataStudy, Subject
+from tools.inputs import add_input_arguments, check_size, input_files
 from tools.page import Picture, page
-from tools.predict import gather
 from tools.predictors import Predictor, Sample, Settings
 from tools.pretrained import load_trained
 from tools.report import Parser, program
@@ -45,8 +46,8 @@ LEAST_STEPS = 40
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = Parser(description=__doc__)
-    parser.add_argument("model", metavar="MODEL", help="name with weights, hf-hub:, local-dir:, run's folder, or file")
-    parser.add_argument("input", metavar="INPUT", nargs="*", help="image, NIfTI volume, folder or pattern")
+    middle = "segmentation: the middle so many pixels or voxels alone"
+    add_input_arguments(parser, inputs="*", patch=middle)
     parser.add_argument("--out", type=Path, required=True, help="folder for what is written")
     parser.add_argument(
         "--data",
@@ -62,12 +63,6 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--most-steps", type=int, help="solver steps to an equilibrium; default: twice the model's own, at least 40"
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
-    parser.add_argument("--size", type=int, nargs="+", help="as in tools/predict.py")
-    windows = parser.add_mutually_exclusive_group()
-    windows.add_argument("--patch", type=int, nargs="+", help="segmentation: the middle so many pixels or voxels alone")
-    windows.add_argument("--whole", action="store_true", help="volumes: no window, whatever the training patch was")
-    parser.add_argument("--orientation", choices=["RAS", "none"], help="as in tools/predict.py")
     overrides, rest = split_overrides(sys.argv[1:])
     arguments = parser.parse_intermixed_args(rest)  # inputs may follow the options
     for name in ("data", "most_steps"):
@@ -76,8 +71,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
             raise BadInput(f"--{name.replace('_', '-')} must be >= 1, got {value}")
     if min(arguments.steps) < 1:
         raise BadInput(f"--steps must be >= 1, got {min(arguments.steps)}")
-    if arguments.size is not None and (len(arguments.size) > 2 or min(arguments.size) < 16):
-        raise BadInput(f"--size must be one or two numbers of at least 16, got {' '.join(map(str, arguments.size))}")
+    check_size(arguments.size)
     if not arguments.input and arguments.data is None:
         raise BadInput("nothing to look at: give an image or a volume, or --data")
     if overrides and arguments.data is None:
@@ -111,7 +105,7 @@ def given_inputs(arguments: argparse.Namespace, predictor: Predictor) -> tuple[l
         BadInput: if none can be read.
     """
     samples, wrong = [], {}
-    files = gather(arguments.input, predictor.suffixes, arguments.out)
+    files = input_files(arguments.input, predictor.suffixes, arguments.out)
     for k, path in enumerate(files):
         try:
             samples.append(predictor.read(k, path, path.name))
@@ -152,6 +146,8 @@ def model_name(word: str) -> str:
 def main() -> None:
     arguments, overrides = parse_arguments()
     predictor = Predictor(load_trained(arguments.model), settings_of(arguments))
+    if isinstance(predictor.model.deq.gradient, mdeq.ReversibleGradient):  # it takes the place of any solver
+        predictor.model.deq.gradient = mdeq.ImplicitGradient()
     name, steps = model_name(arguments.model), sorted(set(arguments.steps))
     most = arguments.most_steps or max(LEAST_STEPS, 2 * predictor.solver.max_steps)
     samples, wrong = given_inputs(arguments, predictor) if arguments.input else ([], {})

@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mdeq import SolveStats, WarmStart
-from tools.build import start_process
+from tools.build import build_evaluation, start_process
 from tools.checkpoint import CONFIG_FILE, run_of
 from tools.config import BadInput, TrainConfig, load_config, optional, split_overrides
 from tools.recheck import read_release, release_config
 from tools.report import Parser, program
-from tools.validate import load
 
 
 class ColdStart:
@@ -95,7 +94,7 @@ def compare(model: nn.Module, x: Tensor, window: int, overlap: float) -> dict[st
 def main() -> None:
     arguments, config = parse_arguments()
     process = start_process(config.run)
-    model, batches = load(config, process)
+    model, batches = build_evaluation(config, process)
     rows = []
     for x, _ in tqdm(batches.epoch(), total=min(arguments.count, len(batches)), desc="inputs", disable=None):
         rows.append(compare(model, x.to(model.stem.conv1.weight), arguments.window, arguments.overlap))

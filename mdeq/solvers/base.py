@@ -144,7 +144,7 @@ class FixedPointSolver(ABC):
 
     Args:
         tol: a sample has converged when its residual is below this; relative (unitless) or absolute (units of z).
-        max_steps: most updates; a solve takes at most `max_steps + 1` evaluations of f.
+        max_steps: most updates; a solve takes at most `max_steps + 1` evaluations of f, and those of a line search.
         stop_mode: `"rel"`: `|f(z) - z| / (|f(z)| + 1e-9)`; `"abs"`: `|f(z) - z|`; 2-norms of one sample.
         divergence_factor: a sample has diverged when `|f(z) - z|` exceeds this many times its first value, or
             times `1e-3 sqrt(D)` where that is more: a start that happens to be near a fixed point is no yardstick.
