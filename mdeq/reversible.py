@@ -196,6 +196,10 @@ class ReversibleGradient:
     def solve(
         self, fn: FlatFn, z0: Tensor, solver: FixedPointSolver, *, training: bool
     ) -> tuple[Tensor, SolveStats, list[SolveStats]]:
+        if z0.device.type == "mps":
+            raise ValueError(
+                "ReversibleGradient keeps its states in float64, which MPS does not have; use ImplicitGradient"
+            )
         tensors: Sequence[Tensor] = ()
         if torch.is_grad_enabled():
             if not hasattr(fn, "tensors"):

@@ -226,12 +226,14 @@ def write_archives(root: Path) -> Path:
 
 
 # Other processes come from a server that has the libraries loaded: a quarter of a second each.
-_SERVER = multiprocessing.get_context("forkserver")
+_START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"  # Windows
+_SERVER = multiprocessing.get_context(_START)
 _PRELOAD = (
     "torch torch.distributed timm.data timm.models timm.optim timm.task torchvision.datasets sklearn.datasets "
     "omegaconf matplotlib.pyplot safetensors.torch tqdm pytest _pytest.config"
 )
-_SERVER.set_forkserver_preload(_PRELOAD.split())
+if _START == "forkserver":
+    _SERVER.set_forkserver_preload(_PRELOAD.split())
 
 Hook = Callable[[], None]
 """Called in another process before the program, to change what happens there."""
@@ -259,7 +261,8 @@ def _child(name: str, words: list[str], hook: Hook | None, env: dict[str, str], 
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.environ.update(env)
-    multiprocessing.set_start_method("fork", force=True)  # what workers of data loaders start by
+    if sys.platform == "linux":
+        multiprocessing.set_start_method("fork", force=True)  # what workers of data loaders start by, the fastest
     torch.set_num_threads(1)
     sys.argv = [f"tools/{name}.py", *words]
     with mock.patch("tools.data.load_digits", few_digits):
@@ -294,7 +297,7 @@ def spawn_distributed(logs: Path, name: str, *words: Any, world: int = 2, hook: 
 
 def _die() -> None:
     sys.stdout.flush()
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))  # Windows ends a process by either at once
 
 
 def _patch(owner: Any, name: str, number: int, before: Callable[..., None] | None, after: Hook | None) -> None:

@@ -9,7 +9,6 @@ import hashlib
 import io
 import json
 import os
-import resource
 import sys
 import time
 import urllib.error
@@ -41,6 +40,8 @@ def create(name: str) -> dict[str, Any]:
 
 
 def full(name: str) -> dict[str, Any]:
+    import resource  # POSIX alone has it
+
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, before[1]))
     try:

@@ -1,5 +1,6 @@
 """Data sets, their batches, and what is wrong with files."""
 
+import os
 import tarfile
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from helpers import image_folder, png, write_archive, write_archives, write_imag
 from PIL import ExifTags, Image
 from sklearn.datasets import load_digits
 from torch import Tensor
+from torch.utils.data import Dataset
 
+from tools.batches import KeyLoader
 from tools.config import BadInput, DataConfig
 from tools.data import (
     CIFAR_CLASSES,
@@ -573,3 +576,23 @@ def test_order_and_augmentation_of_a_folder_know_no_processes(workers: int, tmp_
         assert torch.equal(x, torch.stack((x0, x1), dim=1).flatten(0, 1))
         assert y.tolist() == torch.stack((y0, y1), dim=1).flatten().tolist()
     assert not torch.equal(alone[0][0], next(iter(split().epoch(2)))[0])
+
+
+class Readers(Dataset):
+    """A key comes back with the process that read it."""
+
+    def __getitem__(self, key: int) -> tuple[int, int]:
+        return key, os.getpid()
+
+
+def test_workers_stay_from_pass_to_pass() -> None:
+    """Also from one that was left in the middle."""
+    loader = KeyLoader(Readers(), 2, list, Process())
+    first = [sample for batch in loader.batches([[k, k + 1] for k in range(0, 8, 2)]) for sample in batch]
+    left = loader.batches([[9]] * 8)
+    assert next(left)[0][0] == 9
+    second = [sample for batch in loader.batches([[5], [3], [4]]) for sample in batch]
+    assert [key for key, _ in first] == list(range(8))
+    assert [key for key, _ in second] == [5, 3, 4]
+    assert {pid for _, pid in second} == {pid for _, pid in first}
+    assert len({pid for _, pid in first} - {os.getpid()}) == 2

@@ -13,7 +13,7 @@ PAGES = ["dense.md", "downstream.md", "equilibria.md", pytest.param("export.md",
 @pytest.mark.parametrize("page", PAGES)
 def test_page_runs(page: str) -> None:
     path = DOCS / page
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     blocks = list(BLOCK.finditer(text))
     assert len(blocks) == text.count("```python"), "a block was not recognised"
     assert blocks

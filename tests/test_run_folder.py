@@ -1,7 +1,6 @@
 """The folder of a run: claimed once, gone on with by its own settings, and whole whatever happens to the disk."""
 
 import dataclasses
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -148,6 +147,8 @@ def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
 
 def limit_files() -> None:
     """Let no file grow above 8 KiB, as if the disk were full."""
+    import resource
+
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**13, 2**13))
 
 

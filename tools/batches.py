@@ -1,7 +1,7 @@
 """What a data set gives to a training loop: batches whose order depends on seed and epoch alone."""
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from tools.config import ARRAYS, BadInput, DataConfig
 
@@ -132,6 +133,45 @@ def sample_keys(
         batch = order[number * batch_size : (number + 1) * batch_size].tolist()
         places = range(process.rank, len(batch), process.world_size)
         yield [(batch[place], seed_of(seed, epoch, number + 1, place)) for place in places]
+
+
+@dataclass
+class _Keys:
+    """What `KeyLoader` goes through next; apart from it, so that no cycle keeps its workers alive."""
+
+    lists: Iterable[list[Any]] = ()
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        return iter(self.lists)
+
+
+class KeyLoader:
+    """A data loader for lists of keys that are given anew for every pass; its workers stay, since to start some takes
+    seconds where they are not forked.
+
+    Args:
+        dataset: gives a sample for a key, which says all that is random about it.
+        workers: how many processes read it; 0: this one.
+        collate: makes a batch of samples.
+        process: this process.
+    """
+
+    def __init__(self, dataset: Dataset, workers: int, collate: Callable[[list[Any]], Any], process: Process) -> None:
+        self._keys = _Keys()
+        self._loader = DataLoader(
+            dataset,
+            batch_sampler=self._keys,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=process.device.type == "cuda",
+            persistent_workers=workers > 0,
+            generator=torch.Generator(),  # for the seeds of the workers: the common one stays as it is
+        )
+
+    def batches(self, keys: Iterable[list[Any]]) -> Iterator[Any]:
+        """Return the batches of lists of keys."""
+        self._keys.lists = keys
+        return iter(self._loader)
 
 
 def reads_training_split(config: DataConfig, training: bool) -> bool:

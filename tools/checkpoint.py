@@ -5,6 +5,7 @@ import json
 import os
 import re
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -89,9 +90,24 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
             with open(name, "r+b") as file:  # Windows syncs no file that is open for reading
                 os.fsync(file.fileno())
             os.chmod(name, 0o644)
-            os.replace(name, path)
+            _replace(name, path)
         finally:
             Path(name).unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Put a text in place as a whole, with the same ends of lines on every system; see `write_atomically`."""
+    write_atomically(path, lambda new: new.write_text(text, encoding="utf-8", newline="\n"))
+
+
+def _replace(name: str, path: Path) -> None:
+    """Put a file in place; on Windows wait for a while where another program has the old one open."""
+    for _ in range(20 if os.name == "nt" else 0):
+        try:
+            return os.replace(name, path)
+        except PermissionError:
+            time.sleep(0.25)
+    os.replace(name, path)
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:

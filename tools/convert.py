@@ -46,6 +46,7 @@ from tools.checkpoint import (
     run_of,
     sha256,
     write_atomically,
+    write_text,
 )
 from tools.config import BadInput
 from tools.pretrained import config_beside, load_checkpoint
@@ -101,8 +102,7 @@ def write(model: nn.Module, folder: Path, record: dict[str, Any]) -> None:
     path = folder / "config.json"
     config = read_json(path)
     config.get("model_args", {}).pop("num_classes", None)  # config.json has it outside of them as well
-    text = json.dumps(config, indent=2) + "\n"
-    write_atomically(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+    write_text(path, json.dumps(config, indent=2) + "\n")
 
 
 @torch.no_grad()
@@ -115,7 +115,8 @@ def round_weights(model: nn.Module) -> None:
 
 def narrow_file(path: Path) -> None:
     """Write the weights of a file, which are rounded already, as bfloat16."""
-    weights = {key: x.bfloat16() if x.is_floating_point() else x for key, x in read_weights(path).items()}
+    # Copies: Windows replaces no file that a tensor is a view of.
+    weights = {key: x.bfloat16() if x.is_floating_point() else x.clone() for key, x in read_weights(path).items()}
     write_atomically(path, lambda beside: save_file(weights, beside, metadata=FORMAT))
 
 
@@ -166,6 +167,8 @@ def main() -> None:
                 write_results(temporary, **({} if training is None else {"training": training}))
         verify(model, temporary)
         temporary.chmod(0o755)
+        if out.is_dir():
+            out.rmdir()  # empty, see above; Windows puts nothing in its place
         os.replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -13,7 +13,17 @@ from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.task.evaluator import evaluation_sample_limit
 from torch.utils.data import DataLoader, IterableDataset
 
-from tools.batches import Batch, Batches, ImageSpec, Process, generator, require_augment, sample_keys, seed_everything
+from tools.batches import (
+    Batch,
+    Batches,
+    ImageSpec,
+    KeyLoader,
+    Process,
+    generator,
+    require_augment,
+    sample_keys,
+    seed_everything,
+)
 from tools.config import BadInput, DataConfig, nearest
 from tools.images import SUFFIXES, read_picture
 
@@ -89,26 +99,18 @@ class FileBatches:
     def __init__(
         self, loader: DataLoader, batch_size: int, process: Process, seed: int, class_names: tuple[str, ...]
     ) -> None:
-        self.loader, self.batch_size, self.process, self.seed = loader, batch_size, process, seed
+        self.batch_size, self.process, self.seed = batch_size, process, seed
         self.class_names, self.num_samples = class_names, len(loader.dataset)
+        self.loader = KeyLoader(loader.dataset, loader.num_workers, loader.collate_fn, process)
 
     def __len__(self) -> int:
         return self.num_samples // self.batch_size
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         order = torch.randperm(self.num_samples, generator=generator(self.seed, epoch))
-        made = self.loader
         numbers = range(start, len(self))
         keys = sample_keys(order, self.batch_size, numbers, self.process, self.seed, epoch)
-        batches = DataLoader(
-            made.dataset,
-            batch_sampler=keys,
-            num_workers=made.num_workers,
-            collate_fn=made.collate_fn,
-            pin_memory=made.pin_memory,
-            generator=generator(self.seed, epoch),  # for the seeds of the workers: the common one stays as it is
-        )
-        for x, y in batches:
+        for x, y in self.loader.batches(keys):
             yield x.to(self.process.device, non_blocking=True), y.to(self.process.device, non_blocking=True)
 
 
@@ -223,7 +225,7 @@ def _loader(config: DataConfig, spec: ImageSpec, process: Process, dataset: Any,
             pin_memory=process.device.type == "cuda",
             device=process.device,
             use_prefetcher=False,
-            persistent_workers=False,
+            persistent_workers=config.workers > 0 and not training,  # those of a stream get new seeds every epoch
         )
     except (AssertionError, ValueError, LookupError, TypeError) as error:
         if config.auto_augment is None:

@@ -31,7 +31,16 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 import mdeq
 from tools.card import model_card, releases_table
-from tools.checkpoint import CONFIG_FILE, STEPS_FILE, WEIGHTS_FILE, read_json, read_weights, sha256, write_atomically
+from tools.checkpoint import (
+    CONFIG_FILE,
+    STEPS_FILE,
+    WEIGHTS_FILE,
+    read_json,
+    read_weights,
+    sha256,
+    write_atomically,
+    write_text,
+)
 from tools.config import BadInput, TrainConfig, config_yaml, load_config, parse_config
 from tools.known_data import combined_licence, dataset
 from tools.recheck import put_into_card, read_release, told_solver
@@ -388,7 +397,7 @@ def push(content: Publication, private: bool) -> str:
     api = HfApi(library_name="mdeq-vision", library_version=mdeq.__version__)
     with tempfile.TemporaryDirectory() as temporary:
         for name, text in content.texts.items():
-            (Path(temporary) / name).write_text(text, encoding="utf-8")
+            (Path(temporary) / name).write_text(text, encoding="utf-8", newline="\n")
         shutil.copyfile(content.weights, Path(temporary) / WEIGHTS_FILE)
         try:
             with mdeq.hub_errors(content.repo):
@@ -416,7 +425,7 @@ def main() -> None:
         path = ROOT / "README.md"
         text = with_table(path.read_text(encoding="utf-8"))
         if not arguments.dry_run:
-            write_atomically(path, lambda new: new.write_text(text, encoding="utf-8"))
+            write_text(path, text)
         print(f"{done}: {path}")
         return
     if arguments.release is not None and arguments.run is None:

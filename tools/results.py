@@ -17,7 +17,7 @@ import timm
 import torch
 
 import mdeq
-from tools.checkpoint import RESULTS_FILE, read_json, write_atomically
+from tools.checkpoint import RESULTS_FILE, read_json, write_text
 from tools.config import BadInput
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,7 +69,8 @@ def commit() -> dict[str, str]:
     """
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        # Names of files come in their own coding, not in that of the console.
+        return os.fsdecode(subprocess.run(["git", *words], cwd=ROOT, capture_output=True, check=True).stdout).strip()
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT:
@@ -135,7 +136,7 @@ def write_results(folder: Path, **sections: Any) -> None:
 def write_json(path: Path, record: dict[str, Any], indent: int = 2) -> None:
     """Write a record, with null for numbers that JSON has no word for."""
     text = json.dumps(_finite(record), indent=indent, allow_nan=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, text)
 
 
 def _finite(value: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -22,6 +22,7 @@ from tools.batches import (
     Batch,
     Batches,
     ImageSpec,
+    KeyLoader,
     Process,
     chosen,
     generator,
@@ -276,6 +277,7 @@ class PairBatches:
         whole = not training or config.patch_size is None  # a crop is padded
         self.dataset = PairDataset(data, transforms(config, spec, training), spec.size[0], whole=whole)
         self.batch_size = shared_batch_size(config.batch_size, len(data.pairs), process, training)
+        self.loader = KeyLoader(self.dataset, config.workers, _collate, process)
 
     def __len__(self) -> int:
         count = len(self.dataset)
@@ -287,15 +289,7 @@ class PairBatches:
             order = torch.randperm(len(self.dataset), generator=generator(self.seed, epoch))
         numbers = range(start, len(self))
         keys = sample_keys(order, self.batch_size, numbers, self.process, self.seed, epoch)
-        loader = DataLoader(
-            self.dataset,
-            batch_sampler=filter(None, keys),
-            num_workers=self.config.workers,
-            collate_fn=_collate,
-            pin_memory=self.process.device.type == "cuda",
-            generator=generator(self.seed, epoch),  # for the seeds of the workers: the common one stays as it is
-        )
-        for parts in loader:
+        for parts in self.loader.batches(filter(None, keys)):
             for x, y in parts:
                 yield x.to(self.process.device, non_blocking=True), y.to(self.process.device, non_blocking=True)
 

@@ -37,7 +37,7 @@ from tools.checkpoint import (
     export,
     make_folder,
     save_state,
-    write_atomically,
+    write_text,
 )
 from tools.config import DEFAULT_CONFIG, BadInput, TrainConfig, config_yaml, parse_config, split_overrides
 from tools.engine import Diverged, EpochResult, Trainer, evaluate, train_epoch
@@ -199,7 +199,7 @@ class Run:
             save_state(self.folder, state)  # first: where it fails, what there is belongs together as before
             for name in (RESULTS_FILE, STEPS_FILE, STEPS_PICTURE):  # of weights that are replaced
                 (self.folder / name).unlink(missing_ok=True)
-            write_atomically(self.folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+            write_text(self.folder / CONFIG_FILE, text)
             export(self.final_model, self.folder, build.data_record(self.config, self.test_batches.class_names))
             self.saved = time.monotonic()
 

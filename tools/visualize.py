@@ -23,7 +23,7 @@ from tqdm import tqdm
 import mdeq
 from tools.batches import VOID, Process, memory_for
 from tools.build import find_device
-from tools.checkpoint import check_folder, make_folder, write_atomically
+from tools.checkpoint import check_folder, make_folder, write_atomically, write_text
 from tools.config import BadInput, split_overrides
 from tools.gallery import CAPTIONS, NEEDS_DATA, DataStudy, Subject
 from tools.inputs import add_input_arguments, check_size, input_files
@@ -189,7 +189,7 @@ def save(folder: Path, pictures: Sequence[Picture], text: str) -> None:
     make_folder(folder)
     for picture in pictures:
         write_atomically(folder / f"{picture.name}.png", lambda path, content=picture.png: path.write_bytes(content))
-    write_atomically(folder / PAGE, lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(folder / PAGE, text)
 
 
 if __name__ == "__main__":
