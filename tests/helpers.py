@@ -101,7 +101,7 @@ def run(name: str, *words: Any) -> Outcome:
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch("sys.argv", [f"tools/{name}.py", *map(str, words)]))
-        stack.enter_context(mock.patch("tools.data.load_digits", few_digits))
+        stack.enter_context(mock.patch("sklearn.datasets.load_digits", few_digits))
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
         try:
@@ -130,7 +130,7 @@ def make_config(folder: Path, *words: str) -> TrainConfig:
 
 def make_run(folder: Path, *words: str) -> tools.train.Run:
     """Return what tools/train.py trains by the tiny config, before its first step."""
-    with mock.patch("tools.data.load_digits", few_digits):
+    with mock.patch("sklearn.datasets.load_digits", few_digits):
         return tools.train.Run(make_config(folder, *words), folder, Process())
 
 
@@ -265,7 +265,7 @@ def _child(name: str, words: list[str], hook: Hook | None, env: dict[str, str], 
         multiprocessing.set_start_method("fork", force=True)  # what workers of data loaders start by, the fastest
     torch.set_num_threads(1)
     sys.argv = [f"tools/{name}.py", *words]
-    with mock.patch("tools.data.load_digits", few_digits):
+    with mock.patch("sklearn.datasets.load_digits", few_digits):
         if hook is not None:
             hook()
         program(MAIN[name])

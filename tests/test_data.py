@@ -27,6 +27,7 @@ from tools.data import (
     read_cifar10,
     read_digits,
 )
+from tools.image_folders import StrictImages
 from tools.images import read_image
 
 GREY = ImageSpec((1, 16, 16), (0.5,), (0.25,))
@@ -382,6 +383,17 @@ def test_image_folder(tmp_path: Path) -> None:
     assert y.shape == (4,)
     assert sorted(flat(labels(train))) == [0] * 8 + [1] * 8 + [2] * 8
     assert flat(labels(test)) == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_some_batches_of_an_image_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are those of the whole pass, and no other file is read."""
+    data, _ = reader(image_folder(tmp_path), False)
+    whole, read, seen = list(data.epoch()), StrictImages.__getitem__, []
+    monkeypatch.setattr(StrictImages, "__getitem__", lambda self, key: seen.append(key) or read(self, key))
+    for (x, y), expected in zip(data.epoch(only=[0, 2]), (whole[0], whole[2]), strict=True):
+        assert torch.equal(x, expected[0])
+        assert torch.equal(y, expected[1])
+    assert seen == [0, 1, 2, 3, 8, 9, 10, 11]
 
 
 def test_image_folder_gives_the_pixels_of_its_files(tmp_path: Path) -> None:

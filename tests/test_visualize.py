@@ -3,7 +3,7 @@
 import base64
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -174,8 +174,8 @@ class Numbers:
     def __len__(self) -> int:
         return self.count
 
-    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
-        for k in range(start, self.count):
+    def epoch(self, epoch: int = 0, start: int = 0, only: Sequence[int] | None = None) -> Iterator[Batch]:
+        for k in range(start, self.count) if only is None else only:
             yield torch.full((1, 1, 3 if k < self.count - 2 else 4), float(k)), torch.tensor([k])
 
 

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torchvision.datasets import CIFAR10
 
@@ -85,11 +84,11 @@ class ArrayBatches:
         count = len(self.labels)
         return count // self.batch_size if self.training else -(-count // self.batch_size)
 
-    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int = 0, start: int = 0, only: Sequence[int] | None = None) -> Iterator[Batch]:
         order = torch.arange(len(self.labels))
         if self.training:
             order = torch.randperm(len(self.labels), generator=generator(self.seed, epoch))
-        for number in range(start, len(self)):
+        for number in range(start, len(self)) if only is None else only:
             batch = order[number * self.batch_size : (number + 1) * self.batch_size]
             index = batch[self.process.rank :: self.process.world_size].to(self.images.device)
             x = self.images[index].to(self.process.device, non_blocking=True)
@@ -117,6 +116,8 @@ def augment(x: Tensor, rng: torch.Generator, pad: int) -> Tensor:
 
 def read_digits(train: bool) -> Arrays:
     """Return scikit-learn's 8x8 handwritten digits: every fifth image is a test image, 1,437 and 360 in all."""
+    from sklearn.datasets import load_digits  # a second to import, which other data do without
+
     digits = load_digits()
     chosen = (np.arange(len(digits.target)) % 5 != 0) == train
     images = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)  # grey levels 0..16

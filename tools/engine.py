@@ -3,7 +3,7 @@
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +34,7 @@ def evaluate(
     dtype: torch.dtype = torch.float32,
     solver: FixedPointSolver | None = None,
     unroll: int = 0,
-    last_iterate: bool = False,
+    iterates: Sequence[int] = (),
     watch: Callable[[Iterator[Any]], Iterator[Any]] = iter,
 ) -> dict[str, float]:
     """Return loss and scores, and how the solves went, of a model in eval mode on a split.
@@ -48,7 +48,7 @@ def evaluate(
         dtype: of the images.
         solver: replaces the model's own.
         unroll: if above 0, f is applied that many times instead of solving (the explicit twin).
-        last_iterate: report the residual of the solver's last iterate, not of its best.
+        iterates: numbers of steps, after which the mean residual is reported too, as `residual_after_K`.
         watch: wraps the iterator, for a progress bar.
     """
     model.eval()
@@ -63,8 +63,13 @@ def evaluate(
         logits = logits.float()
         tally.add(task.loss(logits, y), logits, y)
         for solve in stats:
-            solves.add(solve, last_iterate)
-    return {**tally.summary(process), **solves.summary(process)}
+            solves.add(solve, iterates)
+        del logits  # not beside those of the next batch
+    after = dict.fromkeys(iterates, math.nan)
+    if iterates:
+        after.update(zip(iterates, solves.means_of_iterates(process, len(iterates))))
+    residuals = {f"residual_after_{count}": value for count, value in after.items()}
+    return {**tally.summary(process), **solves.summary(process), **residuals}
 
 
 def jacobian_weight(config: DEQConfig, step: int, epoch: int) -> float:

@@ -106,9 +106,9 @@ class FileBatches:
     def __len__(self) -> int:
         return self.num_samples // self.batch_size
 
-    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int = 0, start: int = 0, only: Sequence[int] | None = None) -> Iterator[Batch]:
         order = torch.randperm(self.num_samples, generator=generator(self.seed, epoch))
-        numbers = range(start, len(self))
+        numbers = range(start, len(self)) if only is None else only
         keys = sample_keys(order, self.batch_size, numbers, self.process, self.seed, epoch)
         for x, y in self.loader.batches(keys):
             yield x.to(self.process.device, non_blocking=True), y.to(self.process.device, non_blocking=True)
@@ -128,7 +128,10 @@ class ReaderBatches:
     def __len__(self) -> int:
         return len(self.loader)
 
-    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int = 0, start: int = 0, only: Sequence[int] | None = None) -> Iterator[Batch]:
+        if only is not None and self.num_samples is not None:
+            yield from self._some(only)
+            return
         for part in (self.loader.dataset, self.loader.sampler):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
@@ -136,13 +139,21 @@ class ReaderBatches:
         seed_everything(self.seed, epoch, 0, rank)  # the seeds of the workers
         batches = iter(self.loader)
         seen = 0
-        for number in range(len(self)):
+        for number in range(len(self) if only is None else max(only, default=-1) + 1):
             seed_everything(self.seed, epoch, number + 1, rank)  # augmentation, where there are no workers
             x, y = next(batches)
             keep = len(y) if self.limit is None else min(len(y), self.limit - seen)  # a sampler's padding is no data
             seen += len(y)
-            if number >= start:
+            if number >= start if only is None else number in only:
                 yield x[:keep].to(self.process.device), y[:keep].to(self.process.device)
+
+    def _some(self, numbers: Sequence[int]) -> Iterator[Batch]:
+        """Yield batches to evaluate on without reading the others."""
+        indices, size = list(self.loader.sampler)[: self.limit], self.loader.batch_size
+        some = KeyLoader(self.loader.dataset, self.loader.num_workers, self.loader.collate_fn, self.process)
+        keys = (indices[number * size : (number + 1) * size] for number in numbers)
+        for x, y in some.batches(filter(None, keys)):
+            yield x.to(self.process.device), y.to(self.process.device)
 
 
 SPLITS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))

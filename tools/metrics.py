@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from torch import Tensor
 
 from mdeq import SolveStats, SolveStatus
@@ -34,11 +33,15 @@ class SolveLog:
         self.residual: list[Tensor] = []
         self.status: list[Tensor] = []
         self.evaluations: list[Tensor] = []
+        self.iterates: list[Tensor] = []  # of (B, K)
 
-    def add(self, stats: SolveStats | None, last_iterate: bool = False) -> None:
-        """Count a solve, by the residual of the iterate it returned or of its last one."""
+    def add(self, stats: SolveStats | None, iterates: Sequence[int] = ()) -> None:
+        """Count a solve, by the residual of what it returned, and of iterates of some numbers of steps."""
         if stats is not None:
-            self.residual.append((stats.trace[-1] if last_iterate else stats.residual).detach().double())
+            self.residual.append(stats.residual.detach().double())
+            if iterates:
+                places = torch.tensor(iterates).clamp(max=len(stats.trace) - 1)
+                self.iterates.append(stats.trace.detach().double()[places.to(stats.trace.device)].T)
             self.status.append(stats.status)
             self.evaluations.append(stats.evaluations)
 
@@ -60,6 +63,11 @@ class SolveLog:
         for code in SolveStatus:
             result[code.name.lower()] = float((status == code).double().mean())
         return {prefix + key: value for key, value in result.items()}
+
+    def means_of_iterates(self, process: Process, count: int) -> list[float]:
+        """Return the mean residual of the `count` iterates that were asked for, of all processes."""
+        rows = torch.cat([x.cpu() for x in self.iterates]).T if self.iterates else torch.zeros(count, 0)
+        return gather(rows.double(), process).nan_to_num(nan=math.inf).mean(dim=1).tolist()
 
 
 class MeanLoss:
@@ -119,6 +127,8 @@ class RankTally(Tally):
         self.rows.append(torch.cat((labels.double().unsqueeze(1), logits - torch.stack(rest, dim=1)), dim=1).cpu())
 
     def summary(self, process: Process) -> dict[str, float]:
+        from sklearn.metrics import balanced_accuracy_score, roc_auc_score  # a second to import
+
         rows = gather(torch.cat(self.rows).T, process).numpy()
         labels, scores = rows[0].astype(int), rows[1:].T
         result = {**super().summary(process), "auc": math.nan, "balanced_accuracy": math.nan}
@@ -190,14 +200,16 @@ class DiceTally(MeanLoss):
         super().add(loss, logits, labels)
         void, count = labels == self.ignored, len(self.names)
         found, true = (x.masked_fill(void, 0) for x in (logits.detach().argmax(dim=1), labels))
-        found, true = (torch.nn.functional.one_hot(x, count).movedim(-1, 1) for x in (found, true))
-        dice = self.metrics.compute_dice(found, true, include_background=False, ignore_empty=False)
-        seen = (found + true).flatten(2).any(dim=2)[:, 1:]
-        columns = [torch.where(seen, dice, math.nan)]
+        pairs = torch.stack([torch.bincount(x.flatten(), minlength=count**2) for x in count * true + found])
+        pairs = pairs.view(-1, count, count).double()  # voxels by label and by class found
+        size = (pairs.sum(dim=1) + pairs.sum(dim=2))[:, 1:]
+        seen = size > 0
+        columns = [torch.where(seen, 2 * pairs.diagonal(dim1=1, dim2=2)[:, 1:] / size, math.nan)]
         if self.spacings is not None:
             spacing = [list(mm) for mm in self.spacings[self.counted : self.counted + len(labels)]]
             self.counted += len(labels)
             options = dict(include_background=False, percentile=95, spacing=spacing)
+            found, true = (torch.nn.functional.one_hot(x, count).movedim(-1, 1) for x in (found, true))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # MONAI warns of what it does itself, and of empty masks
                 distances = self.metrics.compute_hausdorff_distance(found, true, **options)

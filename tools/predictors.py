@@ -57,7 +57,7 @@ class Sample:
     path: Path
     name: str
     x: Tensor
-    origin: Image.Image | Volume
+    origin: Image.Image | Volume | None  # of a classifier's image nothing is needed any more
 
 
 class Predictor:
@@ -131,7 +131,7 @@ class Predictor:
         image = images.read_picture(path, self.model.in_chans)
         if self.dense and min(image.size) < MIN_SIZE:
             raise BadInput(f"{path} is {image.width}x{image.height}; every side must be at least {MIN_SIZE} pixels")
-        return Sample(number, path, name, self._transform(image), image)
+        return Sample(number, path, name, self._transform(image), image if self.dense else None)
 
     def _volume(self, path: Path) -> tuple[Volume, Tensor]:
         if not path.name.lower().endswith(self.suffixes):

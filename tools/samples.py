@@ -86,18 +86,14 @@ class Part:
         self.class_names, self.num_samples = whole.class_names, None  # other processes have theirs
         known = whole.spacings
         self.spacings = None if known is None else [known[k] for k in places if k < len(known)]
-        self.samples: list[Batch] = []
-        for number, sample in enumerate(watch(whole.epoch(), "reading")):
-            self.samples += [sample] if number in places else []
-            if len(self.samples) == count:
-                break
+        self.samples: list[Batch] = list(watch(whole.epoch(only=places), "reading"))
         self.batches = list(_joined(self.samples, together))
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
-        yield from self.batches[start:]
+    def epoch(self, epoch: int = 0, start: int = 0, only: Sequence[int] | None = None) -> Iterator[Batch]:
+        yield from self.batches[start:] if only is None else (self.batches[number] for number in only)
 
 
 def _joined(samples: Sequence[Batch], together: int) -> Iterator[Batch]:

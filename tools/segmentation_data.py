@@ -283,11 +283,11 @@ class PairBatches:
         count = len(self.dataset)
         return count // self.batch_size if self.training else -(-count // self.batch_size)
 
-    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int = 0, start: int = 0, only: Sequence[int] | None = None) -> Iterator[Batch]:
         order = torch.arange(len(self.dataset))
         if self.training:
             order = torch.randperm(len(self.dataset), generator=generator(self.seed, epoch))
-        numbers = range(start, len(self))
+        numbers = range(start, len(self)) if only is None else only
         keys = sample_keys(order, self.batch_size, numbers, self.process, self.seed, epoch)
         for parts in self.loader.batches(filter(None, keys)):
             for x, y in parts:

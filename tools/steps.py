@@ -39,14 +39,14 @@ def steps_table(
         headline: the score.
         samples: how many of the split these are; None if all.
     """
-    rows, key = [], headline.key
-    for count in sorted(set(steps)):
+    rows, key, counts = [], headline.key, sorted(set(steps))
+    picard = Picard(max_steps=counts[-1], tol=0.0, divergence_factor=float("inf"))  # its iterates are those of the twin
+    plain = run(f"{counts[-1]} times f, residuals", solver=picard, iterates=counts)
+    for count in counts:
         solver = dataclasses.replace(model.deq.solver, max_steps=count, tol=0.0)  # or more steps would change nothing
         row = run(f"{count} steps", solver=solver)
         twin = run(f"{count} times f", unroll=count)
-        picard = Picard(max_steps=count, tol=0.0, divergence_factor=float("inf"))
-        plain = run(f"{count} times f, residual", solver=picard, last_iterate=True)
-        beside = {f"twin_{key}": twin[key], "twin_residual_mean": plain["residual_mean"]}
+        beside = {f"twin_{key}": twin[key], "twin_residual_mean": plain[f"residual_after_{count}"]}
         row = {"steps": count, "samples": samples or ALL, **row, **beside}
         rows.append({name: row[name] for name in columns(headline)})
     return rows

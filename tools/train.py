@@ -137,7 +137,9 @@ class Run:
         wrapped = model
         if process.world_size > 1:
             wrapped = DistributedDataParallel(
-                model, device_ids=[process.device] if process.device.type == "cuda" else None
+                model,
+                device_ids=[process.device] if process.device.type == "cuda" else None,
+                gradient_as_bucket_view=True,  # one copy of the gradients, not two
             )
         return Trainer(
             model=wrapped,
@@ -210,8 +212,9 @@ class Run:
 
     def _finite(self) -> bool:
         """Whether all weights are finite; a loss can be so although they are not any more."""
-        models = (self.model, self.final_model)
-        return all(bool(torch.isfinite(x).all()) for m in models for x in m.state_dict().values())
+        models = {id(model): model for model in (self.model, self.final_model)}.values()
+        finite = [torch.isfinite(x).all() for model in models for x in model.state_dict().values()]
+        return bool(torch.stack(finite).all())
 
     @property
     def _kept(self) -> str:

@@ -233,12 +233,14 @@ class VolumeBatches:
     def __len__(self) -> int:
         return len(self.data.labels) // self.batch_size if self.training else len(self.groups)
 
-    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int = 0, start: int = 0, only: Sequence[int] | None = None) -> Iterator[Batch]:
+        numbers = range(start, len(self)) if only is None else only
         if self.training:
             order = torch.randperm(len(self.data.labels), generator=generator(self.seed, epoch))
-            batches = sample_keys(order, self.batch_size, range(start, len(self)), self.process, self.seed, epoch)
+            batches = sample_keys(order, self.batch_size, numbers, self.process, self.seed, epoch)
         else:
-            batches = ([(group[place], 0) for place in self._places(group)] for group in self.groups[start:])
+            groups = (self.groups[number] for number in numbers)
+            batches = ([(group[place], 0) for place in self._places(group)] for group in groups)
         for keys in batches:
             samples = [self._sample(index, seed) for index, seed in keys]
             if samples:

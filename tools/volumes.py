@@ -188,15 +188,15 @@ def normalised(voxels: Tensor, how: str) -> Tensor:
     voxels = voxels.float()
     if how == "none":
         return voxels
-    flat = voxels.flatten(1).double()  # raw intensities go up to millions
+    flat = voxels.flatten(1).double()  # a copy; raw intensities go up to millions
+    low, high = torch.aminmax(flat, dim=1, keepdim=True)
     if how == "minmax":
-        low, high = flat.amin(dim=1, keepdim=True), flat.amax(dim=1, keepdim=True)
         centre, width = low, high - low
     else:
         centre, width = flat.mean(dim=1, keepdim=True), flat.std(dim=1, keepdim=True, correction=0)
-    rounding = 1e-6 * flat.abs().amax(dim=1, keepdim=True)  # is no contrast
+    rounding = 1e-6 * torch.maximum(low.abs(), high.abs())  # is no contrast
     width = torch.where(width > rounding, width, torch.inf)
-    return ((flat - centre) / width).float().view_as(voxels)
+    return flat.sub_(centre).div_(width).float().view_as(voxels)
 
 
 def _axes(volume: Volume, orientation: str) -> tuple[list[int], list[int]]:
@@ -274,9 +274,13 @@ def restore(scores: Tensor, volume: Volume, preprocessing: Preprocessing) -> Ten
     """Return labels `volume.shape` uint8 on the file's own grid, of scores `(K, *S)` of the prepared volume."""
     order, reverse = _axes(volume, preprocessing.orientation)
     shape = [volume.shape[axis] for axis in order]
-    if list(scores.shape[1:]) != shape:
-        scores = F.interpolate(scores.unsqueeze(0), size=shape, mode="trilinear").squeeze(0)
-    labels = scores.argmax(dim=0).byte().flip(reverse)
+    labels, best = torch.zeros(shape, dtype=torch.uint8), torch.full(shape, -torch.inf)
+    for k, one in enumerate(scores):  # class by class: all at once would be many times the size of the file
+        if list(one.shape) != shape:
+            one = F.interpolate(one[None, None], size=shape, mode="trilinear")[0, 0]
+        labels.masked_fill_(one > best, k)
+        torch.maximum(best, one, out=best)
+    labels = labels.flip(reverse)
     return labels.permute([order.index(axis) for axis in range(3)]).contiguous()
 
 
