@@ -1,5 +1,6 @@
 """Volumes: npz sets, NIfTI pairs, what is done to them and undone, and what is wrong with them."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from tools.batches import VOID, Process
 from tools.config import BadInput, DataConfig
-from tools.volume_data import VolumeBatches, preprocessing, read_batches, read_split
+from tools.volume_data import VolumeBatches, Volumes, preprocessing, read_batches, read_split
 from tools.volumes import (
     Preprocessing,
     Volume,
@@ -106,6 +107,54 @@ def test_labels_move_with_their_volume(tmp_path: Path) -> None:
     x, y = gather(batches(config, training=True))[0]
     means = [float(x[:, 0][y == k].mean()) for k in (0, 1, 2)]
     assert means[0] < 0.3 < means[1] < means[2]
+
+
+def numbered(tmp_path: Path, shape: tuple[int, ...] = (40, 17, 64), **settings: Any) -> VolumeBatches:
+    """A volume whose voxels hold their own number and are of class 1 where that is above a half of them."""
+    numbers = torch.arange(int(np.prod(shape))).view(shape)
+    volumes = Volumes([numbers[None].float()], [(numbers > numbers.numel() // 2).byte()], ("background", "half"), None)
+    config = data("nifti", tmp_path, batch_size=1, **settings)
+    return VolumeBatches(volumes, config, Process(), training=True)
+
+
+@pytest.mark.parametrize("foreground", [0.0, 0.5])
+def test_a_patch_of_a_large_volume_is_any_part_of_it(foreground: float, tmp_path: Path) -> None:
+    """Where nothing is moved, it holds the voxels of a place, up to the borders; labels are theirs."""
+    split = numbered(tmp_path, foreground=foreground)
+    numbers = torch.arange(40 * 17 * 64).view(40, 17, 64)
+    corners = []
+    for epoch in range(60):
+        ((x, y),) = gather(split, epoch)
+        corner = [int(k) for k in np.unravel_index(int(x[0, 0, 0, 0, 0]), (40, 17, 64))]
+        place = tuple(slice(first, first + 16) for first in corner)
+        assert torch.equal(x[0, 0], numbers[place].float())
+        assert torch.equal(y[0], (numbers[place] > 40 * 17 * 64 // 2).long())
+        corners.append(corner)
+    low, high = np.min(corners, axis=0), np.max(corners, axis=0)
+    assert (low < (6, 1, 10)).all()
+    assert (high > (18, 0, 38)).all()
+
+
+def test_patches_of_a_large_volume_are_centred_on_what_is_asked_for(tmp_path: Path) -> None:
+    split = numbered(tmp_path, foreground=1.0)
+    assert all(int(gather(split, epoch)[0][1].sum()) > 0 for epoch in range(20))
+
+
+def test_a_large_volume_is_moved_without_a_border_of_zeros(tmp_path: Path) -> None:
+    """A patch in the middle has no voxel from beyond the volume: its surroundings are moved with it."""
+    split = numbered(tmp_path, shape=(16, 16, 400), augment="volume", patch_size=[16, 16, 16])
+    config = dataclasses.replace(split.config, augment="none")
+    still = VolumeBatches(split.data, config, Process(), training=True)
+    moved = 0
+    for epoch in range(20):
+        (x, y), (plain, _) = gather(split, epoch)[0], gather(still, epoch)[0]
+        column, before = x[0, 0, 8, 8], plain[0, 0, 8, 8]
+        if 20 < int(before[0]) % 400 < 360:
+            assert (column.abs() > 1000).all()
+        assert tuple(x.shape[2:]) == tuple(y.shape[1:]) == (16, 16, 16)
+        assert x[0, 0][y[0] == 1].mean() > 1.5 * x[0, 0][y[0] == 0].mean()  # labels are moved alike
+        moved += not torch.equal(x, plain)
+    assert moved > 5
 
 
 def test_two_processes_share_volumes(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tools.batches import (
@@ -163,14 +164,21 @@ def read_split(config: DataConfig, in_chans: int, training: bool) -> Volumes:
     return read_npz(root, "*mnist3d*.npz" if config.name == "medmnist3d" else "modelnet10*.npz", split, pick)
 
 
-def augmentation(config: DataConfig, segmented: bool) -> Any:
-    """Return MONAI's transform of a training volume `{"image", "label"}`: a patch, moved and changed at random."""
+def augmentation(config: DataConfig, segmented: bool, *, of_room: bool) -> Any:
+    """Return MONAI's transform of a training volume `{"image", "label"}`: a patch, moved and changed at random.
+
+    Args:
+        config: what is done.
+        segmented: whether there are labels per voxel.
+        of_room: whether the volume is what `_room` took of a larger one, with the patch in the middle.
+    """
     transforms = optional("monai.transforms", "volumes")
     keys, both = (["image", "label"], ("bilinear", "nearest")) if segmented else (["image"], ("bilinear",))
     size, axes = config.patch_size, range(3)
     steps = [transforms.RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in config.flip_axes]
     if config.turn_axes is not None:
         steps += [transforms.RandRotate90d(keys, prob=0.75, max_k=3, spatial_axes=tuple(config.turn_axes))]
+    middle = [transforms.CenterSpatialCropd(keys, size)] if of_room else []
     if config.augment == "volume":
         steps += [
             transforms.RandAffined(
@@ -182,16 +190,45 @@ def augmentation(config: DataConfig, segmented: bool) -> Any:
                 mode=both,
                 padding_mode="zeros",
             ),
+            *middle,
             transforms.RandScaleIntensityd(["image"], factors=0.15, prob=0.5),
             transforms.RandShiftIntensityd(["image"], offsets=0.15, prob=0.5),
             transforms.RandGaussianNoised(["image"], prob=0.3, std=0.1),
         ]
-    if segmented and config.foreground > 0:
+    if of_room:
+        steps += middle
+    elif segmented and config.foreground > 0:
         share = dict(pos=config.foreground, neg=1 - config.foreground)
         steps += [transforms.RandCropByPosNegLabeld(keys, "label", size, num_samples=1, **share)]
     else:
         steps += [transforms.RandSpatialCropd(keys, size, random_size=False)]
     return transforms.Compose([*steps, transforms.ToTensord(keys, track_meta=False)])
+
+
+def _room(sample: dict[str, Tensor], size: Sequence[int], foreground: float, seed: int) -> dict[str, Tensor]:
+    """Return the surroundings of a patch at random of `{"image", "label"}`, all that may be moved into it.
+
+    The patch is in the middle; what lies outside of the volume is zero. It is centred on a voxel that is not background
+    with probability `foreground`, else on one that is, as far as it lies within the volume; with 0 it lies anywhere.
+    """
+    rng, shape = np.random.default_rng(seed), sample["image"].shape[1:]
+    if "label" in sample and foreground > 0:
+        inside = sample["label"][0] > 0
+        places = torch.nonzero((inside == bool(rng.random() < foreground)).flatten())
+        voxel = int(places[rng.integers(len(places))]) if len(places) else int(rng.integers(inside.numel()))
+        corner = [place - s // 2 for place, s in zip(np.unravel_index(voxel, shape), size)]
+    else:
+        corner = [int(rng.integers(n - s + 1)) for n, s in zip(shape, size)]
+    corner = [min(max(first, 0), n - s) for first, n, s in zip(corner, shape, size)]
+    spans = [(first - margin, first + s + margin) for first, s, margin in zip(corner, size, _margins(size))]
+    inner = (slice(None), *(slice(max(a, 0), min(b, n)) for (a, b), n in zip(spans, shape)))
+    outside = [pair for (a, b), n in zip(spans, shape) for pair in (max(b - n, 0), max(-a, 0))][::-1]
+    return {key: F.pad(x[inner], outside) for key, x in sample.items()}
+
+
+def _margins(size: Sequence[int]) -> list[int]:
+    """Return how far beyond a patch the random movements reach."""
+    return [-(-s // 4) for s in size]
 
 
 class VolumeBatches:
@@ -207,7 +244,8 @@ class VolumeBatches:
         self.segmented = config.name in SEGMENTED
         self.size = tuple(config.patch_size)
         self.batch_size = shared_batch_size(config.batch_size, len(data.labels), process, training)
-        self.transform = augmentation(config, self.segmented) if training else None
+        self.transform = augmentation(config, self.segmented, of_room=False) if training else None
+        self.of_room = augmentation(config, self.segmented, of_room=True) if training else None
         self.groups = [] if training else self._groups()
 
     def _groups(self) -> list[list[int]]:
@@ -256,9 +294,13 @@ class VolumeBatches:
             label = padded(label, self.size, 0 if self.training else VOID)
         if self.transform is None:
             return image, label
-        self.transform.set_random_state(seed)
         sample = {"image": image, "label": label.unsqueeze(0)} if self.segmented else {"image": image}
-        result = self.transform(sample)
+        transform = self.transform
+        # Of a large volume, what is moved is not all of it.
+        if any(n > s + 2 * margin for n, s, margin in zip(image.shape[1:], self.size, _margins(self.size))):
+            sample, transform = _room(sample, self.size, self.config.foreground, seed), self.of_room
+        transform.set_random_state(seed)
+        result = transform(sample)
         result = result[0] if isinstance(result, list) else result
         return result["image"].float(), result["label"].squeeze(0) if self.segmented else label
 
