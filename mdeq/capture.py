@@ -14,12 +14,12 @@ _WARMUP_CALLS = 3  # in which libraries choose kernels and set up workspaces, no
 
 
 class CapturedModel:
-    """A model in eval mode, captured for inputs of one shape; calling it replays every kernel by one launch.
+    """A model in eval mode, captured for inputs of one shape; calling it replays every kernel with one launch.
 
     A graph cannot look at values: the solve takes all `max_steps` steps of its solver, and never waits for the host.
-    Samples that have converged rest where they are, so results are those of the model itself, up to rounding, and so
-    are statistics, but for `nfe` and the length of `trace`. Weights are read where they lie: what changes them in place
-    counts in the next call, and what puts others in their place (`load_state_dict(assign=True)`) does not.
+    Samples that have converged stay where they are, so results are those of the model itself, up to rounding, and so
+    are statistics, but for `nfe` and the length of `trace`. Weights are read in place: in-place changes take effect in
+    the next call, replaced tensors (`load_state_dict(assign=True)`) do not.
 
     Args:
         model: a model of this package in eval mode, on a CUDA device.
@@ -37,9 +37,9 @@ class CapturedModel:
 
     def __init__(self, model: nn.Module, example: Tensor, *, solver: FixedPointSolver | None = None) -> None:
         if model.training:
-            raise ValueError("a model is captured in eval mode; call model.eval() first")
+            raise ValueError("CapturedModel needs a model in eval mode; call model.eval() first")
         if not example.is_cuda:
-            raise ValueError(f"a CUDA graph needs a model and an example on a CUDA device, got one on {example.device}")
+            raise ValueError(f"a CUDA graph needs model and example on a CUDA device, got one on {example.device}")
         with torch.inference_mode(False):  # or later calls could not write into it
             self._input = without_metadata(example).detach().clone()
         # The graph knows addresses alone: without these references their memory might serve something else.
@@ -71,9 +71,9 @@ class CapturedModel:
         for name in ("shape", "dtype", "device"):
             given, wanted = getattr(x, name), getattr(self._input, name)
             if given != wanted:
-                raise ValueError(f"captured for inputs of {name} {wanted}, got {given}; capture the model again")
+                raise ValueError(f"captured for inputs with {name} {wanted}, got {given}; capture the model again")
         if any(x.data_ptr() != place for x, _, place in self._weights):
-            raise ValueError("the weights lie elsewhere than when the model was captured; capture the model again")
+            raise ValueError("the weights have moved in memory since the capture; capture the model again")
         self._input.copy_(without_metadata(x))
         self._graph.replay()
         output = _copy(self._output)

@@ -50,7 +50,7 @@ class _FlatFn:
             raise ValueError(f"f must return floating-point tensors, got {[x.dtype for x in state]}")
         f_z = self.layout.flatten(tuple(state), self.outer)
         if f_z.shape != z.shape:
-            raise ValueError(f"f must keep the batch size, {z.shape[0]}, got {f_z.shape[0]}")
+            raise ValueError(f"f must keep the batch size {z.shape[0]}, got {f_z.shape[0]}")
         return f_z
 
     def eager(self) -> "_FlatFn":
@@ -70,12 +70,12 @@ class DEQ(nn.Module):
 
     The solver works in at least float32; f sees its state in the dtype of z0, and the result has that dtype.
     In eval mode the state returned is the solver's z*, bit for bit the same with and without gradients; in train mode
-    it is what the gradient estimator returns, f(z*) for the implicit one. Of a sample of which f gives nothing finite
-    from the start, such as one with nan in its input, the state is nan, where a solver returns the starting point.
+    it is what the gradient estimator returns, f(z*) for the implicit one. For a sample where f gives nothing finite
+    from the start, such as one with nan in its input, the state is nan, while a solver returns the starting point.
 
     Args:
-        solver: the forward solver; `deq.solver = ...` replaces it at any time. `ReversibleGradient` takes of it
-            tolerance and number of steps alone, in both modes.
+        solver: the forward solver; `deq.solver = ...` replaces it at any time. `ReversibleGradient` takes
+            only its tolerance and number of steps, in both modes.
         gradient: the gradient estimator, likewise.
 
     Raises:

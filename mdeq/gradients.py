@@ -67,7 +67,7 @@ class _Implicit(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "the implicit gradient cannot be differentiated again (create_graph=True); use PhantomGradient"
+                "the implicit gradient does not support double backward (create_graph=True); use PhantomGradient"
             )
         f_z, z, *secants = ctx.saved_tensors
         # The system is linear: solved for a gradient of unit length, it stops alike at every scale of the loss.

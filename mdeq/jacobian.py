@@ -54,8 +54,8 @@ def spectral_radius(fn: FlatFn, z: Tensor, num_iters: int = 100) -> Tensor:
 
     Power iteration on J^T from a random vector. The estimate is the geometric mean of the growth over the second half,
     which is right also where the dominant eigenvalues are a complex pair and a Rayleigh quotient is not. Where J is
-    then far from normal, the growth comes and goes with the turn of the vector, and the estimate is off by up to
-    log(c) / (num_iters / 2), with c the condition of its eigenvectors: by some per cent, another one at every call.
+    then far from normal, the growth oscillates as the vector turns, and the estimate is off by up to
+    log(c) / (num_iters / 2), with c the condition of its eigenvectors: by a few per cent, differently at every call.
 
     Args:
         fn: the map `(B, D) -> (B, D)`.

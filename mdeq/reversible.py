@@ -85,7 +85,7 @@ class _Reverse(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "the reversible gradient cannot be differentiated again (create_graph=True); use PhantomGradient"
+                "the reversible gradient does not support double backward (create_graph=True); use PhantomGradient"
             )
         z0, pair, count, converged, *extra = ctx.saved_tensors
         # Where no step was taken, zero would pass for a gradient. Such a sample counts one step: backward goes through
@@ -139,8 +139,8 @@ class _Reverse(torch.autograd.Function):
             grad_y = torch.where(took, (1 - beta) * grad_y, grad_y)
         if len(worst) and not bool((worst <= _FAR).all()):
             warnings.warn(
-                f"the reversible iteration came back {float(worst.max()):.1e} (relative) from where it had been, so "
-                "that its gradient is not exact; lower ReversibleGradient's beta or store_every",
+                f"in backward, the reversible iteration missed its earlier state by {float(worst.max()):.1e} "
+                "(relative), so the gradient is not exact; lower ReversibleGradient's beta or store_every",
                 stacklevel=2,
             )
         return *(None,) * 6, *totals, *(None,) * 2 * known
@@ -167,7 +167,7 @@ class ReversibleGradient:
     On tanh(Q z + b) with Q orthogonal, which hardly shrinks, and no pair kept, the relative error of the gradient is
     2e-7 after 10 steps and 4e-3 after 14 at beta 0.8, and 3e-10 after 18 at beta 0.5 (tests/test_reversible.py).
 
-    It evaluates f again in backward, so fn has to say what it closes over that gradients are due to: `fn.tensors()`
+    It evaluates f again in backward, so fn has to name the tensors it closes over that need gradients: `fn.tensors()`
     returns a sequence of tensors, none of which is computed from another: name an injection or what it is computed
     from, not both. The models of this package do; in a map of your own write a class with `__call__` and `tensors`. A
     sample that failed without a finite step gets a gradient of nan. It is the gradient of the steps that were taken
@@ -204,8 +204,8 @@ class ReversibleGradient:
         if torch.is_grad_enabled():
             if not hasattr(fn, "tensors"):
                 raise ValueError(
-                    "ReversibleGradient evaluates f again in backward: f needs a method tensors() that returns what it "
-                    "closes over that gradients are due to, none of it computed from another"
+                    "ReversibleGradient evaluates f again in backward: f needs a method tensors() that returns the "
+                    "tensors it closes over that need gradients, none of them computed from another"
                 )
             # Once each: the gradient of one that is named twice would be added twice.
             tensors = list({id(x): x for x in fn.tensors() if x.requires_grad}.values())

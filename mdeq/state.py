@@ -16,8 +16,8 @@ class StateLayout:
 
     Attributes:
         shapes: of the branches.
-        channels_last: whether the channels of each branch are its last axis in the flat form. To a solver the order of
-            elements is all the same, so a state stays as f has it, and no copy changes it.
+        channels_last: whether the channels of each branch are its last axis in the flat form. Solvers do not depend on
+            the order of elements, so a state keeps the order of f, without a copy.
     """
 
     shapes: tuple[torch.Size, ...]
@@ -28,14 +28,14 @@ class StateLayout:
         """Return the layout of a state.
 
         Raises:
-            ValueError: if it is no tuple of floating-point tensors of one dtype and one batch size.
+            ValueError: if it is not a tuple of floating-point tensors of one dtype and one batch size.
         """
         if not isinstance(state, (tuple, list)) or not state or any(x.ndim == 0 for x in state):
-            raise ValueError("a state is a tuple of tensors (batch, ...), one per branch")
+            raise ValueError("a state must be a tuple of tensors (batch, ...), one per branch")
         if any(x.dtype != state[0].dtype or not x.is_floating_point() for x in state):
-            raise ValueError(f"a state needs tensors of one floating-point dtype, got {[x.dtype for x in state]}")
+            raise ValueError(f"tensors of a state must share a floating-point dtype, got {[x.dtype for x in state]}")
         if any(x.shape[0] != state[0].shape[0] for x in state):
-            raise ValueError(f"a state needs tensors of one batch size, got {[tuple(x.shape) for x in state]}")
+            raise ValueError(f"tensors of a state must share a batch size, got {[tuple(x.shape) for x in state]}")
         return cls(tuple(x.shape[1:] for x in state), tuple(map(lies_channels_last, state)))
 
     @property

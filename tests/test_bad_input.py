@@ -300,7 +300,7 @@ def test_checkpoint_of_another_architecture(trained: Path, tmp_path: Path) -> No
     assert "weights.safetensors" in line
     save_file({"x": torch.zeros(3)}, tmp_path / "x.safetensors")
     words = ["--config", str(trained / "config.yaml"), "--checkpoint", str(tmp_path / "x.safetensors")]
-    assert "not a checkpoint of an MDEQ" in validate(*words).refusal()
+    assert "not an MDEQ checkpoint" in validate(*words).refusal()
 
 
 def test_checkpoint_with_another_number_of_classes(trained: Path) -> None:

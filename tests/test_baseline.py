@@ -47,11 +47,11 @@ def test_a_release_takes_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     card = model_card("o/n", after["config"], {**after["card"], "baseline": beside})
     row = f"| timm's test_resnet | {beside['parameters']:,} | 1 | {beside['metrics']['top1']:.4g} % |"
     assert row in card.partition("### Beside an explicit network")[2]
-    assert "by another recipe or number of epochs" in run("baseline", *words, "run.epochs=2").refusal()
-    assert "by another recipe or number of epochs" in run("baseline", *words, "optim.lr=0.5").refusal()
+    assert "with another recipe or number of epochs" in run("baseline", *words, "run.epochs=2").refusal()
+    assert "with another recipe or number of epochs" in run("baseline", *words, "optim.lr=0.5").refusal()
     after["card"]["data"] = "cifar10"
     path.write_text(json.dumps(after))
-    assert "is of weights for cifar10, not for digits" in run("baseline", *words).refusal()
+    assert "has weights for cifar10, not for digits" in run("baseline", *words).refusal()
 
 
 def test_the_stem_for_small_images() -> None:
@@ -83,12 +83,12 @@ def test_settings_of_the_run_and_the_loss_count(tmp_path: Path) -> None:
         (("--net", "resnet_1"), "--net resnet_1"),
         (("--net", "test_vit3", "--small-images", "data.image_size=160"), "--small-images is for ResNets"),
         (("data.mixup=0.5",), "without mixup"),
-        (("task=segmentation",), "for the classification of images"),
+        (("task=segmentation",), "for image classification"),
         (("--channels", "x"), "invalid int value"),
         (("--channels", "8", "8"), "--channels takes four numbers"),
         (("run.max_minutes=1",), "leave out run.max_minutes"),
         (("--net", "vit_tiny_patch16_224"), "--net vit_tiny_patch16_224"),
-        (("data.name=modelnet10",), "modelnet10 is of volumes"),
+        (("data.name=modelnet10",), "modelnet10 has volumes"),
     ],
 )
 def test_bad_input(words: tuple[str, ...], said: str, tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_a_time_to_a_tolerance_that_was_not_reached_is_compared_with_none(capsys
     assert [row["contender"] for row in comparison._to_tolerance(bench(tol=0.1), rows) if "relative" in row] == [
         "TorchDEQ B"
     ]
-    assert capsys.readouterr().out.count("did not get to 0.1") == 2
+    assert capsys.readouterr().out.count("did not reach 0.1") == 2
 
 
 def test_a_panel_without_ratios_says_why(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_a_reference_that_does_not_converge(monkeypatch: pytest.MonkeyPatch, cap
     monkeypatch.setattr(comparison, "Broyden", lambda **settings: Broyden(**{**settings, "max_steps": 3}))
     monkeypatch.setattr(comparison, "measured_peak", lambda *_: 1.0)
     rows = comparison.training_part(bench(), [], "mdeq_tiny_cifar.cifar10:16:2")
-    assert "errors of gradients are left out: 2 of 2 samples" in capsys.readouterr().out
+    assert "gradient errors are left out: 2 of 2 samples" in capsys.readouterr().out
     own = [row for row in rows if "timm" not in row["contender"]]
     assert all(math.isnan(row["gradient_error"]) and row["ms"] > 0 for row in own)
     assert {row["backward_steps"] for row in rows if "backward_steps" in row} == {3.0}
@@ -350,19 +350,22 @@ def test_exponent() -> None:
         ("--cases mdeq_tiny_cifar", "a case is MODEL:SIDE:BATCH"),
         ("--cases mdeq_tiny_cifar:32:0", "a case is MODEL:SIDE:BATCH"),
         ("--cases mdeq_tiny:32:1", "did you mean"),
-        ("--cases mdeq_tiny_cifar.foo:32:2", r"no weights mdeq_tiny_cifar.foo; did you mean mdeq_tiny_cifar.cifar10"),
+        (
+            "--cases mdeq_tiny_cifar.foo:32:2",
+            r"no weights named mdeq_tiny_cifar.foo; did you mean mdeq_tiny_cifar.cifar10",
+        ),
         ("--parts solve --cases test_mdeq:16:1 --data {folder}", "CIFAR-10"),
         ("--parts training --trained mdeq_tiny_seg.camvid:32:1", "--parts training is for classifiers"),
         ("--check-every 0", "--check-every must be >= 1"),
         ("--history 1", "--history must be >= 2"),
         ("--cases mdeq_tiny_cifar:8:1", "must be >= 16"),
-        ("--trained mdeq_small:64:1", "--parts tolerance ragged: --trained needs a model with weights"),
+        ("--trained mdeq_small:64:1", "--parts tolerance ragged needs a --trained model with weights"),
         ("--steps 0", "--steps must be >= 1"),
         ("--tol 0", r"--tol must be in \(0, 1\)"),
         ("--threads 0", "--threads must be >= 1"),
         ("--parts everything", "invalid choice"),
-        ("--device cuda:99", "no device cuda:99"),
-        ("--out {file}", "is a file, no folder"),
+        ("--device cuda:99", "device cuda:99 is not available"),
+        ("--out {file}", "is a file, not a folder"),
     ],
 )
 def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, message: str) -> None:

@@ -256,7 +256,7 @@ def test_autocast() -> None:
     ("settings", "message"),
     [
         (dict(spatial_dims=1), "spatial_dims must be 2 or 3, got 1"),
-        (dict(num_groups=3), "num_groups must be even, got 3"),
+        (dict(num_groups=3), "num_groups must be even and >= 2, got 3"),
         (dict(channels=(8, 12)), "divisible by num_groups=8, got 12"),
         (dict(channels=(8,), expansion=1.5), "divisible by num_groups=8, got 8"),
         (dict(dropout=1.0), r"dropout must be in \[0, 1\), got 1.0"),

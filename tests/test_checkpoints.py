@@ -188,7 +188,7 @@ def test_another_number_of_classes() -> None:
     weights["classifier.weight"], weights["classifier.bias"] = torch.ones(4, 200), torch.ones(4)
     assert load("mdeq_tiny_cifar", weights, num_classes=4, overlay=dict(num_classes=4)).classifier.bias.sum() == 4
     with pytest.raises(
-        ValueError, match=r"has 4 classes, the model 10; with pretrained_cfg_overlay=dict\(num_classes=4"
+        ValueError, match=r"has 4 classes, the model 10; pass pretrained_cfg_overlay=dict\(num_classes=4"
     ):
         load("mdeq_tiny_cifar", weights)
 
@@ -234,26 +234,29 @@ def test_native_weights_pass_untouched() -> None:
 
 
 def test_native_weights_that_do_not_fit() -> None:
-    with pytest.raises(ValueError, match=r"\(native layout\) does not fit mdeq_tiny_cifar: it fits test_mdeq; it has"):
+    with pytest.raises(ValueError, match=r"\(native layout\) does not fit mdeq_tiny_cifar: it fits test_mdeq; "):
         load("mdeq_tiny_cifar", small())
-    with pytest.raises(ValueError, match="does not fit test_mdeq as it is built: pass weight_norm=False; it lacks"):
+    with pytest.raises(ValueError, match="does not fit test_mdeq as it is built: pass weight_norm=False; missing"):
         load("test_mdeq", small(weight_norm=False))
 
 
 # -- what does not fit
 
 MISFITS = {
-    "old_mdeq/cifar_TINY": ("mdeq_tiny_cifar", " as it is built: pass post_norm_affine=True; it has in addition 4:"),
-    "torchdeq/cifar_LARGE": ("mdeq_large_cifar", " as it is built: pass post_norm_affine=True; it has in addition 8:"),
+    "old_mdeq/cifar_TINY": ("mdeq_tiny_cifar", " as it is built: pass post_norm_affine=True; unexpected tensors (4):"),
+    "torchdeq/cifar_LARGE": (
+        "mdeq_large_cifar",
+        " as it is built: pass post_norm_affine=True; unexpected tensors (8):",
+    ),
     "imagenet_SMALL_reg": (
         "mdeq_small",
-        " as it is built: pass post_norm_affine=False, head_channels=(28, 56, 112, 224); it lacks 8:",
+        " as it is built: pass post_norm_affine=False, head_channels=(28, 56, 112, 224); missing tensors (8):",
     ),
-    "imagenet_LARGE_reg": ("mdeq_large", " as it is built: pass post_norm_affine=False; it lacks 8:"),
-    "old_mdeq/imagenet_LARGE": ("mdeq_large", ": it fits mdeq_xlarge; of another shape are"),
-    "cifar_LARGE": ("mdeq_small", ": it fits mdeq_large_cifar; it lacks 8:"),
-    "imagenet_SMALL": ("mdeq_small_seg", ": it fits mdeq_small; it lacks 6:"),
-    "old_mdeq/cityscapes_SMALL": ("mdeq_small", ": it fits mdeq_small_seg; it lacks 80:"),
+    "imagenet_LARGE_reg": ("mdeq_large", " as it is built: pass post_norm_affine=False; missing tensors (8):"),
+    "old_mdeq/imagenet_LARGE": ("mdeq_large", ": it fits mdeq_xlarge; tensors of another shape"),
+    "cifar_LARGE": ("mdeq_small", ": it fits mdeq_large_cifar; missing tensors (8):"),
+    "imagenet_SMALL": ("mdeq_small_seg", ": it fits mdeq_small; missing tensors (6):"),
+    "old_mdeq/cityscapes_SMALL": ("mdeq_small", ": it fits mdeq_small_seg; missing tensors (80):"),
 }
 
 
@@ -281,17 +284,18 @@ def test_exactly_what_is_missing_or_left_over_is_named() -> None:
         load("mdeq_tiny_cifar", weights)
     assert str(error.value) == (
         "the checkpoint (MDEQ-Vision layout) does not fit mdeq_tiny_cifar; "
-        "it lacks 1: equilibrium.cell.blocks.1.norm2.bias; it has in addition 1: fullstage.branches.2.extra; "
-        "of another shape are 1: head.final.1.weight (3,) for (200,)"
+        "missing tensors (1): equilibrium.cell.blocks.1.norm2.bias; "
+        "unexpected tensors (1): fullstage.branches.2.extra; "
+        "tensors of another shape (1): head.final.1.weight (3,) instead of (200,)"
     )
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({}, "it has no weights of an implicit layer, its keys are none at all"),
-        ({"conv1.weight": torch.ones(1)}, "it has no weights of an implicit layer, its keys are conv1.weight"),
-        ({"epoch": 3, "fullstage.x": torch.ones(1)}, "the checkpoint holds 'epoch', a int, among its tensors"),
+        ({}, "it has no weights of an implicit layer; its keys are none at all"),
+        ({"conv1.weight": torch.ones(1)}, "it has no weights of an implicit layer; its keys are conv1.weight"),
+        ({"epoch": 3, "fullstage.x": torch.ones(1)}, "the checkpoint's entry 'epoch' is of type int, not a tensor"),
     ],
 )
 def test_no_checkpoint_of_an_mdeq(content: dict[str, Any], message: str) -> None:

@@ -172,7 +172,7 @@ def test_inflate(tmp_path: Path) -> None:
     with torch.no_grad():
         flat, deep = model(x, unroll=4), volumes(x[:, :, None].expand(1, 3, 32, 32, 32), unroll=4)
     torch.testing.assert_close(flat, deep, rtol=1e-4, atol=1e-5)
-    assert "3D already" in run("convert", tmp_path / "out", "--out", tmp_path / "again", "--inflate").refusal()
+    assert "already 3D" in run("convert", tmp_path / "out", "--out", tmp_path / "again", "--inflate").refusal()
 
 
 def test_training_and_validation_read_a_released_file(tmp_path: Path, released: Path) -> None:
@@ -268,7 +268,7 @@ def test_damaged_weights_beside_a_config(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-8])
     assert str(tmp_path / "run") in run("convert", path, "--out", tmp_path / "out").refusal()
     (tmp_path / "run" / "config.json").write_text("{}")
-    assert "which is no model of this package" in run("convert", path.parent, "--out", tmp_path / "out").refusal()
+    assert "which is not a model of this package" in run("convert", path.parent, "--out", tmp_path / "out").refusal()
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
@@ -312,4 +312,4 @@ def test_a_named_model_that_does_not_fit(tmp_path: Path) -> None:
     del weights["stem.conv2.weight"]
     save_file(weights, tmp_path / "a.safetensors")
     line = run("convert", tmp_path / "a.safetensors", "--model", "mdeq_tiny_cifar", "--out", tmp_path / "o").refusal()
-    assert "does not fit mdeq_tiny_cifar; it lacks 1: stem.conv2.weight" in line
+    assert "does not fit mdeq_tiny_cifar; missing tensors (1): stem.conv2.weight" in line

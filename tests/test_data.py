@@ -417,7 +417,7 @@ def test_archive_of_image_folders(tmp_path: Path) -> None:
 def test_nobody_trains_on_an_archive(tmp_path: Path) -> None:
     """It has no splits: what is trained on would be tested on."""
     (tmp_path / "images.tar").touch()
-    with pytest.raises(BadInput, match="is an archive, all of which would be tested on too"):
+    with pytest.raises(BadInput, match="is an archive, which training and testing would both read whole"):
         reader(tmp_path / "images.tar", True)
 
 
@@ -464,12 +464,12 @@ def test_a_split_of_another_name_is_not_the_whole_folder(there: str, asked: str,
     write_images(tmp_path / "train", ["ant", "bee"], 4)
     write_images(tmp_path / there, ["ant", "bee"], 2)
     listed = ", ".join(sorted([there, "train"]))
-    with pytest.raises(BadInput, match=rf"no folder {asked}; set data.test_split to one that is there \({listed}\)"):
+    with pytest.raises(BadInput, match=rf"no folder {asked}; set data.test_split to one that exists \({listed}\)"):
         reader(tmp_path, False, test_split=asked)
     for nothing in ("", ".", "./"):
-        with pytest.raises(BadInput, match=r"no folder .*; set data.test_split to one that is there"):
+        with pytest.raises(BadInput, match=r"no folder .*; set data.test_split to one that exists"):
             reader(tmp_path, False, test_split=nothing)
-    with pytest.raises(BadInput, match=r"no folder trainval; set data.train_split to one that is there"):
+    with pytest.raises(BadInput, match=r"no folder trainval; set data.train_split to one that exists"):
         reader(tmp_path, True, train_split="trainval")
     assert flat(labels(reader(tmp_path, False, test_split=there)[0])) == [0] * 2 + [1] * 2
 
@@ -538,7 +538,7 @@ def test_held_out_samples_are_the_last_ones_and_not_trained_on() -> None:
         held, _ = build_batches(config, GREY, Process(), training=False)
         assert torch.equal(train.labels, expected)
         assert torch.equal(held.labels, whole[-100:])
-    with pytest.raises(BadInput, match=r"data\.holdout=1437 leaves nothing of 1437 training samples"):
+    with pytest.raises(BadInput, match=r"data\.holdout=1437 leaves none of the 1437 training samples"):
         build_batches(DataConfig(holdout=1437), GREY, Process(), training=False)
 
 

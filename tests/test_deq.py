@@ -301,7 +301,7 @@ def test_shape_errors() -> None:
             deq(lambda z, result=result: result, (torch.zeros(2, 3),))
     with pytest.raises(ValueError, match=r"expected a state of shapes \[\(3,\)\], got \[\(2,\)\]"):
         deq(lambda z: (z[0][:, :2],), (torch.zeros(2, 3),))
-    with pytest.raises(ValueError, match="one batch size"):
+    with pytest.raises(ValueError, match="share a batch size"):
         deq(lambda z: z, (torch.zeros(2, 3), torch.zeros(3, 3)))
     for shift, named in ((1j, "complex64"), (torch.zeros(2, 3, dtype=torch.int64), "int64")):
         with pytest.raises(ValueError, match=rf"f must return floating-point tensors, got \[torch\.{named}\]"):
@@ -395,7 +395,7 @@ def test_empty_batch() -> None:
 def test_bad_arguments_are_named() -> None:
     x = torch.zeros(3, 2)
     deq = DEQ({"name": "broyden"}, {"name": "implicit", "solver": {"name": "picard"}})
-    with pytest.raises(ValueError, match="f must keep the batch size, 3, got 1"):
+    with pytest.raises(ValueError, match="f must keep the batch size 3, got 1"):
         deq(lambda z: (z[0][:1],), (x,))
     with pytest.raises(ValueError, match="unroll and jacobian_probes must be >= 0"):
         deq(lambda z: z, (x,), unroll=-1)

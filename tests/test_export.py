@@ -122,7 +122,7 @@ REFUSALS = {
     "no such checkpoint": (["test_mdeq", "--checkpoint", "nowhere.safetensors"], "nowhere.safetensors"),
     "no such tag": (["test_mdeq.nowhere"], "nowhere"),
     "checkpoint of another model": (["test_mdeq", "--checkpoint", OFFICIAL], "official_cifar_tiny"),
-    "checkpoint of no model": (["local-dir:nowhere", "--checkpoint", OFFICIAL], "--checkpoint goes with a name"),
+    "checkpoint of no model": (["local-dir:nowhere", "--checkpoint", OFFICIAL], "--checkpoint needs a name"),
     "folder without a model": ([Path(__file__).parent], str(Path(__file__).parent)),
     "no steps": (["test_mdeq", "--steps", "0"], "--steps must be >= 1, got 0"),
     "size of wrong rank": (["test_mdeq", "--size", "64"], "--size needs 2 numbers"),
@@ -140,7 +140,7 @@ def test_program_refuses_in_one_line(case: str, tmp_path: Path) -> None:
 
 def test_program_refuses_a_format_that_the_file_is_not(tmp_path: Path) -> None:
     words = ["test_mdeq", "--out", tmp_path / "model.onnx", "--format", "pt2"]
-    assert "--format pt2 does not go into" in run("export", *words).refusal()
+    assert "--format pt2 does not match the file" in run("export", *words).refusal()
     (tmp_path / "file").write_text("")
     assert "is a file" in run("export", "test_mdeq", "--out", tmp_path / "file" / "deeper").refusal()
 

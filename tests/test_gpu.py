@@ -100,7 +100,7 @@ def test_captured_model_gives_what_the_model_gives(solver: mdeq.FixedPointSolver
         if not amp:
             torch.testing.assert_close(equilibrium.stats.num_steps, wanted_equilibrium.stats.num_steps)
             torch.testing.assert_close(equilibrium.state, wanted_equilibrium.state, **tolerance)
-    with pytest.raises(ValueError, match="captured for inputs of shape"):
+    with pytest.raises(ValueError, match="captured for inputs with shape"):
         captured(first[:2])
 
 

@@ -350,16 +350,16 @@ def tools_publish() -> Any:
 def test_all_publishes_the_releases(finished: Path, releases: Path, tmp_path: Path, monkeypatch: Any) -> None:
     shipped = make_release(finished, releases, "--ship")
     monkeypatch.setattr(mdeq, "RELEASES", {})
-    assert "there is no release" in publish("--all", "--dry-run").refusal()
+    assert "there are no releases" in publish("--all", "--dry-run").refusal()
     monkeypatch.setattr(mdeq, "RELEASES", {shipped.name: shipped})
     assert f"{mdeq.HUB_ORG}/test_mdeq.digits:\n" in publish("--all", "--dry-run").ok()
     shipped.shipped.unlink()
-    assert "say with --runs where they are" in publish("--all", "--dry-run").refusal()
+    assert "give their folder with --runs" in publish("--all", "--dry-run").refusal()
     shutil.copytree(finished, tmp_path / "runs" / shipped.name)
     assert shipped.sha256 in publish("--all", "--dry-run", "--runs", tmp_path / "runs").ok()
     tensors = {name: value + 1 for name, value in load_file(finished / "model.safetensors").items()}
     save_file(tensors, tmp_path / "runs" / shipped.name / "model.safetensors")
-    assert "another sha256" in publish("--all", "--dry-run", "--runs", tmp_path / "runs").refusal()
+    assert "the sha256 differs" in publish("--all", "--dry-run", "--runs", tmp_path / "runs").refusal()
 
 
 def test_a_release_tells_of_the_weights_that_it_started_from(
@@ -374,7 +374,7 @@ def test_a_release_tells_of_the_weights_that_it_started_from(
         (continued / "config.yaml").write_text(yaml.safe_dump(settings))
 
     first = make_release(finished, releases, "--ship")
-    assert "started from no weights" in publish(finished, *RELEASE, "--stage", record).refusal()
+    assert "started from scratch" in publish(finished, *RELEASE, "--stage", record).refusal()
     settings["model"] |= {"pretrained": True, "name": "mdeq_tiny_cifar.cifar10"}
     (continued / "config.yaml").write_text(yaml.safe_dump(settings))
     line = publish(continued, *RELEASE, "--stage", record).refusal()
@@ -451,14 +451,14 @@ def test_seeds_are_runs_that_differ_in_nothing_else(finished: Path, releases: Pa
     assert after["card"].pop("seeds") == [first, second]
     assert after["card"] == {key: value for key, value in before.card.items() if key != "seeds"}
     assert (after["sha256"], weights.is_file()) == (before.sha256, True)
-    assert "runs with other seeds, these have 0, 1, 1" in publish(*later).refusal()
-    assert "--ship takes the folder of a run" in publish(*later, "--ship").refusal()
+    assert "runs with different seeds, got 0, 1, 1" in publish(*later).refusal()
+    assert "--ship needs the folder of a run" in publish(*later, "--ship").refusal()
     assert "nothing.tag.json" in publish("--release", "nothing.tag", *later[2:]).refusal()
     assert "differs from test_mdeq.digits" in publish(*later[:3], other("again longer", epochs=2)).refusal()
     assert "give the folder of a run" in publish("--release", before.name).refusal()
     for folder in (other("longer", epochs=2), other("faster", "optim", lr=0.5), other("larger", "data", batch_size=3)):
         assert "differs from" in publish(finished, *RELEASE, "--seeds", folder).refusal()
-    assert "runs with other seeds, these have 0, 0" in publish(finished, *RELEASE, "--seeds", finished).refusal()
+    assert "runs with different seeds, got 0, 0" in publish(finished, *RELEASE, "--seeds", finished).refusal()
     assert "no folder nowhere" in publish(finished, *RELEASE, "--seeds", "nowhere").refusal()
 
 
@@ -489,17 +489,17 @@ REPO = ("--repo", "org/name", "--dry-run")
     ("words", "reason"),
     [
         ((), "give one of --repo"),
-        (("RUN", "--all"), "not for a folder"),
-        (("RUN", "--readme"), "not for a folder"),
+        (("RUN", "--all"), "omit the folder"),
+        (("RUN", "--readme"), "omit the folder"),
         (("RUN", "--stage", "nowhere.json", *REPO), "nowhere.json"),
         (("--repo", "org/name"), "give the folder of a run"),
         (("RUN", "--repo", "name"), "must be ORG/NAME"),
         (("RUN", "--repo", "/name"), "must be ORG/NAME"),
         (("RUN", "--repo", "org/a name"), "must be ORG/NAME"),
-        (("RUN", "--ship", *REPO), "--ship does not go with --repo"),
-        (("RUN", "--release", "test_mdeq.digits", "--runs", "x"), "--runs does not go with --release"),
-        (("--all", "--note", "x", "--dry-run"), "--note does not go with --all"),
-        (("--readme", "--private"), "--private does not go with --readme"),
+        (("RUN", "--ship", *REPO), "--ship cannot be used with --repo"),
+        (("RUN", "--release", "test_mdeq.digits", "--runs", "x"), "--runs cannot be used with --release"),
+        (("--all", "--note", "x", "--dry-run"), "--note cannot be used with --all"),
+        (("--readme", "--private"), "--private cannot be used with --readme"),
         (("RUN", "--all", *REPO), "give one of --repo"),
         (("nowhere", *REPO), "no folder nowhere"),
         (("RUN", "--release", "mdeq_small.digits"), "must be test_mdeq.TAG"),
@@ -526,14 +526,14 @@ def _other_shapes(run: Path) -> None:
     ("damage", "reason"),
     [
         (lambda run: (run / "model.safetensors").unlink(), "no weights"),
-        (lambda run: (run / "model.safetensors").write_bytes(b"\0" * 100), "damaged or no safetensors file"),
+        (lambda run: (run / "model.safetensors").write_bytes(b"\0" * 100), "damaged or not a safetensors file"),
         (lambda run: (run / "config.json").unlink(), "no file"),
         (lambda run: (run / "config.json").write_text("[]"), "config.json is damaged"),
         (lambda run: (run / "config.yaml").unlink(), "no config file"),
         (lambda run: (run / "results.json").unlink(), "train to the end"),
         (lambda run: (run / "config.yaml").write_text("data: {holdout: 9}"), "--record data.holdout=null"),
         (lambda run: (run / "results.json").write_text('{"training": {}}'), "has no evaluation"),
-        (_other_architecture, "holds resnet18, which is no model of this package"),
+        (_other_architecture, "holds resnet18, which is not a model of this package"),
         (_other_shapes, "does not fit its config.json"),
     ],
 )
@@ -545,7 +545,7 @@ def test_bad_run(damage: Any, reason: str, finished: Path, tmp_path: Path) -> No
 
 def test_too_large_to_ship(finished: Path, releases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tools.publish.MAX_SHIPPED", 1000)
-    assert "too many to ship" in publish(finished, *RELEASE, "--ship").refusal()
+    assert "too large to ship" in publish(finished, *RELEASE, "--ship").refusal()
     assert not releases.exists()
 
 
@@ -569,11 +569,11 @@ def _lying(run: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (_other_architecture, "holds resnet18, which is no model of this package"),
+        (_other_architecture, "holds resnet18, which is not a model of this package"),
         (lambda run: (run / "config.json").write_text("[" * 10**5), "config.json is damaged"),
-        (_absurd(channels=[10**5, 10**5], head_channels=[4, 4]), "parameters is described, the limit is"),
+        (_absurd(channels=[10**5, 10**5], head_channels=[4, 4]), "parameters, the limit is"),
         (_absurd(channels=[4] * 10**5, head_channels=[4] * 10**5), "at most 16 entries"),
-        (_absurd(num_features=10**12), "parameters is described, the limit is"),
+        (_absurd(num_features=10**12), "parameters, the limit is"),
         (_absurd(channels="__import__('os')"), "model local-dir:"),
         (_absurd(no_such_argument=1), "unknown argument no_such_argument"),
         (_lying, "model local-dir:"),
@@ -610,7 +610,7 @@ def test_programs_say_what_the_hub_said(monkeypatch: pytest.MonkeyPatch, tmp_pat
     ):
         for source, said in (
             ("org/none", "org/none is not in the cache"),
-            ("a/b/c", "a/b/c is no name of a repository"),
+            ("a/b/c", "a/b/c is not a repository name"),
         ):
             assert said in run(name, f"hf-hub:{source}", *words, "--out", tmp_path / "out").refusal()
     assert not (tmp_path / "out").exists()
@@ -834,7 +834,7 @@ def test_without_a_network(name: str, cut_off: Talk, finished: Path) -> None:
 
 
 def test_without_a_network_or_cache(cut_off: Talk) -> None:
-    assert re.search(r"cannot be reached for .*; connect and try again", cut_off.problem("create test_mdeq.cut"))
+    assert re.search(r"cannot reach .*; check the connection and try again", cut_off.problem("create test_mdeq.cut"))
 
 
 def test_names_of_labels_are_those_of_the_weights_that_are_there() -> None:

@@ -55,10 +55,10 @@ def test_table_and_plot(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--model mdeq_tiny_cifar.foo", "no weights mdeq_tiny_cifar.foo"),
+        ("--model mdeq_tiny_cifar.foo", "no weights named mdeq_tiny_cifar.foo"),
         ("--model mdeq_tiny", "did you mean"),
         ("--device foo", "--device"),
-        ("--device cuda:99", "no device cuda:99"),
+        ("--device cuda:99", "device cuda:99 is not available"),
         ("--limit-gib 0", "--limit-gib above 0"),
         ("--batch-size 0", "--batch-size must be >= 1"),
         ("--sides 8", "--sides must be >= 16"),

@@ -130,7 +130,7 @@ def test_bad_input_is_named() -> None:
     model = small().eval()
     with pytest.raises(ValueError, match=r"every side of the input must be >= 16, got \(15, 16\)"):
         model(image(15, 16))
-    with pytest.raises(ValueError, match=r"expected an input \(batch, 3, H, W\), got \(2, 4, 16, 16\)"):
+    with pytest.raises(ValueError, match=r"expected an input of shape \(batch, 3, H, W\), got \(2, 4, 16, 16\)"):
         model(image(16, 16, channels=4))
     with pytest.raises(ValueError, match="z0 must have shapes"):
         model(image(32, 32), z0=model.solve(image(16, 16)).state)
@@ -506,10 +506,10 @@ def test_nan_in_one_image_is_nan_in_its_output_alone(name: str, train: bool) -> 
 
 @pytest.mark.parametrize("kind", ["fx", "hook", "list"])
 def test_maps_come_from_one_solve(kind: str) -> None:
-    with pytest.raises(ValueError, match="feature_cls of test_mdeq has to be left out"):
+    with pytest.raises(ValueError, match="test_mdeq does not support feature_cls"):
         timm.create_model("test_mdeq", features_only=True, feature_cls=kind)
 
 
 def test_a_model_has_branches() -> None:
-    with pytest.raises(ValueError, match="channels must name one branch at least"):
+    with pytest.raises(ValueError, match="channels must have at least one entry"):
         timm.create_model("test_mdeq", channels=())

@@ -129,7 +129,7 @@ def test_weights_that_fit_no_model_for_a_model_without_a_name() -> None:
     model = mdeq.MDEQ(channels=(8, 16), head_channels=(4, 4), num_groups=2)
     weights = timm.create_model("test_mdeq").state_dict()
     del weights["stem.conv2.weight"]
-    with pytest.raises(ValueError, match=r"the checkpoint \(native layout\) does not fit MDEQ; it lacks"):
+    with pytest.raises(ValueError, match=r"the checkpoint \(native layout\) does not fit MDEQ; missing tensors"):
         checkpoint_filter_fn(weights, model)
 
 

@@ -158,7 +158,7 @@ def test_one_unreadable_file(classifier: tuple[Path, nn.Module], photos: Path, t
     first, second, last = said.err.splitlines()
     assert first.startswith(f"error: cannot read image {bad}")
     assert second == f"error: no image {tmp_path / 'none.png'}"
-    assert last == "error: 2 of 3 inputs have no prediction, see above"
+    assert last == "error: 2 of 3 inputs could not be predicted, see above"
     rows = table(tmp_path / "out")
     assert [bool(row["error"]) for row in rows] == [True, False, True]
     assert rows[1]["class_1"]
@@ -312,7 +312,7 @@ def test_an_input_beyond_memory_keeps_no_other_from_its_prediction(
     first, last = said.err.splitlines()
     assert first.startswith(f"error: {large}")
     assert "does not fit into memory; make " in first
-    assert last == "error: 1 of 2 inputs have no prediction, see above"
+    assert last == "error: 1 of 2 inputs could not be predicted, see above"
     assert [bool(row["error"]) for row in table(tmp_path / "out")] == [False, True]
 
 
@@ -445,14 +445,14 @@ def test_float_images_out_of_range(values: list[list[float]], says: str, tmp_pat
     ("model", "word", "says"),
     [
         ("classifier", "none.png", "no image none.png"),
-        ("classifier", "none/*.png", "no files none/*.png"),
-        ("classifier", "EMPTY", "no files .png"),
+        ("classifier", "none/*.png", "no files match none/*.png"),
+        ("classifier", "EMPTY", "no .png"),
         ("classifier", "VOLUME", "is a volume, the model takes images"),
         ("segmenter", "TINY", "is 12x20; every side must be at least 16 pixels"),
-        ("volume_segmenter", "PHOTO", "is no NIfTI file"),
+        ("volume_segmenter", "PHOTO", "is not a NIfTI file"),
         ("volume_segmenter", "FOUR_D", "is 4-D (16x16x16x2), 2 channel(s); the model takes 1"),
         ("volume_segmenter", "NAN", "has 1 voxels that are NaN or infinite"),
-        ("volume_segmenter", "FLAT", "has one value everywhere (7)"),
+        ("volume_segmenter", "FLAT", "has the same value everywhere (7)"),
         ("volume_segmenter", "NO_AFFINE", "has no affine, so its orientation is unknown; --orientation none"),
         ("volume_segmenter", "DAMAGED", "cannot read volume"),
         ("mdeq_tiny_cifr", "PHOTO", "did you mean mdeq_tiny_cifar?"),
@@ -490,7 +490,7 @@ def damaged(path: Path) -> Path:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("--out", "FILE"), "is a file, no folder to write to"),
+        (("--out", "FILE"), "is a file, not a folder to write to"),
         (("--out", "HERE"), "give --out another folder"),
         (("--out", "out", "--topk", 0), "--topk must be >= 1, got 0"),
         (("--out", "out", "--solver-steps", 0), "--solver-steps must be >= 1, got 0"),
@@ -538,14 +538,14 @@ def test_classes_are_told_in_words() -> None:
     assert _label_names(model, gaps) == ("tench, Tinca tinca", "class 1", "teddy, teddy bear")
     empty = {"label_names": ["background", "b", "c"], "label_descriptions": {"background": "all else", "b": None}}
     assert _label_names(model, empty) == ("background", "b", "c")  # pictures know the background by its name
-    with pytest.raises(BadInput, match=r"label_descriptions in config\.json must map names"):
+    with pytest.raises(BadInput, match=r"label_descriptions in config\.json must map label names"):
         _label_names(model, {"label_names": ["a", "b", "c"], "label_descriptions": ["an ant", "", ""]})
 
 
 def test_a_model_of_another_package(photos: Path, tmp_path: Path) -> None:
     save_for_hf(timm.create_model("test_resnet"), str(tmp_path / "other"), safe_serialization=True)
     said = predict(tmp_path / "other", photos, "--out", tmp_path / "out").refusal()
-    assert "holds a model test_resnet, which is none of this package's" in said
+    assert "holds test_resnet, which is not a model of this package" in said
 
 
 def test_files_are_replaced_whole(tmp_path: Path) -> None:
@@ -591,7 +591,7 @@ def test_a_link_to_nothing_is_an_input_that_cannot_be_read(
     outcome = predict(classifier[0], folder, "--out", tmp_path / "out")
     assert outcome.code == 2
     assert "later.png" in outcome.err
-    assert "1 of 3 inputs have no prediction" in outcome.err
+    assert "1 of 3 inputs could not be predicted" in outcome.err
 
 
 def test_output_names() -> None:

@@ -29,8 +29,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("word", "said"),
     [
-        ("model.kwargs.features_only=true", "no classifier"),
-        ("model.kwargs.global_pool=''", "no classifier"),
+        ("model.kwargs.features_only=true", "not a classifier"),
+        ("model.kwargs.global_pool=''", "not a classifier"),
         ("model.kwargs.spatial_dims=3", "3D"),
         ("model.kwargs.num_classes=5", "data.num_classes"),
         ("model.kwargs.solver={name: picard}", "model.solver"),
@@ -98,7 +98,7 @@ def test_labels_that_are_no_classes_of_the_model(tmp_path: Path) -> None:
         check_labels(torch.tensor([0, -1]), 10)
     started = make_run(tmp_path / "run", "data.mixup=0.5")
     x = torch.zeros(2, 3, 16, 16)
-    with pytest.raises(BadInput, match="label 10, the model has the classes 0 to 9"):
+    with pytest.raises(BadInput, match="label 10, the model only has classes 0 to 9"):
         started.trainer.step(x, torch.tensor([3, 10]), 0, Tally(), SolveLog(), SolveLog())
 
 

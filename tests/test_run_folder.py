@@ -194,7 +194,7 @@ def test_weights_are_not_written_over(tmp_path: Path) -> None:
     export(started.model, tmp_path / "run")
     before = (tmp_path / "run" / "model.safetensors").read_bytes()
     line = train(tmp_path / "run").refusal()
-    assert "holds weights already (model.safetensors); choose another run.out_dir" in line
+    assert "already holds weights (model.safetensors); choose another run.out_dir" in line
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
 
 
@@ -205,7 +205,7 @@ def test_weights_that_are_not_finite_take_the_place_of_none(tmp_path: Path) -> N
     with torch.no_grad():
         next(started.model.parameters()).fill_(float("nan"))
     started.save()
-    with pytest.raises(BadInput, match=r"weights are not finite any more.*; the last good checkpoint is kept"):
+    with pytest.raises(BadInput, match=r"weights are no longer finite.*; the last good checkpoint is kept"):
         started.save(final=True)  # a result of theirs would stand beside other weights
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
 

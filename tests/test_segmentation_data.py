@@ -141,10 +141,10 @@ def test_masks_of_0_and_255_are_suspicious(tmp_path: Path, capsys: pytest.Captur
         save(path, np.where(picture(0)[1] > 1, 255, 0).astype(np.uint8))
     batches(data("masks", tmp_path), training=True)
     said = capsys.readouterr().err
-    assert said.startswith("warning: the first masks hold no class but left; 3")
-    assert "give it its number in classes.txt (255 NAME)" in said
+    assert said.startswith("warning: the first masks hold only class left; 3")
+    assert "list it in classes.txt (255 NAME)" in said
     (tmp_path / "classes.txt").write_text("0 background\n255 cell\n")  # as it says
-    with pytest.raises(BadInput, match=r"expected 2 to 255 classes .* beside data\.ignore_index=255, got 0 background"):
+    with pytest.raises(BadInput, match=r"expected 2 to 255 classes .* besides data\.ignore_index=255, got 0"):
         batches(data("masks", tmp_path), training=True)
     found = batches(data("masks", tmp_path, ignore_index=254), training=False)
     assert found.class_names == ("background", "cell")
@@ -157,7 +157,7 @@ def test_masks_of_0_and_255_are_suspicious(tmp_path: Path, capsys: pytest.Captur
 
 def test_two_masks_of_one_name(tmp_path: Path) -> None:
     save(masks(tmp_path) / "train" / "masks" / "0.tif", picture(0)[1])
-    with pytest.raises(BadInput, match=r"two masks of one name: .*0\.png and .*0\.tif"):
+    with pytest.raises(BadInput, match=r"two masks with the same name: .*0\.png and .*0\.tif"):
         batches(data("masks", tmp_path), training=True)
 
 
@@ -177,19 +177,19 @@ def test_images_are_read_as_for_prediction(tmp_path: Path) -> None:
     assert np.array_equal(read_mask(tmp_path / "mask.png", label_table(3, (VOID,))).numpy(), np.rot90(mask, -1))
     root = masks(tmp_path / "set")
     Image.fromarray(image).save(root / "val/images/0.png", exif=exif)
-    with pytest.raises(BadInput, match=r"0\.png is to be turned by its EXIF, and its mask .*0\.png is not"):
+    with pytest.raises(BadInput, match=r"0\.png and its mask .*0\.png have different EXIF"):
         gather(batches(data("masks", root), training=False))
 
 
 def test_pixels_that_are_neither_grey_nor_colours(tmp_path: Path) -> None:
     Image.new("LAB", (20, 20)).save(tmp_path / "lab.tif")
-    with pytest.raises(BadInput, match="pixels LAB are neither grey nor RGB"):
+    with pytest.raises(BadInput, match="mode LAB is neither grey nor RGB"):
         read_image(tmp_path / "lab.tif", 1)
 
 
 def test_class_that_is_ignored_by_its_number(tmp_path: Path) -> None:
     (masks(tmp_path) / "classes.txt").write_text("left\nmiddle\nvoid\n")
-    with pytest.raises(BadInput, match="label value 255, which is no class"):
+    with pytest.raises(BadInput, match="label value 255, which is not a class"):
         gather(batches(data("masks", tmp_path, ignore_index=2), training=False))
     for path in tmp_path.glob("*/masks/*.png"):
         save(path, picture(0)[1])
@@ -327,9 +327,9 @@ def test_bad_masks_and_images(tmp_path: Path) -> None:
     table = label_table(3, (VOID,))
     mask = picture(0)[1]
     for array, said in (
-        (mask + 1, "has the label value 3, which is no class"),
+        (mask + 1, "has the label value 3, which is not a class"),
         (mask.astype(np.uint16) + 300, "has the label value 300"),
-        (np.dstack([mask] * 3), "has the pixels RGB"),
+        (np.dstack([mask] * 3), "has mode RGB"),
     ):
         with pytest.raises(BadInput, match=said):
             read_mask(save(tmp_path / "x.png", array), table)
@@ -368,8 +368,8 @@ def test_image_under_16_pixels(tmp_path: Path) -> None:
         ({"patch_size": None}, "data.patch_size"),
         ({"scale_range": [2.0, 0.5]}, "data.scale_range"),
         ({"test_split": "test"}, "expected test/images and test/masks"),
-        ({"ignore_index": 300}, "data.ignore_index must be a value of a mask, 0 to 255, got 300"),
-        ({"ignore_index": -100}, "data.ignore_index must be a value of a mask"),
+        ({"ignore_index": 300}, "data.ignore_index must be a mask value from 0 to 255, got 300"),
+        ({"ignore_index": -100}, "data.ignore_index must be a mask value"),
         ({"root": "/nowhere"}, "no data in /nowhere"),
         ({"name": "camvid"}, "no CamVid"),
         ({"name": "cityscapes"}, "no Cityscapes"),
@@ -385,10 +385,10 @@ def test_bad_settings(settings: dict[str, Any], said: str, tmp_path: Path) -> No
 def test_bad_folders_of_pairs(tmp_path: Path) -> None:
     root = masks(tmp_path)
     (root / "val/masks/3.png").unlink()
-    with pytest.raises(BadInput, match="has no mask of its name"):
+    with pytest.raises(BadInput, match="has no mask with the same name"):
         batches(data("masks", root), training=False)
     (root / "classes.txt").write_text("0 a\n2 b\n")
-    with pytest.raises(BadInput, match="label value 1, which is no class"):
+    with pytest.raises(BadInput, match="label value 1, which is not a class"):
         batches(data("masks", root), training=True)
     for text in ("", "0 a\n", "0 a\n256 b\n"):
         (root / "classes.txt").write_text(text)

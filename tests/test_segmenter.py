@@ -290,15 +290,15 @@ def test_tensors_of_monai(spatial_dims: int, solver: mdeq.FixedPointSolver) -> N
 
 def test_bad_input_is_named() -> None:
     model = small(3).eval()
-    with pytest.raises(ValueError, match=r"expected an input of floating-point numbers, got torch\.uint8"):
+    with pytest.raises(ValueError, match=r"expected a floating-point input, got torch\.uint8"):
         model(batch(16, 16, 16).byte())
     with pytest.raises(ValueError, match="in_chans must be >= 1, got 0"):
         small(3, in_chans=0)
     with pytest.raises(ValueError, match=r"every side of the input must be >= 16, got \(16, 15, 16\)"):
         model(batch(16, 15, 16))
-    with pytest.raises(ValueError, match=r"expected an input \(batch, 1, D, H, W\), got \(2, 1, 16, 16\)"):
+    with pytest.raises(ValueError, match=r"expected an input of shape \(batch, 1, D, H, W\), got \(2, 1, 16, 16\)"):
         model(batch(16, 16))
-    with pytest.raises(ValueError, match="stem_stride must be 1, 2 or 4, or 3 of these, got 3"):
+    with pytest.raises(ValueError, match="stem_stride must be 1, 2 or 4, or a sequence of 3 of these, got 3"):
         small(3, stem_stride=3)
     with pytest.raises(TypeError, match="head_channels"):
         timm.create_model("mdeq_tiny_seg", head_channels=(3,))

@@ -236,7 +236,7 @@ def test_a_solver_says_how_to_step() -> None:
             return None
 
     problem = affine()
-    with pytest.raises(NotImplementedError, match="Half needs direction or propose"):
+    with pytest.raises(NotImplementedError, match="Half must define direction or propose"):
         Half()(problem.fn.plain(), problem.z0)
 
     class Halved(Half):

@@ -104,13 +104,13 @@ def test_layouts_are_values() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(ValueError, match=r"one batch size, got \[\(2, 3\), \(4, 3\)\]"):
+    with pytest.raises(ValueError, match=r"share a batch size, got \[\(2, 3\), \(4, 3\)\]"):
         StateLayout.of((torch.zeros(2, 3), torch.zeros(4, 3)))
     for state in ((), torch.zeros(2, 3), (torch.zeros(()),)):
-        with pytest.raises(ValueError, match="a state is a tuple of tensors"):
+        with pytest.raises(ValueError, match="a state must be a tuple of tensors"):
             StateLayout.of(state)
     for state in ((torch.zeros(2, dtype=torch.int64),), (torch.zeros(2), torch.zeros(2).double())):
-        with pytest.raises(ValueError, match="one floating-point dtype"):
+        with pytest.raises(ValueError, match="share a floating-point dtype"):
             StateLayout.of(state)
     layout = StateLayout.of((torch.zeros(2, 3),))
     with pytest.raises(ValueError, match=r"expected a state of shapes \[\(3,\)\], got \[\(4,\)\]"):

@@ -144,7 +144,7 @@ def test_memory_format(tmp_path: Path) -> None:
     conv = placed(timm.create_model("test_mdeq"), config.run, Process()).stem.conv1
     assert conv.weight.is_contiguous(memory_format=torch.channels_last)
     assert not conv.weight.is_contiguous()
-    with pytest.raises(BadInput, match="for models of images"):
+    with pytest.raises(BadInput, match="for 2D models"):
         placed(timm.create_model("test_mdeq3d"), config.run, Process())
 
 

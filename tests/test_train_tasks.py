@@ -117,7 +117,7 @@ def test_windows_are_compared(segmented: tuple[Path, str], tmp_path: Path) -> No
     assert "cold starts: " in out
     assert "warm starts: " in out
     assert "3.00 evaluations a window" in out  # two steps
-    assert "1 of 1 bit for bit the same" in out
+    assert "1 of 1 bitwise identical" in out
     assert "0.000 % of the labels differ" in run("windows", "--checkpoint", segmented[0], "--window", 96).ok()
     assert "--window must be >= 16" in run("windows", "--checkpoint", segmented[0], "--window", 8).refusal()
     assert "no config" in run("windows", "--checkpoint", tmp_path).refusal()
@@ -143,11 +143,11 @@ def test_volumes_are_not_resized_to_one_size(volumes: Path, tmp_path: Path) -> N
 
 def test_windows_of_a_release_are_those_of_its_record(volumes: Path) -> None:
     words = ("--record", RECORD, f"data.root={volumes}")
-    assert "would give another figure" in run("windows", *words, "data.patch_size=[32,32,32]").refusal()
+    assert "would change the record's figure" in run("windows", *words, "data.patch_size=[32,32,32]").refusal()
     assert "give --checkpoint" in run("windows", *words, "--checkpoint", volumes).refusal()
     assert "give --checkpoint" in run("windows", "--count", 1).refusal()
     other = RECORD.with_name("mdeq_tiny_cifar.cifar10.json")
-    assert "the task of" in run("windows", "--record", other, f"data.root={volumes}").refusal()
+    assert "a segmenter is needed" in run("windows", "--record", other, f"data.root={volumes}").refusal()
 
 
 @pytest.mark.parametrize("task", [SEGMENTER, CLASSIFIER], ids=["segmentation", "classification"])
@@ -189,8 +189,8 @@ def test_rare_classes_can_count_more(dtype: torch.dtype) -> None:
     [
         ((*SEGMENTER, "task=classification"), "set task=segmentation"),
         ((*CLASSIFIER, "task=segmentation"), "set task=classification"),
-        ((*SEGMENTER, "model.name=mdeq3d_tiny"), "is no segmenter"),
-        ((*CLASSIFIER, "model.name=test_mdeq"), "is a model of 2D data"),
+        ((*SEGMENTER, "model.name=mdeq3d_tiny"), "is not a segmenter"),
+        ((*CLASSIFIER, "model.name=test_mdeq"), "is a 2D model"),
         ((*SEGMENTER, "data.mixup=0.5"), "data.mixup and data.cutmix"),
         ((*CLASSIFIER, "loss.name=dice_ce"), "loss.name=dice_ce"),
         ((*SEGMENTER, "loss.ohem_threshold=0.5"), "loss.ohem_threshold is for loss.name=cross_entropy"),
@@ -235,12 +235,12 @@ def test_nifti_pairs_from_files_to_scores(tmp_path: Path) -> None:
     renamed = {**description, "labels": {"0": "background", "1": "left", "2": "right"}}
     (root / "dataset.json").write_text(json.dumps(renamed))
     said = run("validate", "--model", f"local-dir:{folder}", *words).ok()
-    assert "are background, front, back; those here background, left, right" in said
+    assert "background, front, back; classes of the data: background, left, right" in said
     (root / "dataset.json").write_text(json.dumps(description))
     label = root / "labelsTr" / "case_1.nii.gz"
     save_nifti(label, blob((9, 9, 9))[1])
     said = train(tmp_path / "refused", root, *SEGMENTER, *words).refusal()
-    assert "case_1.nii.gz has the shape (9, 9, 9), its image" in said
+    assert "case_1.nii.gz has the shape (9, 9, 9), but its image" in said
 
 
 @pytest.mark.slow

@@ -262,13 +262,13 @@ def test_records_that_cannot_be_checked(trained: Path, release: Path, tmp_path: 
     shipped = "mdeq_tiny_cifar.cifar10"
     assert f"{shipped}.json" in validate("--record", shipped).refusal()
     of_package = ROOT / "mdeq" / "weights" / shipped
-    assert "say where the data (cifar10) lie: data.root=" in validate("--record", f"{of_package}.json").refusal()
+    assert "to the folder of the cifar10 data" in validate("--record", f"{of_package}.json").refusal()
     assert "the .json file beside them" in validate("--record", f"{of_package}.safetensors").refusal()
     line = validate("--model", "mdeq_tiny_cifar.cifar100", "data.name=digits").refusal()
-    assert "no weights mdeq_tiny_cifar.cifar100; did you mean mdeq_tiny_cifar.cifar10" in line
+    assert "no weights named mdeq_tiny_cifar.cifar100; did you mean mdeq_tiny_cifar.cifar10" in line
     for words in (["--flip"], ["--scales", "1", "2"], ["model.kwargs.dropout=0.5"], ["run.dtype=float64"]):
         line = validate("--checkpoint", trained, "--record", *words).refusal()
-        assert f"--record keeps what a figure is found again by, settings of data and solver; not {words[0]}" in line
+        assert f"--record keeps settings of the data and the solver only; leave out {words[0]}" in line
     without = json.loads(release.read_text())
     del without["card"]["config"]
     for text in (json.dumps(without), "{", "[]", "{}", '{"sha256": "", "size": 1, "card": {"evaluation": 1}}'):
@@ -342,7 +342,7 @@ def test_a_model_from_a_folder(trained: Path) -> None:
 def test_a_release_by_name_is_evaluated_on_its_own_data(tmp_path: Path) -> None:
     """And on others where they are named, but not on the digits of the quickstart unasked."""
     name = "deq_tiny_cifar.cifar10"
-    assert "say where the data (cifar10) lie: data.root=FOLDER" in validate("--model", name).refusal()
+    assert "set data.root=FOLDER to the folder of the cifar10 data" in validate("--model", name).refusal()
     assert f"no CIFAR-10 in {tmp_path}" in validate("--model", name, f"data.root={tmp_path}").refusal()
     words = ["data.name=digits", "data.num_train=1", "data.image_size=16", "model.solver.max_steps=1", "run.threads=1"]
     assert validate("--model", name, *words).ok().startswith(f"{name} on digits")
@@ -441,11 +441,11 @@ def test_image_folder_with_classes_of_its_own(tmp_path: Path) -> None:
     train(tmp_path / "run", *words).ok()
     out = validate("--checkpoint", tmp_path / "run").ok()
     assert printed(out) == pytest.approx(float(rows(tmp_path / "run")[-1]["test_top1"]), abs=0.01)
-    assert "the classes of" not in out
+    assert "classes of" not in out
     for split in ("train", "validation"):
         (tmp_path / "data" / split / "ant").rename(tmp_path / "data" / split / "dog")
     out = validate("--checkpoint", tmp_path / "run" / "model.safetensors").ok()
-    assert "model.safetensors are ant, bee, cat; those here bee, cat, dog" in out
+    assert "model.safetensors: ant, bee, cat; classes of the data: bee, cat, dog" in out
 
 
 def test_top5_of_three_classes(tmp_path: Path) -> None:

@@ -494,7 +494,7 @@ def test_the_data_of_a_segmenter(inference: str, segmenter: Path, tmp_path: Path
         (["PHOTO", "--data", "2", "data.rot=1"], "data.root"),
         (["PHOTO", "--data", "2", "data.name=cifar10", "data.root=nowhere"], "nowhere"),
         (["PHOTO", "--data", "2", "data.name=hippocampus", "task=segmentation"], "segmenter"),
-        (["PHOTO", "--data", "2"], "give data.name=NAME"),
+        (["PHOTO", "--data", "2"], "set data.name=NAME"),
         (["PHOTO", "--data", "0"], "--data"),
         (["PHOTO", "--data", "some"], "--data"),
         (["PHOTO", "--steps", "0"], "--steps"),

@@ -1,12 +1,12 @@
-r"""Train an explicit network of timm by the recipe of a config, to stand beside a model of this package.
+r"""Train an explicit timm network with the recipe of a config, for comparison with a model of this package.
 
     python tools/baseline.py configs/cifar10/mdeq_tiny_cifar.yaml --channels 16 32 48 64 --small-images \
         data.root=DIR
 
 Data, batches, optimiser, schedule and seed are those of the config; what belongs to an equilibrium is left out. ResNets
-have stems for images of 224: with --small-images the first convolution keeps the size and nothing is pooled after it.
+have stems for 224x224 images: with --small-images the first convolution keeps the size and nothing is pooled after it.
 Prints accuracy, parameters and minutes, and saves them as baseline.json; with --record also in the record of a release,
-whose card then has it beside the model: it is tested on what the release was evaluated on.
+whose card then shows it beside the model: it is tested on the data the release was evaluated on.
 """
 
 import argparse
@@ -51,14 +51,12 @@ class Explicit(nn.Module):
 def parse_arguments() -> tuple[argparse.Namespace, TrainConfig, TrainConfig]:
     """Return the settings of training and those of the evaluation, which differ where those of a record did."""
     parser = Parser(description=__doc__)
-    parser.add_argument("config", type=Path, help="YAML file of a classification of images")
-    parser.add_argument("--net", default="resnet10t", help="a name of timm (default: %(default)s)")
-    parser.add_argument("--channels", type=int, nargs="+", help="of a ResNet's stages; default: the network's own")
-    parser.add_argument("--small-images", action="store_true", help="a stem that keeps the size, for images of 32")
+    parser.add_argument("config", type=Path, help="YAML file of an image classification run")
+    parser.add_argument("--net", default="resnet10t", help="a timm model name (default: %(default)s)")
+    parser.add_argument("--channels", type=int, nargs="+", help="stage widths (ResNets); default: the network's own")
+    parser.add_argument("--small-images", action="store_true", help="use a stem that keeps the size, for 32x32 images")
     parser.add_argument("--out", type=Path, default=Path("runs") / "baseline", help="folder for baseline.json")
-    parser.add_argument(
-        "--record", type=Path, metavar="FILE", help="record in mdeq/weights/ that is to hold the result"
-    )
+    parser.add_argument("--record", type=Path, metavar="FILE", help="record in mdeq/weights/ to add the result to")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the config")
     overrides, rest = split_overrides(sys.argv[1:])
     arguments = parser.parse_args(rest)
@@ -67,21 +65,21 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainConfig, TrainConfig]:
     check_folder(arguments.out)
     config = load_config(arguments.config, overrides)
     if config.task != "classification" or config.data.mixup or config.data.cutmix or config.optim.ema_decay:
-        raise BadInput("a baseline is for the classification of images, without mixup, cutmix and optim.ema_decay")
+        raise BadInput("a baseline is for image classification, without mixup, cutmix or optim.ema_decay")
     if any(word.startswith("run.max_minutes=") for word in overrides):
-        raise BadInput("a baseline is trained to its end; leave out run.max_minutes")
+        raise BadInput("a baseline is trained to the end; leave out run.max_minutes")
     if config.data.name in volume_data.NAMES:
-        raise BadInput(f"a baseline is for the classification of images, {config.data.name} is of volumes")
+        raise BadInput(f"a baseline is for image classification, but {config.data.name} has volumes")
     if arguments.record is None:
         return arguments, config, config
     release = read_release(arguments.record)
     card = release.card
     if card["data"] != config.data.name:
-        raise BadInput(f"{arguments.record} is of weights for {card['data']}, not for {config.data.name}")
+        raise BadInput(f"{arguments.record} has weights for {card['data']}, not for {config.data.name}")
     trained = evaluated_config(card, release.name)
     alike = [(c.model.name.partition(".")[0], c.run.epochs, c.optim) for c in (config, trained)]
     if alike[0] != alike[1]:
-        raise BadInput(f"{arguments.record} is of a {trained.model.name} by another recipe or number of epochs")
+        raise BadInput(f"{arguments.record} is for {trained.model.name} with another recipe or number of epochs")
     places = {key: getattr(config.data, key) for key in DATA_PLACES}
     data = dataclasses.replace(trained.data, **places)
     return arguments, config, dataclasses.replace(config, data=data)
@@ -115,14 +113,14 @@ def main() -> None:
     arguments, config, tested = parse_arguments()
     process = build.start_process(config.run)
     if process.world_size > 1:
-        raise BadInput("a baseline is trained by one process; start it by python, not by torchrun")
+        raise BadInput("a baseline is trained in one process; start it with python, not torchrun")
     # The model of the config says what images look like to it; the network sees the same.
     spec = build.image_spec(build.build_model(config.model, None, for_training=True), config.data.image_size)
     train, classes = build.build_split(config, spec, process, training=True)
     test, _ = build.build_split(tested, spec, process, training=False)
     classes = config.data.num_classes or classes
     if classes is None:
-        raise BadInput("set data.num_classes: these data do not say how many classes they have")
+        raise BadInput("set data.num_classes: this data set does not say how many classes it has")
     seed_everything(config.run.seed)
     net = build_net(arguments.net, classes, spec.size, arguments.channels, arguments.small_images)
     model = build.placed(Explicit(net), config.run, process)

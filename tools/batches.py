@@ -79,7 +79,7 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_classes:
         raise BadInput(
-            f"the data have the label {low if low < 0 else high}, the model has the classes 0 to {num_classes - 1}; "
+            f"the data set has label {low if low < 0 else high}, the model only has classes 0 to {num_classes - 1}; "
             "set data.num_classes"
         )
 
@@ -208,7 +208,7 @@ def chosen(count: int, config: DataConfig, training: bool) -> slice:
         return slice(0, config.num_train if training else None)
     rest = count - config.holdout
     if rest < 1:
-        raise BadInput(f"data.holdout={config.holdout} leaves nothing of {count} training samples")
+        raise BadInput(f"data.holdout={config.holdout} leaves none of the {count} training samples")
     return slice(0, min(rest, config.num_train or rest)) if training else slice(rest, count)
 
 
@@ -235,5 +235,5 @@ def shared_batch_size(batch_size: int, count: int, process: Process, training: b
     """
     size = min(batch_size, count)
     if training and size < process.world_size:
-        raise BadInput(f"{size} training samples are too few for {process.world_size} processes; start fewer of them")
+        raise BadInput(f"{size} training samples are too few for {process.world_size} processes; start fewer")
     return size - size % process.world_size if training else size

@@ -14,7 +14,7 @@ for one as for the others. A case is MODEL:SIDE:BATCH. Parts:
     memory     what a solve holds beyond f itself, each in a process of its own
 
 `--scaling` measures how time and memory grow with steps, pixels, channels and batch instead, and the share of the
-machine's rate of matrix products that f reaches. Prints a table and saves it as CSV and PNG, with the command, the
+machine's matrix-multiplication rate that f reaches. Prints a table and saves it as CSV and PNG, with the command, the
 hardware and the versions as JSON.
 """
 
@@ -44,25 +44,25 @@ CASES = ["mdeq_tiny_cifar:32:32", "mdeq_large_cifar:32:8", "mdeq_small:224:2"]
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help="default: all")
-    parser.add_argument("--cases", nargs="+", default=CASES, help="for solve, inference and memory")
+    parser.add_argument("--cases", nargs="+", default=CASES, help="MODEL:SIDE:BATCH, for solve, inference and memory")
     parser.add_argument(
         "--trained",
         default="mdeq_tiny_cifar.cifar10:32:32",
         help="the case for the other parts, with weights for tolerance and ragged (default: %(default)s)",
     )
-    parser.add_argument("--data", type=Path, help="folder with CIFAR-10, for test images in place of noise")
-    parser.add_argument("--steps", type=int, default=18, help="of a solve")
+    parser.add_argument("--data", type=Path, help="folder with CIFAR-10, for test images instead of noise")
+    parser.add_argument("--steps", type=int, default=18, help="solver steps")
     parser.add_argument(
         "--tol", type=float, help="relative residual, for tolerance and ragged (default: 1e-3, in bfloat16 1e-2)"
     )
-    parser.add_argument("--history", type=int, default=5, help="of Anderson, and of one Broyden")
-    parser.add_argument("--check-every", type=int, default=1, help="steps of our solvers between looks at the residual")
+    parser.add_argument("--history", type=int, default=5, help="history of Anderson, and of one Broyden")
+    parser.add_argument("--check-every", type=int, default=1, help="steps of our solvers between residual checks")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, help="of the CPU; default: torch's choice")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
-    parser.add_argument("--bf16", action="store_true", help="f under autocast to bfloat16")
+    parser.add_argument("--bf16", action="store_true", help="run f under bfloat16 autocast")
     parser.add_argument("--compile", action="store_true", help="torch.compile of the cell, for all contenders alike")
-    parser.add_argument("--channels-last", action="store_true", help="convolutions of 2D models in that memory format")
+    parser.add_argument("--channels-last", action="store_true", help="run 2D models in that memory format")
     parser.add_argument("--scaling", action="store_true", help="measure growth instead")
     parser.add_argument("--out", type=Path, default=Path("runs") / "benchmark", help="folder for CSV and PNG")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
@@ -91,11 +91,11 @@ def checked(arguments: argparse.Namespace) -> Bench:
     needing = [part for part in arguments.parts if part in NEED_WEIGHTS and not arguments.scaling]
     if needing and parse_case(arguments.trained)[0] not in list_models(pretrained=True):
         known = ", ".join(list_models(pretrained=True))
-        raise BadInput(f"--parts {' '.join(needing)}: --trained needs a model with weights: {known}")
+        raise BadInput(f"--parts {' '.join(needing)} needs a --trained model with weights, one of {known}")
     if "training" in arguments.parts and not arguments.scaling and "_seg" in parse_case(arguments.trained)[0]:
         raise BadInput(f"--parts training is for classifiers, got --trained {arguments.trained}; leave that part out")
     if arguments.history < 2:
-        raise BadInput(f"--history must be >= 2, got {arguments.history}: TorchDEQ's Anderson keeps two at least")
+        raise BadInput(f"--history must be >= 2, got {arguments.history}: TorchDEQ's Anderson keeps at least two")
     device = find_device(arguments.device, "--device")
     if "memory" in arguments.parts or arguments.scaling:  # rather now than after other parts
         check_measurable(str(device))

@@ -56,7 +56,7 @@ def find_device(name: str, setting: str) -> torch.device:
             raise BadInput(f"{setting} must be auto, cpu or cuda, got {name}")
         device = torch.empty(0, device=device).device  # with the number of a GPU, which set_device asks for
     except (RuntimeError, AssertionError):
-        raise BadInput(f"no device {name} here; set {setting}=cpu") from None
+        raise BadInput(f"device {name} is not available; set {setting}=cpu") from None
     return device
 
 
@@ -72,7 +72,7 @@ def start_process(run: RunConfig) -> Process:
     if world == 1:
         return Process(device=find_device(run.device, "run.device"))
     if "RANK" not in os.environ:
-        raise BadInput(f"WORLD_SIZE={world} without RANK: start several processes by torchrun, or unset WORLD_SIZE")
+        raise BadInput(f"WORLD_SIZE={world} without RANK: start several processes with torchrun, or unset WORLD_SIZE")
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     # Each process looks at its own GPU alone: something on the first would be there once for every process.
     on_gpu = run.device.partition(":")[0] in ("auto", "cuda") and torch.cuda.is_available()
@@ -98,7 +98,7 @@ def known_model(name: str) -> str:
         path = mdeq.hub_config(place) if source == "hf-hub" else Path(place) / "config.json"
         saved = read_json(path).get("architecture")
         if saved not in valid:
-            raise BadInput(f"{name} holds {saved}, which is no model of this package")
+            raise BadInput(f"{name} holds {saved}, which is not a model of this package")
     elif name.partition(".")[0] not in valid:
         raise BadInput(f"unknown model {name}; {nearest(name, valid)} (all: {', '.join(valid)})")
     return name
@@ -113,7 +113,7 @@ def known_weights(name: str) -> str:
     known_model(name)
     valid = mdeq.list_models(pretrained=True)
     if "." in name and ":" not in name and name not in valid:
-        raise BadInput(f"no weights {name}; {nearest(name, valid)} (all: {', '.join(valid)})")
+        raise BadInput(f"no weights named {name}; {nearest(name, valid)} (all: {', '.join(valid)})")
     return name
 
 
@@ -141,7 +141,7 @@ def build_model(config: ModelConfig, num_classes: int | None, *, for_training: b
     kwargs = dict(config.kwargs)
     for name, setting in ELSEWHERE.items():
         if name in kwargs:
-            raise BadInput(f"model.kwargs.{name} is not set there but by {setting}")
+            raise BadInput(f"set {setting} instead of model.kwargs.{name}")
     for name in ("solver", "gradient"):
         if getattr(config, name) is not None:
             kwargs[name] = getattr(config, name)
@@ -161,13 +161,13 @@ def build_model(config: ModelConfig, num_classes: int | None, *, for_training: b
         raise BadInput(f"model {config.name}: {_reason(error)}") from None
     unpooled = isinstance(model, mdeq.MDEQ) and not model.global_pool.pool_type
     if unpooled or not isinstance(model, mdeq.MDEQ | mdeq.MDEQSegmenter):
-        raise BadInput(f"model {config.name} with {config.kwargs} is no classifier or segmenter of this package")
+        raise BadInput(f"model {config.name} with {config.kwargs} is not a classifier or segmenter of this package")
     if config.checkpoint is not None:
         classifier = model.pretrained_cfg["classifier"]
         left = load_weights(model, config.checkpoint, classifier=classifier, new_classifier=for_training)
         if left and os.environ.get("RANK", "0") == "0":
             taken, more = len(model.state_dict()) - len(left), ", ..." if len(left) > 3 else ""
-            print(f"{config.checkpoint}: {taken} tensors taken; {len(left)} start afresh: {', '.join(left[:3])}{more}")
+            print(f"{config.checkpoint}: {taken} tensors loaded; {len(left)} not loaded: {', '.join(left[:3])}{more}")
     return model
 
 
@@ -221,7 +221,7 @@ def placed(model: Any, run: RunConfig, process: Process) -> Any:
     """
     model = model.to(process.device, DTYPES[run.dtype])
     if run.channels_last and model.spatial_dims == 3:
-        raise BadInput("run.channels_last is for models of images; leave it out")
+        raise BadInput("run.channels_last is for 2D models; leave it out")
     return model.to(memory_format=torch.channels_last) if run.channels_last else model
 
 
@@ -281,7 +281,7 @@ def check_classes(model: nn.Module, found: int | None, origin: str, *, exactly: 
         return
     fix = f"set data.num_classes={found}"
     if exactly:
-        fix = f"say data.num_classes={model.num_classes} if its labels are the first ones of the model"
+        fix = f"set data.num_classes={model.num_classes} if its classes are the model's first {found}"
         fix = fix if found < model.num_classes else "its labels are not those of the model"
     raise BadInput(f"{origin} has {found} classes, the model {model.num_classes}; {fix}")
 

@@ -139,8 +139,8 @@ def results(name: str, record: Mapping[str, Any]) -> list[str]:
         _table(("measured", "value"), rows),
         f"{words} by seed: {by_seed}. The weights are those of seed {record['training']['seed']}. Settings: "
         f"`{_call(solver)}`{settings}; the published tolerance is {solver['tol']:g} ({solver['stop_mode']}.).",
-        "Measured by the first command; where this is a release of the package, the second "
-        f"one derives the figure again from the weights alone.\n\n```bash\n{evaluation['command']}\n"
+        "Measured by the first command; if this is a release of the package, the second one "
+        f"reproduces the figure from the weights alone.\n\n```bash\n{evaluation['command']}\n"
         f"python tools/validate.py --record mdeq/weights/{name}.json data.root=DIR\n```",
     ]
 
@@ -251,7 +251,7 @@ def steps_table(
     return [
         "### Against the number of solver steps",
         _table([heads[c] for c in columns], body),
-        f"On {where}. The twin: f applied as often without a solver, the explicit twin of shared weights.{told}",
+        f"On {where}. The twin is f applied as many times without a solver (shared weights).{told}",
     ]
 
 
@@ -279,7 +279,7 @@ print(logits.shape, equilibrium.stats.status, equilibrium.stats.residual)
     if data.prepared:
         text += f"\n\n{data.prepared}"
     if "preprocessing" in config:
-        text += f"\n\nHow the volumes of its training were prepared: `{_call(config['preprocessing'])}`."
+        text += f"\n\nPreprocessing of the training volumes: `{_call(config['preprocessing'])}`."
     if data.task == "image-classification":
         text += f"""
 
@@ -325,6 +325,6 @@ def limits(record: Mapping[str, Any], data: Dataset) -> list[str]:
             f"At twice the steps the metric changes by {change:+.3g}{_metric(name)[2].replace('%', 'points')}."
         )
     if len(record["seeds"]) == 1:
-        found.append("One seed was trained: how far another one would be is not known.")
+        found.append("Only one seed was trained; the spread over seeds is not known.")
     found += [*data.caveats, *filter(None, [evaluation.get("data_note")]), *record["notes"]]
     return ["## Limits", "\n".join(f"- {line}" for line in found)]

@@ -38,7 +38,7 @@ def check_folder(path: Path) -> None:
     """Raise BadInput if no folder can be made at a path because a file is in its place."""
     for place in (path, *path.parents):
         if place.exists() and not place.is_dir():
-            raise BadInput(f"{place} is a file, no folder to write to")
+            raise BadInput(f"{place} is a file, not a folder to write to")
 
 
 def make_folder(path: Path) -> None:
@@ -51,7 +51,7 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadInput(f"cannot make {path}: {error.strerror}") from None
+        raise BadInput(f"cannot create {path}: {error.strerror}") from None
 
 
 @contextmanager
@@ -154,7 +154,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{path} is damaged: {error}") from None
     if not isinstance(content, dict):
-        raise BadInput(f"{path} is damaged: it holds no mapping")
+        raise BadInput(f"{path} is damaged: it is not a mapping")
     return content
 
 
@@ -186,7 +186,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
-            raise BadInput(f"{path} is damaged or no safetensors file: {error}") from None
+            raise BadInput(f"{path} is damaged or not a safetensors file: {error}") from None
     content = _unpickle(path)
     for key in ("ema", "state_dict_ema", "model_ema", "model", "state_dict"):  # timm's names too
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -196,7 +196,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise BadInput(f"{path} holds no weights")
     odd = [k for k, v in content.items() if v.layout != torch.strided or v.is_meta or v.is_quantized or v.is_complex()]
     if odd:
-        raise BadInput(f"{path} holds tensors that are no weights (sparse, quantised, complex or meta): {odd[0]}")
+        raise BadInput(f"{path} holds tensors that cannot be weights (sparse, quantised, complex or meta): {odd[0]}")
     return dict(content)
 
 
@@ -240,30 +240,30 @@ def load_weights(model: nn.Module, path: str | Path, *, classifier: str, new_cla
     except ValueError as error:
         raise BadInput(f"{path}: {error}") from None
     except (AttributeError, LookupError, RuntimeError, TypeError) as error:  # shapes that no checkpoint has
-        raise BadInput(f"{path} is no checkpoint of an MDEQ: {str(error).partition(chr(10))[0]}") from None
+        raise BadInput(f"{path} is not an MDEQ checkpoint: {str(error).partition(chr(10))[0]}") from None
     own = model.state_dict()
     if new_classifier and _of_another_kind(weights, own):
         try:
             return list(mdeq.transfer(weights, model).kept)
         except ValueError as error:
-            raise BadInput(f"{path} gives this model no start: {error}") from None
+            raise BadInput(f"{path} cannot initialise this model: {error}") from None
     key = f"{classifier}.weight"
     there, here = (list(w[key].shape) if key in w else [] for w in (weights, own))
     if there[:1] != here[:1] and there[1:] == here[1:] != []:
         if not new_classifier:
-            raise BadInput(f"{path} is of a model with {there[0]} classes, this one has {here[0]}")
+            raise BadInput(f"{path} has {there[0]} classes, this model has {here[0]}")
         weights = {name: w for name, w in weights.items() if not name.startswith(f"{classifier}.")}
     missing = [name for name in own if name not in weights and not name.endswith(".num_batches_tracked")]
     unexpected = [name for name in weights if name not in own]
     changed = [name for name in own if name in weights and own[name].shape != weights[name].shape]
     left = [name for name in missing if new_classifier and name.startswith(f"{classifier}.")]
     for problem, names in (
-        ("lacks", [n for n in missing if n not in left]),
-        ("has in addition", unexpected),
-        ("has in another shape", changed),
+        ("missing tensors", [n for n in missing if n not in left]),
+        ("unexpected tensors", unexpected),
+        ("tensors of another shape", changed),
     ):
         if names:
-            raise BadInput(f"{path} does not fit the model: it {problem} {len(names)} tensors, such as {names[0]}")
+            raise BadInput(f"{path} does not fit the model: {problem} ({len(names)}), such as {names[0]}")
     model.load_state_dict(weights, strict=False)
     return left
 

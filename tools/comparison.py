@@ -160,7 +160,7 @@ def _to_tolerance(bench: Bench, rows: Sequence[Row]) -> list[Row]:
     """Return rows with a time relative to a peer's only where both got to the tolerance, and say where one did not."""
     late = {row["contender"] for row in rows if not row["residual_max"] <= bench.tol}  # nan too
     for name in sorted(late):
-        print(f"{name} did not get to {bench.tol:g} for every sample: its time is compared with none", flush=True)
+        print(f"{name} did not reach {bench.tol:g} for every sample: its time is not compared", flush=True)
     result = []
     for row in rows:
         peer = reference(row["contender"], [other["contender"] for other in rows])
@@ -332,7 +332,7 @@ def _reference(model: nn.Module, layer: nn.Module, x: Tensor, labels: Tensor) ->
     for stats in (found[0].stats, *found[0].backward_stats):
         if not bool(stats.converged.all()):
             print(
-                f"errors of gradients are left out: {int((~stats.converged).sum())} of {len(x)} samples are not at "
+                f"gradient errors are left out: {int((~stats.converged).sum())} of {len(x)} samples are not at "
                 f"{layer.solver.tol:g} after {layer.solver.max_steps} steps of the reference; trained weights help"
             )
             return None

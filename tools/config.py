@@ -45,7 +45,7 @@ class ModelConfig:
     name: str = "mdeq_tiny_cifar"  # a name of mdeq.list_models(), with or without a weight tag
     pretrained: bool = False
     checkpoint: str | None = None  # .safetensors or .pt file to start from; a classifier of other size is left out
-    freeze: bool = False  # train the head alone; all else stays as it is, batch-norm statistics included
+    freeze: bool = False  # train only the head; all else stays as it is, batch-norm statistics included
     freeze_bn: bool = False  # batch norms use and keep their running statistics
     kwargs: dict[str, Any] = field(default_factory=dict)  # passed to timm.create_model
     solver: dict[str, Any] | None = None  # {name: broyden, max_steps: 18}; None: the model's own
@@ -61,8 +61,8 @@ class DataConfig:
     train_split: str = "train"
     test_split: str = "validation"
     download: bool = False
-    num_train: int | None = None  # only the first so many training samples
-    holdout: int | None = None  # the last so many training samples are held out and evaluated on, not the test split
+    num_train: int | None = None  # use only the first N training samples
+    holdout: int | None = None  # hold out the last N training samples and evaluate on them, not on the test split
     num_classes: int | None = None  # None: as many as the data have, where that is known
     image_size: int | None = None  # images with one label each; None: the model's own
     batch_size: int = 64  # images of one optimiser step, over all processes and accumulated parts
@@ -79,10 +79,10 @@ class DataConfig:
     patch_size: list[int] | None = None  # pixels (H, W) or voxels to train on; smaller inputs are padded
     inference: str = "whole"  # whole | sliding: windows of patch_size, where a test input is larger
     overlap: float = 0.5  # of neighbouring windows
-    scale_range: list[float] = field(default_factory=lambda: [0.5, 2.0])  # scale_flip: images are resized by
-    ignore_index: int = 255  # masks: label of pixels that do not count
+    scale_range: list[float] = field(default_factory=lambda: [0.5, 2.0])  # scale_flip: range of resize factors
+    ignore_index: int = 255  # masks: value of pixels that are ignored
     spacing: list[float] | None = None  # nifti: mm to resample to, per axis; None: the files' own
-    orientation: str = "RAS"  # nifti: RAS | none (axes as they lie in the file)
+    orientation: str = "RAS"  # nifti: RAS | none (axes as stored in the file)
     normalise: str = "zscore"  # volumes, each by itself: zscore | minmax | none
     foreground: float = 0.0  # share of training patches centred on a voxel that is not background; 0: anywhere
     flip_axes: list[int] = field(default_factory=list)  # volumes: axes that are mirrored at random
@@ -94,7 +94,7 @@ class LossConfig:
     name: str = "cross_entropy"  # cross_entropy | dice_ce (Dice and cross-entropy, for volumes)
     class_weights: list[float] | None = None
     ohem_threshold: float | None = None  # count only pixels whose class has less than this probability
-    ohem_min_kept: int = 131_072  # but at least so many of a batch
+    ohem_min_kept: int = 131_072  # but keep at least this many per batch
 
 
 @dataclass
@@ -133,7 +133,7 @@ class RunConfig:
     epochs: int = 10
     seed: int = 0
     max_minutes: float | None = None  # stop at the next training step after this long, with a checkpoint to resume from
-    resume: bool = False  # go on with the run in out_dir, or with the newest one of this config
+    resume: bool = False  # continue the run in out_dir, or the newest one of this config
     out_dir: str | None = None  # None: a new folder in runs/
     device: str = "auto"  # auto | cpu | cuda | cuda:1
     threads: int | None = None  # CPU threads; None: torch's choice
@@ -143,7 +143,7 @@ class RunConfig:
     channels_last: bool = False  # memory format of images; on CPUs faster for narrow models, slower for wide ones
     eval_every: int = 1  # epochs between evaluations; the last is always evaluated
     checkpoint_minutes: float = 10.0  # also save within an epoch, this often
-    max_bad_steps: int = 20  # stop after so many steps in a row without a finite loss and gradient
+    max_bad_steps: int = 20  # stop after this many steps in a row without a finite loss and gradient
     tensorboard: bool = False
     wandb: bool = False
     progress: bool = True
@@ -191,7 +191,7 @@ _SHARES = (
 def nearest(word: str, valid: Sequence[str]) -> str:
     """Return a hint that names the entry of `valid` most like `word`."""
     close = difflib.get_close_matches(word, valid, n=1, cutoff=0.0)
-    return f"did you mean {close[0]}?" if close else "there is none"
+    return f"did you mean {close[0]}?" if close else "none is available"
 
 
 def load_config(

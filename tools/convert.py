@@ -3,17 +3,17 @@
     python tools/convert.py released.pkl --model mdeq_small --out DIR
     python tools/convert.py released.pkl --out DIR --tag locuslab_in1k
 
-Every layout of the official code lines is read, see docs/checkpoints.md, and the folders of this package's own runs.
-Without --model the names and shapes of the weights say which model they are of. Arguments in which the file differs
-from the model's defaults are found likewise, and stand in config.json; afterwards
+Reads every layout of the official codebases, see docs/checkpoints.md, and the folders of this package's own runs.
+Without --model the model is found by the names and shapes of the weights. Arguments in which the file differs from the
+model's defaults are found the same way and written to config.json; afterwards
 
     timm.create_model("local-dir:DIR", pretrained=True)
 
 gives the model, as `hf-hub:` does once the folder is uploaded. With --inflate the 2D weights become those of the same
 model over volumes (`mdeq.inflate`), a start for training. With --rescale kernels that grew in training get an
 ordinary length again (`mdeq.rescale`): the same outputs, but weights that are easier to fine-tune. With --bf16 they are
-rounded to bfloat16, half the size. The config.yaml of a run comes along, so that `tools/validate.py --checkpoint DIR
---record` tells what they reach then.
+rounded to bfloat16, half the size. The config.yaml of a run is copied, so that `tools/validate.py --checkpoint DIR
+--record` can evaluate the result.
 """
 
 import argparse
@@ -66,18 +66,18 @@ TOLD = ("label_names", "label_descriptions", "label_colors", "preprocessing")
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="the file: .pkl, .pth, .safetensors; or a run's folder")
-    parser.add_argument("--model", help="the model it is of; default: the one that the weights fit")
-    parser.add_argument("--out", type=Path, required=True, help="folder to make")
+    parser.add_argument("--model", help="the model of the checkpoint; default: the one that the weights fit")
+    parser.add_argument("--out", type=Path, required=True, help="folder to create")
     parser.add_argument("--tag", help="name of these weights, as in ARCHITECTURE.TAG; default: locuslab")
     parser.add_argument("--inflate", action="store_true", help="write the 3D model that has the 2D kernels inside")
     parser.add_argument("--rescale", action="store_true", help="give kernels before norms an ordinary length again")
-    parser.add_argument("--bf16", action="store_true", help="round the weights to bfloat16, and write them so")
+    parser.add_argument("--bf16", action="store_true", help="write the weights in bfloat16")
     arguments = parser.parse_args()
     check_folder(arguments.out)
     if arguments.out.is_dir() and any(arguments.out.iterdir()):
         raise BadInput(f"{arguments.out} is not empty; give --out a new folder")
     if arguments.tag is not None and not re.fullmatch(r"\w+", arguments.tag):
-        raise BadInput(f"--tag must be a name of letters, digits and underscores, got {arguments.tag!r}")
+        raise BadInput(f"--tag must consist of letters, digits and underscores, got {arguments.tag!r}")
     return arguments
 
 
@@ -88,7 +88,7 @@ def inflated(model: nn.Module) -> nn.Module:
         BadInput: for a model over volumes.
     """
     if model.spatial_dims != 2:
-        raise BadInput("--inflate makes a 3D model of a 2D one; this one is 3D already")
+        raise BadInput("--inflate turns a 2D model into a 3D one; this one is already 3D")
     args = {**model._model_args, "num_classes": model.num_classes, "in_chans": model.in_chans, "spatial_dims": 3}
     volumes = timm.create_model(model.pretrained_cfg["architecture"], **args)
     volumes.load_state_dict(mdeq.inflate(model.state_dict(), volumes))

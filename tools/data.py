@@ -192,7 +192,7 @@ def _pixels(file: Any, name: str) -> Image.Image:
 
 def _label(name: str, origin: Path) -> int:
     if name not in CIFAR_CLASSES:
-        raise BadInput(f"{origin}: {name!r} is no class of CIFAR-10")
+        raise BadInput(f"{origin}: {name!r} is not a class of CIFAR-10")
     return CIFAR_CLASSES.index(name)
 
 

@@ -43,12 +43,12 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("model", metavar="MODEL", help="name, hf-hub:ORG/NAME, local-dir:DIR, a run's folder or file")
     parser.add_argument("--out", type=Path, required=True, help="a folder, or a file that ends in .onnx or .pt2")
-    parser.add_argument("--checkpoint", type=Path, help="weights, where MODEL is a name")
+    parser.add_argument("--checkpoint", type=Path, help="weights, if MODEL is a name")
     parser.add_argument("--format", nargs="+", choices=FORMATS, help="default: both, or that of the file")
     parser.add_argument("--steps", type=int, help="solver steps; default: the most that the model's own solver takes")
     parser.add_argument("--size", type=int, nargs="+", help="[D] H W of the input; default: the model's own")
-    parser.add_argument("--batch", type=int, default=1, help="batch size, where it is not dynamic")
-    parser.add_argument("--dynamic", nargs="+", choices=("batch", "size"), default=[], help="what is left open")
+    parser.add_argument("--batch", type=int, default=1, help="batch size, unless dynamic")
+    parser.add_argument("--dynamic", nargs="+", choices=("batch", "size"), default=[], help="what to leave dynamic")
     arguments = parser.parse_args()
     for name in ("steps", "batch"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
@@ -56,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     suffix = arguments.out.suffix.removeprefix(".")
     if suffix in FORMATS and not arguments.out.is_dir():
         if arguments.format not in (None, [suffix]):
-            raise BadInput(f"--format {' '.join(arguments.format)} does not go into the one file {arguments.out}")
+            raise BadInput(f"--format {' '.join(arguments.format)} does not match the file {arguments.out}")
         arguments.format, folder = [suffix], arguments.out.parent
     else:
         arguments.format, folder = list(dict.fromkeys(arguments.format or FORMATS)), arguments.out
@@ -67,12 +67,12 @@ def parse_arguments() -> argparse.Namespace:
 def require(formats: Sequence[str]) -> None:
     """Raise BadInput if a format needs a package that is not there, or too old."""
     if "onnx" in formats and torch.__version__ < (2, 7):  # its exporter does not get on with today's onnxscript
-        raise BadInput(f"ONNX needs PyTorch 2.7 or newer, this is {torch.__version__}; or take --format pt2")
+        raise BadInput(f"ONNX needs PyTorch 2.7 or newer, this is {torch.__version__}; update it or use --format pt2")
     for package in ("onnx", "onnxscript", "onnxruntime") if "onnx" in formats else ():
         try:
             importlib.import_module(package)
         except ImportError:
-            raise BadInput(f"ONNX needs {package}: `pip install -e '.[export]'`, or --format pt2") from None
+            raise BadInput(f"ONNX needs {package}: `pip install -e '.[export]'`, or use --format pt2") from None
 
 
 def load(name: str, checkpoint: Path | None) -> tuple[nn.Module, tuple[str, ...], str]:
@@ -82,7 +82,7 @@ def load(name: str, checkpoint: Path | None) -> tuple[nn.Module, tuple[str, ...]
         trained = load_trained(name)
         return trained.model, trained.label_names, name
     if name.partition(".")[0] not in mdeq.list_models():
-        raise BadInput(f"--checkpoint goes with a name of mdeq.list_models(), got {name}")
+        raise BadInput(f"--checkpoint needs a name of mdeq.list_models(), got {name}")
     torch.manual_seed(0)
     config = ModelConfig(name=name, checkpoint=None if checkpoint is None else str(checkpoint))
     origin = "none, these are the initial values" if checkpoint is None else str(checkpoint)

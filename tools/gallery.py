@@ -27,9 +27,9 @@ CAPTIONS = {
     ),
     "features": (
         "Feature maps on the way to the equilibrium",
-        "Root mean square over the channels of every branch, the finest one above, with one scale a branch. After k "
+        "Root mean square over the channels of every branch, the finest one above, with one scale per branch. After k "
         "steps: the best iterate of the model's own solver in k steps. Equilibrium: the same solver's, given many more "
-        "steps; its residual says how near it came.",
+        "steps; its residual says how close it came.",
     ),
     "labels": (
         "Label map on the way to the equilibrium",
@@ -38,8 +38,8 @@ CAPTIONS = {
     ),
     "steps": (
         "Accuracy against steps",
-        "Score and mean residual after so many steps of the model's own solver, whatever its tolerance, and with the "
-        "same f applied as often (the explicit twin). A flat end says that the score belongs to the equilibrium and "
+        "Score and mean residual against steps of the model's own solver, whatever its tolerance, and against "
+        "applications of the same f (the explicit twin). A flat end says that the score belongs to the equilibrium and "
         "not to a number of steps.",
     ),
     "evaluations": (

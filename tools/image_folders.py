@@ -185,15 +185,15 @@ def _require_split(root: Path, split: str, training: bool) -> Path:
         raise BadInput(f"no data folder {root}; set data.root")
     if not root.is_dir():
         if training:
-            raise BadInput(f"{root} is an archive, all of which would be tested on too; unpack it")
+            raise BadInput(f"{root} is an archive, which training and testing would both read whole; unpack it")
         return root
     setting = "data.train_split" if training else "data.test_split"
     folder = _split_folder(root, split) if split.strip("./ ") else None
     if folder is None:
         there = ", ".join(_folders(root)[:4]) or "none"
         raise BadInput(
-            f"{root} has no folder {split or '(without a name)'}; set {setting} to one that is there ({there}) and has "
-            "a folder for each class"
+            f"{root} has no folder {split or '(without a name)'}; set {setting} to one that exists ({there}) and has a "
+            "folder for each class"
         )
     return folder
 
@@ -241,7 +241,7 @@ def _loader(config: DataConfig, spec: ImageSpec, process: Process, dataset: Any,
     except (AssertionError, ValueError, LookupError, TypeError) as error:
         if config.auto_augment is None:
             raise
-        reason = str(error) or "no policy of timm's"
+        reason = str(error) or "not a timm policy"
         raise BadInput(f"data.auto_augment={config.auto_augment}: {reason}") from None
 
 
@@ -251,7 +251,7 @@ def read_batches(
     name = "" if config.name == "folder" else config.name
     _require_reader(config.name)
     if config.holdout is not None:
-        raise BadInput("data.holdout is for data sets with a name; move images to a split of their own")
+        raise BadInput("data.holdout is not for image folders and timm's readers; move images to a split of their own")
     split = config.train_split if training else config.test_split
     reader = name.lower().split("/")
     is_folder = not name or (reader[0] == "torch" and reader[-1] in ("folder", "image_folder"))
@@ -279,7 +279,7 @@ def read_batches(
     if is_folder and classes and not training:
         _require_same_classes(Path(config.root), config.train_split, set(classes), split)
     if training and config.num_train is not None:
-        raise BadInput("data.num_train is for data sets with a name; use a split or a smaller folder")
+        raise BadInput("data.num_train is not for image folders and timm's readers; use a smaller split or folder")
     is_stream = isinstance(dataset, IterableDataset)
     if not is_stream:
         dataset = StrictImages(dataset, spec.size[0])

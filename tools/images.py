@@ -29,7 +29,7 @@ def _open(source: Source) -> Image.Image:
             file.load()
             return ImageOps.exif_transpose(file)
     except UnidentifiedImageError:
-        raise BadInput(f"cannot read image {name_of(source)}: it is no image") from None
+        raise BadInput(f"cannot read image {name_of(source)}: it is not an image") from None
     # What Pillow raises for a damaged file depends on where it is damaged.
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -57,7 +57,7 @@ def read_picture(source: Source, in_chans: int) -> Image.Image:
     try:
         return _opaque(image).convert("L" if in_chans == 1 else "RGB")
     except ValueError:
-        raise BadInput(f"cannot read image {name_of(source)}: pixels {image.mode} are neither grey nor RGB") from None
+        raise BadInput(f"cannot read image {name_of(source)}: mode {image.mode} is neither grey nor RGB") from None
 
 
 def read_image(source: Source, in_chans: int) -> Tensor:
@@ -76,7 +76,7 @@ def _eight_bits(image: Image.Image, name: str) -> Image.Image:
         return image
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():
-        raise BadInput(f"{name} has values that are NaN or infinite")
+        raise BadInput(f"{name} has NaN or infinite values")
     if image.mode == "F":
         values, rule = values * 255, "float values must be in 0..1"
     else:
@@ -106,9 +106,9 @@ def read_mask(source: Source, table: np.ndarray) -> Tensor:
     """
     image = _open(source)
     if image.mode not in ("L", "P", "1") and not _is_wide(image):
-        raise BadInput(f"mask {name_of(source)} has the pixels {image.mode}; expected one channel of class numbers")
+        raise BadInput(f"mask {name_of(source)} has mode {image.mode}; expected one channel of class numbers")
     values = np.asarray(image).astype(np.int64)
     bad = values[(values < 0) | (values > 255) | (table[values.clip(0, 255)] < 0)]
     if bad.size:
-        raise BadInput(f"mask {name_of(source)} has the label value {bad[0]}, which is no class")
+        raise BadInput(f"mask {name_of(source)} has the label value {bad[0]}, which is not a class")
     return torch.from_numpy(table[values].astype(np.uint8))

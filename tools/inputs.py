@@ -20,13 +20,13 @@ def add_input_arguments(parser: argparse.ArgumentParser, *, inputs: str, patch: 
     parser.add_argument("input", metavar="INPUT", nargs=inputs, help="image, NIfTI volume, folder or pattern")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     parser.add_argument(
-        "--size", type=int, nargs="+", help="images: pixels, one number or height and width, that the model sees"
+        "--size", type=int, nargs="+", help="images: size in pixels that the model sees, one number or height and width"
     )
     windows = parser.add_mutually_exclusive_group()
     windows.add_argument("--patch", type=int, nargs="+", help=patch)
     windows.add_argument("--whole", action="store_true", help="volumes: no windows, whatever the training patch was")
     parser.add_argument(
-        "--orientation", choices=["RAS", "none"], help="volumes: none takes the axes as they lie in the file"
+        "--orientation", choices=["RAS", "none"], help="volumes: none uses the axes as stored in the file"
     )
 
 
@@ -50,14 +50,14 @@ def input_files(words: Sequence[str], suffixes: Sequence[str], out: Path) -> lis
             # A link to nothing is an input that cannot be read, and said to be.
             files = [file for file in files if not file.is_dir() and not file.name.startswith(".")]
             if not files:
-                raise BadInput(f"no files {', '.join(suffixes)} in {path}")
+                raise BadInput(f"no {', '.join(suffixes)} files in {path}")
         elif not path.exists() and glob.has_magic(word):
             files = [Path(name) for name in sorted(glob.glob(word))]
             if not files:
-                raise BadInput(f"no files {word}")
+                raise BadInput(f"no files match {word}")
         else:
             files = [path]  # one that is not there is said when it is read
         found += [file for file in files if file not in found]
     if any(file.parent.resolve() == out.resolve() for file in found):
-        raise BadInput(f"the inputs lie in {out}; give --out another folder")
+        raise BadInput(f"the inputs are in {out}; give --out another folder")
     return found

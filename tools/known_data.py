@@ -31,7 +31,7 @@ class Dataset:
     weights_licence: str | None = "apache-2.0"
 
 
-NO_DEVICE = "It is no medical device; it must not be used for diagnosis or treatment."
+NO_DEVICE = "It is not a medical device; it must not be used for diagnosis or treatment."
 IMAGES = "Images go in as values from 0 to 1, shifted and scaled by the `mean` and `std` of `model.pretrained_cfg`."
 DATASETS = {
     "digits": Dataset(
@@ -75,9 +75,9 @@ DATASETS = {
         "image-segmentation",
         caveats=(
             NO_DEVICE,
-            "Train and val are a split of the labelled volumes of our own: the Decathlon's test labels are not public.",
+            "Train and val are our own split of the labelled volumes: the Decathlon's test labels are not public.",
         ),
-        prepared="Volumes go in at their own size, one voxel a mm, each shifted and scaled to mean 0 and variance 1.",
+        prepared="Volumes go in at their own size, one voxel per mm, each shifted and scaled to mean 0 and variance 1.",
     ),
     "modelnet10": Dataset(
         "ModelNet10, voxelised",
@@ -85,7 +85,7 @@ DATASETS = {
         "Z. Wu et al., 3D ShapeNets, CVPR 2015",
         "other",
         caveats=("72 of the 908 test grids equal one of the training grids, and one of them is empty.",),
-        prepared="Volumes are occupancies 0 and 1 of 30 voxels an axis, the last axis up, the object within the middle "
+        prepared="Volumes are occupancies 0 and 1, 30 voxels per axis, the last axis up, the object within the middle "
         "24, padded by zeros to 32.",
         weights_licence="other",
     ),

@@ -173,8 +173,8 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("--model", default="mdeq3d_tiny_seg", help="any model of this package")
-    parser.add_argument("--sides", type=int, nargs="+", default=[32, 48, 64, 96], help="of the input, all axes alike")
-    parser.add_argument("--steps", type=int, nargs="+", default=[6, 12, 24], help="of the solver")
+    parser.add_argument("--sides", type=int, nargs="+", default=[32, 48, 64, 96], help="input sides, equal on all axes")
+    parser.add_argument("--steps", type=int, nargs="+", default=[6, 12, 24], help="solver steps")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     parser.add_argument("--limit-gib", type=float, default=16.0, help="memory a step may take, in GiB")

@@ -33,7 +33,7 @@ def read_dataset_json(root: Path) -> tuple[list[dict[str, Any]], list[dict[str, 
             names = {value: name for name, value in names.items()}
         label_names = tuple(str(name) for _, name in sorted((int(value), name) for value, name in names.items()))
         if sorted(int(value) for value in names) != list(range(len(names))):
-            raise BadInput(f"{path}: the labels must be numbered from 0 on, got {sorted(names)}")
+            raise BadInput(f"{path}: the labels must be numbered from 0 without gaps, got {sorted(names)}")
         if len(set(label_names)) < len(label_names):
             raise BadInput(f"{path}: two labels have the same name: {', '.join(label_names)}")
         listed = {key: [dict(pair) for pair in content.get(key, [])] for key in ("training", "validation")}
@@ -43,14 +43,14 @@ def read_dataset_json(root: Path) -> tuple[list[dict[str, Any]], list[dict[str, 
         for value in (pair[key] for pair in pairs for key in ("image", "label")):
             if not isinstance(value, str):
                 raise BadInput(
-                    f"{path}: an image and its label are one file each (channels: its fourth axis), got {value}"
+                    f"{path}: images and labels must be one file each (channels in the fourth axis), got {value}"
                 )
     except FileNotFoundError:
         raise BadInput(
             f"no dataset.json in {root}; expected the layout of the Medical Segmentation Decathlon"
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"{path} is no description of a data set: {type(error).__name__}: {error}") from None
+        raise BadInput(f"{path} does not describe a data set: {type(error).__name__}: {error}") from None
     train, val = listed["training"], listed["validation"]
     if not val:
         val = [pair for k, pair in enumerate(train) if k % HOLD_OUT == 0]
@@ -72,7 +72,7 @@ def read_nifti(
     cases = train if split == "train" else val
     chosen = cases[pick(len(cases))]
     if not chosen:
-        raise BadInput(f"{root}: too few cases, {len(train) + len(val)}, for a split {split}")
+        raise BadInput(f"{root}: {len(train) + len(val)} cases are too few for a {split} split")
     images, labels, spacings = [], [], []
     for pair in chosen:
         with memory_for(str(root / pair["image"]), "the voxels of data.spacing", "larger"):

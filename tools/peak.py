@@ -22,7 +22,7 @@ def is_measurable(device: str) -> bool:
 def check_measurable(device: str) -> None:
     """Raise BadInput where the memory of a device cannot be measured."""
     if not is_measurable(device):
-        raise BadInput("memory on a CPU is measured on Linux only; use --device cuda")
+        raise BadInput("CPU memory can be measured on Linux only; use --device cuda")
 
 
 class Peak:

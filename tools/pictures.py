@@ -33,7 +33,7 @@ def label_colours(names: Sequence[str], given: Sequence[Sequence[int]] | None = 
         values = [value for colour in colours for value in colour]
         whole = all(isinstance(value, int) and 0 <= value <= 255 for value in values)
         if len(colours) != len(names) or any(len(colour) != 3 for colour in colours) or not whole:
-            raise BadInput(f"label_colors in config.json must be {len(names)} triples of whole numbers in 0..255")
+            raise BadInput(f"label_colors in config.json must be {len(names)} triples of integers from 0 to 255")
         return colours
     others = iter(_distinct(len(names)))
     return tuple((0, 0, 0) if name.lower() == "background" else next(others) for name in names)

@@ -6,8 +6,8 @@
 
 MODEL is a name of a model with weights, hf-hub:ORG/NAME, local-dir:FOLDER, the folder of a run or a file of weights;
 INPUT an image, a NIfTI volume, a folder of either, or a pattern such as "frames/*.png". predictions.csv and
-predictions.json have a row for every input, with how its equilibrium was reached; what did not converge is marked there
-and on the pictures. docs/predict.md has the details.
+predictions.json have a row for every input, with how its equilibrium was reached; inputs that did not converge are
+marked there and on the pictures. docs/predict.md has the details.
 """
 
 import argparse
@@ -32,14 +32,14 @@ from tools.report import Parser, program
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__)
-    windows = "segmentation: windows of so many pixels or voxels, one number or per axis"
+    windows = "segmentation: window size in pixels or voxels, one number or one per axis"
     add_input_arguments(parser, inputs="+", patch=windows)
-    parser.add_argument("--out", type=Path, required=True, help="folder for what is written; not that of the inputs")
+    parser.add_argument("--out", type=Path, required=True, help="output folder; not that of the inputs")
     parser.add_argument("--topk", type=int, default=5, help="classes to list (default: 5)")
-    parser.add_argument("--solver-steps", type=int, help="most solver steps; default: the model's own")
-    parser.add_argument("--batch-size", type=int, default=1, help="inputs, or windows of one, at once (default: 1)")
+    parser.add_argument("--solver-steps", type=int, help="maximum solver steps; default: the model's own")
+    parser.add_argument("--batch-size", type=int, default=1, help="inputs, or windows of one, per batch (default: 1)")
     parser.add_argument(
-        "--overlap", type=float, default=0.5, help="share of a window its neighbour covers (default: 0.5)"
+        "--overlap", type=float, default=0.5, help="share of a window that its neighbour covers (default: 0.5)"
     )
     arguments = parser.parse_args()
     for name in ("topk", "solver_steps", "batch_size"):
@@ -158,7 +158,7 @@ def main() -> None:
     )
     print(f"saved: {settings.out}")
     if failed:
-        raise BadInput(f"{len(failed)} of {len(results)} inputs have no prediction, see above")
+        raise BadInput(f"{len(failed)} of {len(results)} inputs could not be predicted, see above")
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ class Predictor:
             self.solver = dataclasses.replace(self.solver, max_steps=settings.solver_steps)
         self.dense, self.is_3d = isinstance(model, mdeq.MDEQSegmenter), model.spatial_dims == 3
         if self.is_3d and settings.size is not None:
-            raise BadInput("--size is for images; a volume is seen at its own size, or by --patch in windows")
+            raise BadInput("--size is for images; a volume keeps its size, or is split into windows by --patch")
         if not self.is_3d and settings.orientation is not None:
             raise BadInput("--orientation is for volumes, the model takes images")
         if self.dense and model.num_classes > MOST_LABELS:
@@ -91,7 +91,7 @@ class Predictor:
     def _inference(self) -> Inference:
         settings = self.settings
         if settings.patch is not None and not self.dense:
-            raise BadInput("--patch is for segmentation: a class is of the whole input")
+            raise BadInput("--patch is for segmentation; a classifier sees the whole input")
         size = settings.patch
         if size is None and self.dense and self.is_3d and not settings.whole:
             size = self.preprocessing.patch_size or None
@@ -135,15 +135,15 @@ class Predictor:
 
     def _volume(self, path: Path) -> tuple[Volume, Tensor]:
         if not path.name.lower().endswith(self.suffixes):
-            raise BadInput(f"{path} is no NIfTI file (.nii, .nii.gz), the model takes volumes")
+            raise BadInput(f"{path} is not a NIfTI file (.nii, .nii.gz), the model takes volumes")
         volume = volumes.load_volume(path, self.model.in_chans)
         if self.preprocessing.orientation == "RAS" and not volume.has_affine:
             raise BadInput(
-                f"{path} has no affine, so its orientation is unknown; --orientation none takes its axes as they are"
+                f"{path} has no affine, so its orientation is unknown; --orientation none uses its axes as they are"
             )
         if float(volume.voxels.min()) == float(volume.voxels.max()):
             raise BadInput(
-                f"{path} has one value everywhere ({float(volume.voxels.min()):g}); there is nothing to predict"
+                f"{path} has the same value everywhere ({float(volume.voxels.min()):g}); there is nothing to predict"
             )
         x, _ = volumes.prepare(volume, self.preprocessing)
         return volume, x

@@ -55,7 +55,7 @@ def load_trained(name: str) -> Trained:
         model = build_model(ModelConfig(name=known_model(name), pretrained=True), None, for_training=False)
         config = recorded_config(name)
     if not isinstance(model, mdeq.MDEQ | mdeq.MDEQSegmenter):
-        raise BadInput(f"{name} is a {type(model).__name__}, which is no model of this package")
+        raise BadInput(f"{name} is a {type(model).__name__}, which is not a model of this package")
     if model.num_classes < 1:
         raise BadInput(f"{name} has no classes to predict")
     return Trained(model.eval(), config, _label_names(model, config))
@@ -125,7 +125,7 @@ def _from_path(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     if (folder / "config.json").is_file():
         config = read_json(folder / "config.json")
         if config.get("architecture") not in mdeq.list_models():
-            raise BadInput(f"{folder} holds a model {config.get('architecture')}, which is none of this package's")
+            raise BadInput(f"{folder} holds {config.get('architecture')}, which is not a model of this package")
         weights = path / WEIGHTS_FILE if path.is_dir() else path
         source = ModelConfig(name=f"local-dir:{folder}", checkpoint=str(weights))
         if not weights.exists():  # timm knows other names of the file
@@ -160,11 +160,11 @@ def _label_names(model: nn.Module, config: dict[str, Any]) -> tuple[str, ...]:
     if not names and "in1k" in tag and model.num_classes == 1000:
         names = [ImageNetInfo().index_to_description(k) for k in range(1000)]
     if isinstance(names, str) or len(names) > model.num_classes:
-        raise BadInput(f"label_names in config.json are not those of {model.num_classes} classes")
+        raise BadInput(f"label_names in config.json must be the names of {model.num_classes} classes")
     names = [str(name) for name in names] + [""] * (model.num_classes - len(names))
     described = config.get("label_descriptions") or _words(names)
     if not isinstance(described, dict):
-        raise BadInput("label_descriptions in config.json must map names of labels to words")
+        raise BadInput("label_descriptions in config.json must map label names to words")
     # The background is known by its name, which pictures leave black.
     words = (name if name.lower() == "background" else described.get(name) or name for name in names)
     return tuple(str(word) or f"class {k}" for k, word in enumerate(words))

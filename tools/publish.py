@@ -84,11 +84,11 @@ WORDS_OF = {
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("run", nargs="?", type=Path, help="folder of a finished run of tools/train.py")
-    parser.add_argument("--repo", help="ORG/NAME; the name ends in the tag of the weights, as mdeq_tiny_cifar.cifar10")
+    parser.add_argument("--repo", help="ORG/NAME; the name ends in the weight tag, such as mdeq_tiny_cifar.cifar10")
     parser.add_argument("--release", metavar="ARCHITECTURE.TAG", help="make the run a release of the package")
     places = parser.add_mutually_exclusive_group()
     places.add_argument("--ship", action="store_true", help="with --release: put the weights into the package")
-    places.add_argument("--keep", action="store_true", help="with --release: put them into the repository alone")
+    places.add_argument("--keep", action="store_true", help="with --release: put them only into the repository")
     parser.add_argument("--revision", help="with --release: the commit on the Hub that holds the weights")
     parser.add_argument("--all", action="store_true", help="publish every release")
     parser.add_argument("--readme", action="store_true", help="write the table of releases into the README")
@@ -99,21 +99,21 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--note", action="append", default=[], help="a sentence for the card's limits; repeatable")
     parser.add_argument("--private", action="store_true", help="make new repositories private")
-    parser.add_argument("--dry-run", action="store_true", help="show what would go; nothing is sent or written")
+    parser.add_argument("--dry-run", action="store_true", help="only show what would be sent or written")
     arguments = parser.parse_args()
     if sum(bool(getattr(arguments, mode)) for mode in WORDS_OF) != 1:
-        raise BadInput("give one of --repo ORG/NAME, --release ARCHITECTURE.TAG, --all and --readme")
+        raise BadInput("give one of --repo ORG/NAME, --release ARCHITECTURE.TAG, --all or --readme")
     of_releases = arguments.all or arguments.readme
     adds_seeds = arguments.release is not None and arguments.run is None and bool(arguments.seeds)
     if of_releases == (arguments.run is not None) and not adds_seeds:
         flag = "--all" if arguments.all else "--readme"
-        raise BadInput(f"{flag} is for the releases, not for a folder" if of_releases else "give the folder of a run")
+        raise BadInput(f"{flag} is for all releases; omit the folder" if of_releases else "give the folder of a run")
     [mode] = [mode for mode in WORDS_OF if getattr(arguments, mode)]
     others = [word for words in WORDS_OF.values() for word in words if word not in WORDS_OF[mode]]
     if unused := [word for word in others if getattr(arguments, word)]:
-        raise BadInput(f"--{unused[0]} does not go with --{mode}")
+        raise BadInput(f"--{unused[0]} cannot be used with --{mode}")
     if adds_seeds and (unused := [word for word in WORDS_OF["release"][1:] if getattr(arguments, word)]):
-        raise BadInput(f"--{unused[0]} takes the folder of a run; seeds are added to a release without one")
+        raise BadInput(f"--{unused[0]} needs the folder of a run; to add seeds to a release, leave it out")
     if arguments.repo is not None:
         try:
             validate_repo_id(arguments.repo)
@@ -187,14 +187,14 @@ def _stages(record: Path, run: Path) -> list[dict[str, Any]]:
     """
     release, model = read_release(record), load_config(run / CONFIG_FILE).model
     if model.checkpoint is None and not model.pretrained:
-        raise BadInput(f"{run} started from no weights, not from those of {release.name}")
+        raise BadInput(f"{run} started from scratch, not from the weights of {release.name}")
     named = model.checkpoint is None and ":" not in model.name
     if named and model.name not in (release.name, release.name.partition(".")[0]):
         raise BadInput(f"{run} started from the weights of {model.name}, not from those of {release.name}")
     start = Path(model.checkpoint or "")
     start = start / WEIGHTS_FILE if model.checkpoint and start.is_dir() else start
     if start.is_file() and sha256(start) != release.sha256:
-        raise BadInput(f"{run} started from {start}, which are not the weights of {release.name}: another sha256")
+        raise BadInput(f"{run} started from {start}, which are not the weights of {release.name}: sha256 differs")
     return [*release.card.get("stages", []), {"sha256": release.sha256, **release.card["training"]}]
 
 
@@ -232,7 +232,7 @@ def _with_seeds(
         seeds.append(_seed(results))
     numbers = [seed["seed"] for seed in seeds]
     if len(set(numbers)) < len(numbers):
-        raise BadInput(f"--seeds takes runs with other seeds, these have {', '.join(map(str, numbers))}")
+        raise BadInput(f"--seeds takes runs with different seeds, got {', '.join(map(str, numbers))}")
     return seeds
 
 
@@ -269,7 +269,7 @@ def config_of(run: Path, name: str, data: str, stage: Path | None) -> dict[str, 
     config = read_json(run / "config.json")
     architecture, _, tag = name.partition(".")
     if config.get("architecture") not in mdeq.list_models():
-        raise BadInput(f"{run} holds {config.get('architecture')}, which is no model of this package")
+        raise BadInput(f"{run} holds {config.get('architecture')}, which is not a model of this package")
     facts, licence = dataset(data), config["pretrained_cfg"].get("license")
     if stage is not None:
         licence = combined_licence(facts.weights_licence, read_release(stage).config["pretrained_cfg"].get("license"))
@@ -320,11 +320,11 @@ def released(release: mdeq.Release, runs: Path | None) -> Publication:
     weights = release.shipped
     if not weights.is_file():
         if runs is None:
-            raise BadInput(f"the weights of {release.name} are not in the package; say with --runs where they are")
+            raise BadInput(f"the weights of {release.name} are not in the package; give their folder with --runs")
         weights = runs / release.name / WEIGHTS_FILE
     checked_weights(weights, release.config)
     if sha256(weights) != release.sha256:
-        raise BadInput(f"{weights} are not the weights of {release.name}: another sha256")
+        raise BadInput(f"{weights} are not the weights of {release.name}: the sha256 differs")
     return Publication(release.repo, weights, release.config, release.card)
 
 
@@ -342,11 +342,11 @@ def make_release(run: Path, name: str, folder: Path, arguments: argparse.Namespa
     if arguments.ship or arguments.keep:
         others = sum(p.stat().st_size for p in shipped_files(folder) if p.stem != name)
         if arguments.ship and others + size > MAX_SHIPPED:
-            raise BadInput(f"{size:,} bytes are too many to ship: with the others at most {MAX_SHIPPED:,}")
+            raise BadInput(f"too large to ship: {size:,} bytes, at most {MAX_SHIPPED:,} together with the others")
         if arguments.keep and size > MAX_KEPT:
-            raise BadInput(f"{size:,} bytes are too many to keep: at most {MAX_KEPT:,}")
+            raise BadInput(f"too large to keep: {size:,} bytes, at most {MAX_KEPT:,}")
         if arguments.keep and any(x.dtype == torch.float32 for x in read_weights(content.weights).values()):
-            raise BadInput(f"{content.weights} is float32; --keep takes what tools/convert.py --bf16 makes of it")
+            raise BadInput(f"{content.weights} is float32; --keep takes bfloat16, see tools/convert.py --bf16")
         written.insert(0, folder / f"{name}{'.bf16' if arguments.keep else ''}.safetensors")
     if arguments.dry_run:
         return written
@@ -439,7 +439,7 @@ def main() -> None:
         return
     if arguments.all:
         if not mdeq.RELEASES:
-            raise BadInput("there is no release; make one with --release")
+            raise BadInput("there are no releases; make one with --release")
         contents = [released(release, arguments.runs) for release in mdeq.RELEASES.values()]
     else:
         contents = [publication(arguments.run, arguments.repo, arguments.seeds, arguments.note, arguments.stage)]

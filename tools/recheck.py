@@ -50,7 +50,7 @@ def read_release(path: Path) -> mdeq.Release:
             return release
     except (KeyError, TypeError, AttributeError):
         pass
-    raise BadInput(f"{path} is no record of a release")
+    raise BadInput(f"{path} is not the record of a release")
 
 
 def recorded_figure(release: mdeq.Release) -> float:
@@ -93,7 +93,7 @@ def check_place(config: TrainConfig) -> TrainConfig:
         BadInput: if nobody has said where the data lie: a record does not know.
     """
     if config.data.root == "DIR" and config.data.name != "digits" and not Path("DIR").exists():
-        raise BadInput(f"say where the data ({config.data.name}) lie: data.root=FOLDER")
+        raise BadInput(f"set data.root=FOLDER to the folder of the {config.data.name} data")
     return config
 
 
@@ -111,9 +111,9 @@ def release_config(release: mdeq.Release, overrides: Sequence[str], *, renew: bo
     config = evaluated_config(release.card, release.name)
     other = [word for word in overrides if not neutral(word)]
     if other and not renew:
-        raise BadInput(f"{other[0]} would give another figure than the record's; leave it out, or see --renew")
+        raise BadInput(f"{other[0]} would change the record's figure; leave it out, or see --renew")
     if bad := unkept(overrides):
-        raise BadInput(f"{bad[0]} is no setting of the data or of the solver, which --renew takes")
+        raise BadInput(f"--renew takes settings of the data and the solver only, got {bad[0]}")
     try:
         weights = mdeq.local_file(release)
     except mdeq.WeightsError as error:

@@ -128,7 +128,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> NoReturn:
-        raise BadInput(f"{message}; --help says more")
+        raise BadInput(f"{message}; see --help")
 
 
 def keep_freed_memory() -> None:

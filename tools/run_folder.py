@@ -60,7 +60,7 @@ def plan(path: Path | None, default: Path, overrides: Sequence[str]) -> Plan:
     if folder is None:
         folder = _newest(run_name(path or default))
     if not (folder / STATE_FILE).exists():
-        raise BadInput(f"run.resume=true, but {folder} holds no {STATE_FILE}; leave it out to start anew")
+        raise BadInput(f"run.resume=true, but {folder} holds no {STATE_FILE}; leave it out to start a new run")
     state = load_state(folder / STATE_FILE)
     return Plan(_resumed(state, folder, path, overrides), folder, state)
 
@@ -107,8 +107,8 @@ def _resumed(state: Mapping[str, Any], folder: Path, path: Path | None, override
     if changed:
         listed = ", ".join(f"{key}={before.get(key)} (not {now.get(key)})" for key in changed)
         raise BadInput(
-            f"{origin} is of a run with {listed}; resume with its own settings, which run.out_dir={folder} "
-            "run.resume=true alone does, or start anew in another run.out_dir"
+            f"{origin} is from a run with {listed}; resume it with run.out_dir={folder} run.resume=true alone, or "
+            "start a new run in another run.out_dir"
         )
     return config
 
@@ -149,10 +149,10 @@ def claimed(plan: Plan, name: str, *, is_main: bool) -> Iterator[Path]:
         with _locked(folder):
             if plan.state is None and (folder / STATE_FILE).exists():
                 raise BadInput(
-                    f"{folder} holds a run already; set run.resume=true to go on with it, or another run.out_dir"
+                    f"{folder} already holds a run; set run.resume=true to continue it, or choose another run.out_dir"
                 )
             if plan.state is None and (folder / WEIGHTS_FILE).exists():
-                raise BadInput(f"{folder} holds weights already ({WEIGHTS_FILE}); choose another run.out_dir")
+                raise BadInput(f"{folder} already holds weights ({WEIGHTS_FILE}); choose another run.out_dir")
             yield folder
     finally:
         with contextlib.suppress(OSError):  # the first that is not empty
@@ -170,7 +170,7 @@ def _new(name: str) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise BadInput(f"cannot make {folder}: {error.strerror}") from None
+            raise BadInput(f"cannot create {folder}: {error.strerror}") from None
         return folder
     raise AssertionError("there is always another number")
 

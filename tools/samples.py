@@ -32,7 +32,7 @@ def data_config(name: str, model: nn.Module, overrides: Sequence[str]) -> TrainC
     """
     other = [word for word in overrides if not word.startswith(("data.", "task="))]
     if other:
-        raise BadInput(f"{other[0]} is no setting of the data; with --data these are data.* and task")
+        raise BadInput(f"{other[0]} is not a data setting; --data takes data.* and task")
     place = Path(name.removeprefix("local-dir:"))
     path = run_of(place) / CONFIG_FILE
     release = mdeq.RELEASES.get(f"{place.name.partition('.')[0]}.{model.pretrained_cfg.get('tag')}")
@@ -43,7 +43,7 @@ def data_config(name: str, model: nn.Module, overrides: Sequence[str]) -> TrainC
         base = evaluated_config(release.card, release.name)
     config = check_place(load_config(None, overrides, base=base))
     if base is nothing and not any(word.startswith("data.name=") for word in overrides):
-        raise BadInput(f"nothing says which data {name} is for; give data.name=NAME")
+        raise BadInput(f"cannot tell which data {name} is for; set data.name=NAME")
     config.model = dataclasses.replace(config.model, name=name)
     return config
 

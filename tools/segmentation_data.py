@@ -70,11 +70,11 @@ def matched(images: Sequence[Path], masks: Path, origin: Path) -> list[tuple[Sou
     by_name: dict[str, Path] = {}
     for path in _files(masks):
         if path.stem in by_name:
-            raise BadInput(f"two masks of one name: {by_name[path.stem]} and {path}")
+            raise BadInput(f"two masks with the same name: {by_name[path.stem]} and {path}")
         by_name[path.stem] = path
     for path in images:
         if path.stem not in by_name:
-            raise BadInput(f"image {path} has no mask of its name in {masks}")
+            raise BadInput(f"image {path} has no mask with the same name in {masks}")
     if not images:
         raise BadInput(f"no images in {origin}")
     return [(path, by_name[path.stem]) for path in images]
@@ -104,7 +104,7 @@ def read_camvid(root: Path, split: str) -> Pairs:
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise BadInput(f"{archive} is damaged: {error}") from None
     if not pairs or any(len(pair) != 2 for pair in pairs):
-        raise BadInput(f"{archive}: {split}.txt must have lines of an image and its mask")
+        raise BadInput(f"{archive}: each line of {split}.txt must name an image and its mask")
     return Pairs(pairs, table, CAMVID_CLASSES)
 
 
@@ -131,12 +131,12 @@ def _read_classes(path: Path) -> dict[int, str]:
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError):
-        raise BadInput(f"cannot read {path}; it holds a line `NUMBER NAME` (or `NAME`) for each class") from None
+        raise BadInput(f"cannot read {path}; expected a line `NUMBER NAME` (or `NAME`) for each class") from None
     lines = [line for line in lines if line and not line.startswith("#")]
     found = [re.match(r"(\d+)[\s,:;]+(\S.*)", line) for line in lines]
     without = [line for line, match in zip(lines, found) if match is None]
     if without and len(without) < len(lines):
-        raise BadInput(f"{path}: a line is `NUMBER NAME` or, in all of them, `NAME`; got {without[0]!r} among others")
+        raise BadInput(f"{path}: lines must all be `NUMBER NAME` or all be `NAME`; got {without[0]!r} among others")
     if not without and len({int(match[1]) for match in found}) < len(lines):
         raise BadInput(f"{path}: two classes have the same number")
     # A name may have spaces; a colour R G B after it, as in CamVid's file, is none of it.
@@ -151,7 +151,7 @@ def read_masks(root: Path, split: str, ignored: int) -> Pairs:
     names.pop(ignored, None)
     if len(names) < 2 or max(names) > 255 or len(names) > VOID:
         raise BadInput(
-            f"{path}: expected 2 to {VOID} classes numbered 0 to 255 beside data.ignore_index={ignored}, got "
+            f"{path}: expected 2 to {VOID} classes numbered 0 to 255 besides data.ignore_index={ignored}, got "
             f"{', '.join(f'{k} {names[k]}' for k in sorted(names)[:8]) or 'none'}"
         )
     if len(set(names.values())) < len(names):
@@ -172,8 +172,8 @@ def warn_of_ignored_class(root: Path, ignored: int) -> None:
     name = _read_classes(root / "classes.txt").get(ignored)
     if name is not None and not re.search("void|ignore|unlabel|undefined|unknown|border|boundar|don.?t", name.lower()):
         print(
-            f"warning: {ignored} {name} of {root / 'classes.txt'} does not count, since data.ignore_index={ignored}. "
-            "If that is a class, set data.ignore_index to a value that no mask has",
+            f"warning: {ignored} {name} of {root / 'classes.txt'} is ignored, since data.ignore_index={ignored}. "
+            "If it is a class, set data.ignore_index to a value that no mask has",
             file=sys.stderr,
         )
 
@@ -187,9 +187,9 @@ def warn_of_one_class(data: Pairs, ignored: int) -> None:
     if len(present) == 1 and counts[VOID] and len(data.class_names) > 1:
         share = 100 * counts[VOID] / counts.sum()
         print(
-            f"warning: the first masks hold no class but {data.class_names[present[0]]}; {share:.0f} % of their pixels "
-            f"are data.ignore_index={ignored} and do not count. If that is a class, give it its number in classes.txt "
-            f"({ignored} NAME) and set data.ignore_index to a value that no mask has",
+            f"warning: the first masks hold only class {data.class_names[present[0]]}; {share:.0f} % of their pixels "
+            f"are data.ignore_index={ignored} and ignored. If that is a class, list it in classes.txt ({ignored} NAME) "
+            f"and set data.ignore_index to a value that no mask has",
             file=sys.stderr,
         )
 
@@ -245,8 +245,8 @@ class PairDataset(Dataset):
         image, mask = read_image(source, self.in_chans), read_mask(mask_source, self.data.table)
         if exif_orientation(source) != exif_orientation(mask_source):
             raise BadInput(
-                f"image {name_of(source)} is to be turned by its EXIF, and its mask {name_of(mask_source)} is not, or "
-                "otherwise; save both the way up that they are seen"
+                f"image {name_of(source)} and its mask {name_of(mask_source)} have different EXIF orientations; save "
+                "both upright"
             )
         if image.shape[1:] != mask.shape:
             sizes = [f"{x.shape[-1]}x{x.shape[-2]}" for x in (image, mask)]
@@ -330,12 +330,12 @@ def read_batches(
 
 def _check(config: DataConfig, process: Process) -> None:
     if not 0 <= config.ignore_index <= 255:
-        raise BadInput(f"data.ignore_index must be a value of a mask, 0 to 255, got {config.ignore_index}")
+        raise BadInput(f"data.ignore_index must be a mask value from 0 to 255, got {config.ignore_index}")
     require_augment(config, "none", "flip", "scale_flip")
     if config.patch_size is None and (config.augment == "scale_flip" or config.batch_size > process.world_size):
         raise BadInput(f"data.patch_size must be set for {config.name}: the size (H, W) of the training crops")
     if config.patch_size is not None and (len(config.patch_size) != 2 or min(config.patch_size) < 16):
-        raise BadInput(f"data.patch_size must be two numbers of pixels from 16 up, got {config.patch_size}")
+        raise BadInput(f"data.patch_size must be two numbers of pixels >= 16, got {config.patch_size}")
     low, high = config.scale_range if len(config.scale_range) == 2 else (0, 0)
     if not 0 < low <= high:
         raise BadInput(f"data.scale_range must be two factors, the smaller first, got {config.scale_range}")

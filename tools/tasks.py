@@ -132,10 +132,10 @@ def check_task(config: TrainConfig, model: nn.Module) -> None:
         kind = "has labels per pixel or voxel" if not dense else "has one label per image"
         raise BadInput(f"data.name={data.name} {kind}; set task={'classification' if dense else 'segmentation'}")
     if dense != isinstance(model, mdeq.MDEQSegmenter):
-        raise BadInput(f"{config.model.name} is {'no' if dense else 'a'} segmenter; task={config.task}")
+        raise BadInput(f"{config.model.name} is {'not ' if dense else ''}a segmenter, but task={config.task}")
     if model.spatial_dims != (3 if volumes else 2):
         raise BadInput(
-            f"{config.model.name} is a model of {model.spatial_dims}D data, {data.name} is of {3 if volumes else 2}D"
+            f"{config.model.name} is a {model.spatial_dims}D model, but {data.name} has {3 if volumes else 2}D data"
         )
     _check_settings_of(data)
     if dense and (data.mixup > 0 or data.cutmix > 0):
@@ -145,7 +145,7 @@ def check_task(config: TrainConfig, model: nn.Module) -> None:
     if min(config.loss.class_weights or [1]) < 0:
         raise BadInput(f"loss.class_weights must be >= 0, got {min(config.loss.class_weights)}")
     if config.loss.name == "dice_ce" and not (dense and volumes):
-        raise BadInput("loss.name=dice_ce is for the segmentation of volumes")
+        raise BadInput("loss.name=dice_ce is for volume segmentation")
     if not dense and config.loss.ohem_threshold is not None:
         raise BadInput("loss.ohem_threshold is for task=segmentation")
     if config.loss.name == "dice_ce" and config.loss.ohem_threshold is not None:

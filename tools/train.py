@@ -1,6 +1,6 @@
 """Train a model.
 
-    python tools/train.py                                             digits, embedded, a minute or two on a CPU
+    python tools/train.py                                             built-in digits, a minute or two on a CPU
     python tools/train.py configs/cifar10/mdeq_tiny_cifar.yaml data.root=DIR optim.lr=4e-3
     torchrun --nproc-per-node 8 tools/train.py CONFIG key=value       several GPUs
 
@@ -177,7 +177,7 @@ class Run:
         """
         trainer = self.trainer
         if final and not trainer.agree(self._finite()):  # all processes are here, or the others would wait for this one
-            raise BadInput(f"the weights are not finite any more; lower optim.lr, or set optim.clip_grad; {self._kept}")
+            raise BadInput(f"the weights are no longer finite; lower optim.lr, or set optim.clip_grad; {self._kept}")
         if self.process.is_main and (final or (trainer.bad_in_a_row == 0 and self._finite())):
             make_folder(self.folder)
             clear_leftovers(self.folder)
@@ -235,8 +235,8 @@ class Run:
                 before = state.get("data", {}).get(what, now)  # earlier states do not say
                 if before != now:
                     raise BadInput(
-                        f"{origin} is of a run on other data ({what}: {before}, not {now}); go on with the same data, "
-                        f"or start anew in another run.out_dir, with model.checkpoint={self.folder} from its weights"
+                        f"{origin} is from a run on other data ({what}: {before}, not {now}); resume with the same "
+                        f"data, or start from its weights in another run.out_dir: model.checkpoint={self.folder}"
                     )
             self.model.load_state_dict(state["model"])
             if trainer.ema is not None:
@@ -252,7 +252,7 @@ class Run:
             self.earlier = None if (minutes := state.get("minutes")) is None else float(minutes)
         except (RuntimeError, ValueError, AttributeError, TypeError, LookupError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise BadInput(f"{origin} is damaged, or of another model: {reason}") from None
+            raise BadInput(f"{origin} is damaged, or from another model: {reason}") from None
         for number in (self.epoch, self.batch, trainer.num_steps, trainer.bad_steps, trainer.bad_in_a_row):
             if type(number) is not int or number < 0:
                 raise BadInput(f"{origin} is damaged: it counts {number!r} epochs or steps")
@@ -416,7 +416,7 @@ def main() -> None:
             run.finish()
         elif process.is_main:
             place = f"epoch {run.epoch + 1}, step {run.trainer.num_steps}"
-            print(f"time is up at {place}; run.resume=true goes on from there")
+            print(f"time is up at {place}; continue with run.resume=true")
     if process.world_size > 1:  # not after an error: NCCL would wait for processes that wait for this one
         torch.distributed.destroy_process_group()
 

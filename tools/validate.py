@@ -1,4 +1,4 @@
-"""Evaluate a model on a test split, and its accuracy against the number of solver steps.
+"""Evaluate a model on a test split, and measure its accuracy against the number of solver steps.
 
     python tools/validate.py --checkpoint runs/digits_mdeq_tiny_cifar/model.safetensors
     python tools/validate.py --config CONFIG --model mdeq_tiny_cifar.cifar10 data.root=DIR --steps 1 2 4 8 16
@@ -8,11 +8,11 @@
 Without --config, the config beside the checkpoint is read. For a --model without one the data are those of a release's
 record, or given by data.*; volumes are prepared as those of its training. With --steps, the accuracy and residual at
 each number of solver steps are printed beside those of the explicit twin (the same f applied that many times), and
-saved as steps.csv and steps.png. With --record FILE the figure of a release is derived again from the weights beside
-its record; if it differs, or another figure of that evaluation does by more than rounding on another machine explains,
-the exit code is 1, and if not --steps puts the table into the record. With --twice the figure at twice the steps is
-derived again too, in a second pass that takes longer. With --renew the evaluation, of other settings maybe, takes the
-place of the record's.
+saved as steps.csv and steps.png. With --record FILE the figure of a release is reproduced from the weights beside its
+record; if it differs, or another figure of that evaluation does by more than rounding on another machine explains, the
+exit code is 1, otherwise --steps puts the table into the record. With --twice the figure at twice the steps is
+reproduced too, in a second pass that takes longer. With --renew the evaluation, with other settings if given, replaces
+the record's.
 """
 
 import argparse
@@ -90,7 +90,7 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
         help="put this evaluation into results.json, for the model card; with FILE, a record in mdeq/weights/: "
         "evaluate the weights beside it on its data and compare",
     )
-    parser.add_argument("--renew", action="store_true", help="with --record FILE: have it hold this evaluation")
+    parser.add_argument("--renew", action="store_true", help="with --record FILE: put this evaluation into it instead")
     parser.add_argument("--twice", action="store_true", help="with --record FILE: compare at twice the steps too")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the config")
     overrides, rest = split_overrides(sys.argv[1:])
@@ -109,20 +109,20 @@ def check_arguments(arguments: argparse.Namespace, overrides: Sequence[str]) -> 
     if arguments.steps is not None and min(arguments.steps) < 1:
         raise BadInput(f"--steps must be >= 1, got {min(arguments.steps)}")
     if arguments.samples is not None and (arguments.steps is None or arguments.samples < 1):
-        raise BadInput("--samples goes with --steps and must be >= 1")
+        raise BadInput("--samples needs --steps and must be >= 1")
     if arguments.out is not None:
         check_folder(arguments.out)
     of_release = arguments.record not in (None, HERE)
     if arguments.twice and (not of_release or arguments.renew):
-        raise BadInput("--twice goes with --record FILE, which it compares; without FILE that is always measured")
+        raise BadInput("--twice needs --record FILE without --renew; otherwise twice the steps are measured anyway")
     if arguments.renew and not of_release:
-        raise BadInput("--renew goes with --record FILE, a record in mdeq/weights/")
+        raise BadInput("--renew needs --record FILE, a record in mdeq/weights/")
     given = [name for name in NOT_OF_A_RECORD if getattr(arguments, name)]
     if of_release and given:
-        raise BadInput(f"--record {arguments.record} says what to evaluate, and how; leave out --{given[0]}")
+        raise BadInput(f"--record {arguments.record} already says what to evaluate and how; leave out --{given[0]}")
     changed = [*(f"--{name}" for name in ("scales", "flip") if name in given), *unkept(overrides)]
     if arguments.record == HERE and changed:
-        raise BadInput(f"--record keeps what a figure is found again by, settings of data and solver; not {changed[0]}")
+        raise BadInput(f"--record keeps settings of the data and the solver only; leave out {changed[0]}")
 
 
 def settings(arguments: argparse.Namespace, overrides: Sequence[str]) -> TrainConfig:
@@ -177,9 +177,9 @@ def averaged(task: Task, config: TrainConfig, scales: list[float], flip: bool) -
         BadInput: if it is not one of images with masks, or for a scale out of range.
     """
     if config.data.name not in segmentation_data.NAMES:
-        raise BadInput("--scales and --flip are for the segmentation of images")
+        raise BadInput("--scales and --flip are for image segmentation")
     if not all(0.1 <= scale <= 10 for scale in scales):
-        raise BadInput(f"--scales must lie from 0.1 to 10, got {' '.join(map(str, scales))}")
+        raise BadInput(f"--scales must be from 0.1 to 10, got {' '.join(map(str, scales))}")
     return dataclasses.replace(task, inference=MultiScale(tuple(scales), flip, task.inference))
 
 
@@ -311,7 +311,7 @@ def tell_other_classes(arguments: argparse.Namespace, config: TrainConfig, batch
     labels = tuple(recorded_config(place).get("label_names") or ()) if known else ()
     if labels and batches.class_names and labels != batches.class_names:
         weights = arguments.checkpoint or config.model.name
-        print(f"the classes of {weights} are {', '.join(labels)}; those here {', '.join(batches.class_names)}")
+        print(f"classes of {weights}: {', '.join(labels)}; classes of the data: {', '.join(batches.class_names)}")
 
 
 def main() -> None:

@@ -46,22 +46,22 @@ LEAST_STEPS = 40
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = Parser(description=__doc__)
-    middle = "segmentation: the middle so many pixels or voxels alone"
+    middle = "segmentation: only a middle window of this size"
     add_input_arguments(parser, inputs="*", patch=middle)
-    parser.add_argument("--out", type=Path, required=True, help="folder for what is written")
+    parser.add_argument("--out", type=Path, required=True, help="output folder")
     parser.add_argument(
         "--data",
         type=int,
         nargs="?",
         const=SAMPLES,
         metavar="N",
-        help=f"also draw what needs a data set, of N samples of the test split (without a number {SAMPLES})",
+        help=f"also draw what needs a data set, from N samples of the test split (default N: {SAMPLES})",
     )
     parser.add_argument(
         "--steps", type=int, nargs="+", default=[1, 2, 4, 8], help="steps to stop at (default: 1 2 4 8)"
     )
     parser.add_argument(
-        "--most-steps", type=int, help="solver steps to an equilibrium; default: twice the model's own, at least 40"
+        "--most-steps", type=int, help="maximum solver steps; default: twice the model's own, at least 40"
     )
     overrides, rest = split_overrides(sys.argv[1:])
     arguments = parser.parse_intermixed_args(rest)  # inputs may follow the options
@@ -75,7 +75,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     if not arguments.input and arguments.data is None:
         raise BadInput("nothing to look at: give an image or a volume, or --data")
     if overrides and arguments.data is None:
-        raise BadInput(f"{overrides[0]} is a setting of the data, which --data asks for")
+        raise BadInput(f"{overrides[0]} is a data setting and needs --data")
     check_folder(arguments.out)
     return arguments, overrides
 
@@ -115,7 +115,7 @@ def given_inputs(arguments: argparse.Namespace, predictor: Predictor) -> tuple[l
             wrong[path.name] = str(error).replace(str(path), path.name)
             print(error, file=sys.stderr)
     if not samples:
-        raise BadInput(f"none of the {len(files)} inputs can be looked at")
+        raise BadInput(f"none of the {len(files)} inputs could be read")
     return samples, wrong
 
 

@@ -74,7 +74,7 @@ def _npz(root: Path, pattern: str) -> Iterator[Any]:
     """Open the arrays of the file `root`, or of the one file in the folder `root` that fits a pattern."""
     files = [root] if root.is_file() else sorted(root.glob(pattern))
     if not files:
-        raise BadInput(f"no file {pattern} in {root}; set data.root to it or to its folder")
+        raise BadInput(f"no file {pattern} in {root}; set data.root to the file or its folder")
     if len(files) > 1:
         raise BadInput(f"{root} has {len(files)} files {pattern}; set data.root to one of them, such as {files[0]}")
     with open(files[0], "rb") as file:
@@ -83,7 +83,7 @@ def _npz(root: Path, pattern: str) -> Iterator[Any]:
         except _DAMAGED as error:
             raise BadInput(f"cannot read {files[0]}: {str(error).splitlines()[0]}") from None
         if not isinstance(arrays, np.lib.npyio.NpzFile):
-            raise BadInput(f"cannot read {files[0]}: it is no npz file")
+            raise BadInput(f"cannot read {files[0]}: it is not an npz file")
         yield arrays
 
 
@@ -114,9 +114,7 @@ def read_hippocampus(root: Path, split: str, pick: Pick, how: str) -> Volumes:
             if code.ndim != 3 or code.size == 0 or label.shape != code.shape or lut.ndim != 1:
                 raise BadInput(f"{name} is damaged: image {code.shape}, labels {label.shape}, grey levels {lut.shape}")
             if code.dtype.kind not in "iu" or code.min() < 0 or code.max() >= len(lut) or lut.dtype.kind not in "iuf":
-                raise BadInput(
-                    f"{name} is damaged: it names other grey levels than the {len(lut)} it has ({code.dtype})"
-                )
+                raise BadInput(f"{name} is damaged: its image ({code.dtype}) does not fit its {len(lut)} grey levels")
             voxels = checked_finite(torch.from_numpy(lut[code].astype(np.float32)), name)
             images.append(normalised(voxels.unsqueeze(0), how))
             labels.append(checked_labels(label, 3, name))
@@ -132,10 +130,10 @@ def read_npz(root: Path, pattern: str, split: str, pick: Pick) -> Volumes:
     if images.ndim != 4 or labels.size != len(images) or images.size == 0:
         raise BadInput(f"{root}: {split} has images {images.shape}, labels {labels.shape}, not (N, D, H, W), (N,)")
     if images.shape[3] <= 4:
-        raise BadInput(f"{root}: {split} has images {images.shape}, which are no volumes but images with channels")
+        raise BadInput(f"{root}: {split} has images {images.shape}: images with channels, not volumes")
     for key, array in {f"{split}_images": images, **every}.items():
         if array.dtype.kind not in "biuf":
-            raise BadInput(f"{root}: {key} are no numbers but {array.dtype}")
+            raise BadInput(f"{root}: {key} must be numbers, got {array.dtype}")
     names = names or tuple(str(k) for k in range(int(max(np.nanmax(a, initial=0) for a in every.values())) + 1))
     checked = checked_labels(labels.reshape(-1), len(names), f"{root}: {split}_labels").long()
     voxels = torch.from_numpy(images)
@@ -315,15 +313,15 @@ def read_batches(
     """
     turns, spacing = config.turn_axes, config.spacing
     if spacing is not None and (len(spacing) != 3 or not all(0 < mm < float("inf") for mm in spacing)):
-        raise BadInput(f"data.spacing must be three numbers of mm above 0, got {spacing}")
+        raise BadInput(f"data.spacing must be three numbers of mm > 0, got {spacing}")
     own = [1.0, 1.0, 1.0] if config.name == "hippocampus" else None
     if config.name != "nifti" and spacing not in (None, own):
         raise BadInput(f"data.spacing is for nifti; {config.name} is not resampled, got {spacing}")
     require_augment(config, "none", "volume")
     if not set(config.flip_axes) <= {0, 1, 2}:
-        raise BadInput(f"data.flip_axes must be of 0, 1 and 2, got {config.flip_axes}")
+        raise BadInput(f"data.flip_axes must be among 0, 1 and 2, got {config.flip_axes}")
     if config.patch_size is None or len(config.patch_size) != 3 or min(config.patch_size) < 16:
-        raise BadInput(f"data.patch_size must be three numbers of voxels from 16 up, got {config.patch_size}")
+        raise BadInput(f"data.patch_size must be three numbers of voxels >= 16, got {config.patch_size}")
     if turns is not None and (
         sorted(set(turns)) != sorted(turns)
         or len(turns) != 2

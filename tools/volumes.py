@@ -120,11 +120,11 @@ def load_volume(path: str | Path, in_chans: int = 1) -> Volume:
     while data.ndim > 3 and data.shape[-1] == 1:
         data = data[..., 0]
     if data.dtype.kind not in "biuf":
-        raise BadInput(f"{path} has voxels of colours or complex numbers ({data.dtype}); expected one number each")
+        raise BadInput(f"{path} has RGB or complex voxels ({data.dtype}); expected one number each")
     if not np.isfinite(file.affine).all():
-        raise BadInput(f"{path} has an affine with numbers that are not finite")
+        raise BadInput(f"{path} has an affine that is not finite")
     if data.ndim not in (3, 4) or min(data.shape) < 1:
-        raise BadInput(f"{path} has the shape {data.shape}; expected 3 axes, and a fourth for channels")
+        raise BadInput(f"{path} has the shape {data.shape}; expected 3 axes, or 4 with channels last")
     channels = data.shape[3] if data.ndim == 4 else 1
     if channels != in_chans:
         shape = "x".join(map(str, data.shape))
@@ -164,16 +164,16 @@ def load_labels(path: str | Path, like: Volume, num_classes: int) -> Tensor:
     while data.ndim > 3 and data.shape[-1] == 1:
         data = data[..., 0]
     if data.shape != like.shape:
-        raise BadInput(f"{path} has the shape {data.shape}, its image {like.name} {like.shape}")
+        raise BadInput(f"{path} has the shape {data.shape}, but its image {like.name} has {like.shape}")
     if like.has_affine and not np.allclose(file.affine, like.affine, atol=1e-2 * np.abs(like.affine[:3, :3]).max()):
-        raise BadInput(f"{path} lies elsewhere in space than its image {like.name}: their affines differ")
+        raise BadInput(f"{path} is not aligned with its image {like.name}: their affines differ")
     return checked_labels(data, num_classes, str(path))
 
 
 def checked_labels(data: np.ndarray, num_classes: int, name: str) -> Tensor:
     """Return label values as uint8, after checking that all are whole numbers from 0 to `num_classes` - 1."""
     if data.dtype.kind not in "biuf":
-        raise BadInput(f"{name} has colours or complex numbers for labels ({data.dtype}); expected whole numbers")
+        raise BadInput(f"{name} has RGB or complex labels ({data.dtype}); expected whole numbers")
     if num_classes > MOST_CLASSES:
         raise BadInput(f"{name}: labels are 8-bit numbers, {MOST_CLASSES} classes at most, got {num_classes}")
     values = np.unique(data)
@@ -205,7 +205,7 @@ def _axes(volume: Volume, orientation: str) -> tuple[list[int], list[int]]:
         return [0, 1, 2], []
     if not volume.has_affine:
         raise BadInput(
-            f"{volume.name} does not say how it lies in space (sform and qform codes are 0); give it an affine, or set "
+            f"{volume.name} does not give its orientation (sform and qform codes are 0); give it an affine, or set "
             "data.orientation=none to take its axes as they are"
         )
     to_ras = optional("nibabel", "volumes").io_orientation(volume.affine)  # per axis of the file: axis of RAS, sign

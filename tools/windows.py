@@ -5,7 +5,7 @@
 
 For inputs of the test split: the share of labels that differ between one piece and windows weighted by a Gaussian, the
 evaluations of f that the windows took from zero and from the equilibria of their neighbours, and whether a repetition
-gives the same bits.
+is bitwise identical.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
     if arguments.window < 16 or not 0 <= arguments.overlap < 1 or arguments.count < 1:
         raise BadInput("--window must be >= 16, --overlap in [0, 1), --count >= 1")
     if (arguments.checkpoint is None) == (arguments.record is None):
-        raise BadInput("give --checkpoint with a run's weights, or --record with that of a release")
+        raise BadInput("give --checkpoint with a run's weights, or --record with a release's record")
     if arguments.record is not None:
         config = release_config(read_release(arguments.record), overrides)
         config.data.batch_size = 1
@@ -63,7 +63,7 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
         config.model.checkpoint, config.model.pretrained = str(arguments.checkpoint), False
     if config.task != "segmentation":
         origin = arguments.checkpoint or arguments.record
-        raise BadInput(f"a segmenter is needed, the task of {origin} is {config.task}")
+        raise BadInput(f"a segmenter is needed, but {origin} has task={config.task}")
     return arguments, config
 
 
@@ -108,7 +108,7 @@ def main() -> None:
             f"{total[f'{name}_evaluations'] / total['windows']:.2f} evaluations a window, "
             f"{100 * total[f'{name}_converged'] / total['windows']:.1f} % of {total['windows']:.0f} windows converged"
         )
-    print(f"repetition: {total['same_bits']:.0f} of {len(rows)} bit for bit the same")
+    print(f"repetition: {total['same_bits']:.0f} of {len(rows)} bitwise identical")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def stem_strides(spatial_dims: int, total: int | Sequence[int]) -> tuple[tuple[i
     """Return the total stride of the stem, per axis 1, 2 or 4, split over its two convolutions."""
     per_axis = (total,) * spatial_dims if isinstance(total, int) else tuple(total)
     if len(per_axis) != spatial_dims or any(s not in (1, 2, 4) for s in per_axis):
-        raise ValueError(f"stem_stride must be 1, 2 or 4, or {spatial_dims} of these, got {total}")
+        raise ValueError(f"stem_stride must be 1, 2 or 4, or a sequence of {spatial_dims} of these, got {total}")
     return tuple(min(s, 2) for s in per_axis), tuple(max(s // 2, 1) for s in per_axis)
 
 
@@ -150,7 +150,7 @@ class Backbone(nn.Module):
 
     def _implicit(self) -> MultiscaleDEQ:
         if isinstance(self.equilibrium, nn.Identity):
-            raise RuntimeError("this model was pruned to its stem, and has no equilibrium any more")
+            raise RuntimeError("this model was pruned to its stem and no longer has an equilibrium")
         return self.equilibrium
 
     @property
@@ -185,7 +185,7 @@ class Backbone(nn.Module):
         return self._implicit()(self.injection(x), z0, solver, unroll, jacobian_probes)
 
     def injection(self, x: Tensor) -> Tensor:
-        """Return what f is given of an input `(B, in_chans, *S)`, in every evaluation: `(B, channels[0], *S_finest)`.
+        """Return what every evaluation of f gets from an input `(B, in_chans, *S)`: `(B, channels[0], *S_finest)`.
 
         `model.equilibrium.fn(model.injection(x))` is f itself, from a state to a state.
 
@@ -314,7 +314,7 @@ def feature_table(
 ) -> list[dict[str, Any]]:
     """Return the feature maps of a model: the stem's, two at full resolution and else one, then every branch."""
     if len(channels) == 0:
-        raise ValueError("channels must name one branch at least, got none")
+        raise ValueError("channels must have at least one entry, got none")
     strides = stem_strides(spatial_dims, stem_stride)
     first, total = max(strides[0]), max(a * b for a, b in zip(*strides))
     table = [dict(num_chs=channels[0], reduction=first, module="stem.act1")]
@@ -329,10 +329,10 @@ def checked_input(x: Tensor, spatial_dims: int, in_chans: int) -> Tensor:
     """Return x if a model can take it, else raise ValueError."""
     x = without_metadata(x)
     if not x.is_floating_point():
-        raise ValueError(f"expected an input of floating-point numbers, got {x.dtype}; scale and normalise it first")
+        raise ValueError(f"expected a floating-point input, got {x.dtype}; scale and normalise it first")
     if x.ndim != spatial_dims + 2 or x.shape[1] != in_chans:
         axes = "H, W" if spatial_dims == 2 else "D, H, W"
-        raise ValueError(f"expected an input (batch, {in_chans}, {axes}), got {tuple(x.shape)}")
+        raise ValueError(f"expected an input of shape (batch, {in_chans}, {axes}), got {tuple(x.shape)}")
     if not is_static(x) and min(x.shape[2:]) < MIN_SIZE:
         raise ValueError(f"every side of the input must be >= {MIN_SIZE}, got {tuple(x.shape[2:])}")
     return x

@@ -172,7 +172,7 @@ class MultiscaleCell(nn.Module):
         if spatial_dims not in (2, 3):
             raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims}")
         if num_groups < 2 or num_groups % 2:
-            raise ValueError(f"num_groups must be even, got {num_groups}")
+            raise ValueError(f"num_groups must be even and >= 2, got {num_groups}")
         for c in channels:
             if c % num_groups or int(expansion * c) % num_groups:
                 raise ValueError(

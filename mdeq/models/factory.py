@@ -55,7 +55,7 @@ def create(
 
     Raises:
         ValueError: for another output stride, a `feature_cls`, or a config.json that describes no plausible model.
-        WeightsError: if there are no weights, or they cannot be had.
+        WeightsError: if there are no weights, or they cannot be loaded.
     """
     brought: dict[str, Any] = {}
     source = kwargs.get("pretrained_cfg")
@@ -67,11 +67,11 @@ def create(
     coarsest = taps[-1]["reduction"]
     if args.pop("output_stride", coarsest) != coarsest:
         raise ValueError(
-            f"output_stride of {variant} must be {coarsest}: all branches take part in the equilibrium, none can be "
-            f"dilated; got {kwargs['output_stride']}"
+            f"output_stride of {variant} must be {coarsest}, got {kwargs['output_stride']}: all branches share one "
+            "equilibrium, so none can be dilated"
         )
     if args.get("feature_cls") in ("dict", "fx", "hook", "list"):  # timm's, which look for a module of every map
-        raise ValueError(f"feature_cls of {variant} has to be left out: one solve gives the maps of all branches")
+        raise ValueError(f"{variant} does not support feature_cls, leave it out: one solve gives all feature maps")
     if args.get("pretrained_model_args"):  # those of a config.json
         _require_plausible(model_cls, variant, args)
     with hub_errors(source["hf_hub_id"]) if remote else nullcontext():
@@ -100,4 +100,4 @@ def _require_plausible(model_cls: type[Backbone], variant: str, args: dict[str, 
     outline = build_model_with_cfg(model_cls, variant, False, **{**args, "device": "meta"})
     count = sum(p.numel() for p in outline.parameters())
     if count > MAX_PARAMETERS:
-        raise ValueError(f"a model of {count:,} parameters is described, the limit is {MAX_PARAMETERS:,}")
+        raise ValueError(f"config.json describes a model of {count:,} parameters, the limit is {MAX_PARAMETERS:,}")

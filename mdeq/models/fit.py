@@ -155,8 +155,8 @@ def check_fit(weights: Mapping[str, Tensor], model: nn.Module, layout: str) -> N
     if not _problems(found, own, optional):
         if others and not replaced:
             raise ValueError(
-                f"the checkpoint has {classes[0]} classes, the model {model.num_classes}; with pretrained_cfg_overlay="
-                f"dict(num_classes={classes[0]}) it loads and the classifier starts afresh"
+                f"the checkpoint has {classes[0]} classes, the model {model.num_classes}; pass pretrained_cfg_overlay="
+                f"dict(num_classes={classes[0]}) to load it with a new classifier"
             )
         return
     name = cfg.get("architecture", type(model).__name__)
@@ -172,12 +172,12 @@ def _problems(
     missing = [key for key in own if key not in found and not optional(key)]
     left = [key for key in found if key not in own and not optional(key)]
     changed = [
-        f"{key} {found[key]} for {own[key]}"
+        f"{key} {found[key]} instead of {own[key]}"
         for key in own
         if key in found and found[key] != own[key] and not optional(key) and not _other_channels(key, found, own)
     ]
-    kinds = (("it lacks", missing), ("it has in addition", left), ("of another shape are", changed))
-    return "; ".join(f"{kind} {len(keys)}: {_listed(keys, limit)}" for kind, keys in kinds if keys)
+    kinds = (("missing tensors", missing), ("unexpected tensors", left), ("tensors of another shape", changed))
+    return "; ".join(f"{kind} ({len(keys)}): {_listed(keys, limit)}" for kind, keys in kinds if keys)
 
 
 def _other_channels(key: str, found: Shapes, own: Shapes) -> bool:

@@ -60,7 +60,7 @@ class CellFn:
         return replace(self, injection=injection, masks=masks)
 
     def tensors(self) -> list[Tensor]:
-        """Return what f is made of beside its state: injection, kernels, and what these were not computed from."""
+        """Return what f depends on besides its state: injection, kernels, and parameters that these do not contain."""
         folded = {id(p) for layer in self.kernels for p in _made_of(layer)}
         others = {id(p): p for m in self.cell.modules() for p in _parameters(m).values() if id(p) not in folded}
         injected = (u for u in self.injection if u is not None)
@@ -129,9 +129,9 @@ class MultiscaleDEQ(nn.Module):
 def compile_cell(model: nn.Module, **options: Any) -> None:
     """Compile the cell of a model by `torch.compile`, for every batch size at once and without graph breaks.
 
-    Sizes other than the batch are constants of the kernels, until a second one is met. What PyTorch tells apart all the
-    same has its own kernels: with and without gradients, a batch of one, and on a CPU one below 16. The Jacobian
-    penalty takes the cell as it is. Sets two options of PyTorch for the whole process: implicit gradients go through
+    Sizes other than the batch are constants of the kernels, until a second one is met. What PyTorch tells apart
+    anyway has its own kernels: with and without gradients, a batch of one, and on a CPU one below 16. The Jacobian
+    penalty uses the uncompiled cell. Sets two options of PyTorch for the whole process: implicit gradients go through
     the backward graph of one evaluation many times (no donated buffers), and such variants may be more than eight.
 
     Args:

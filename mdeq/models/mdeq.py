@@ -47,7 +47,7 @@ class MDEQ(Backbone):
         stem_stride: total stride of the stem, 1, 2 or 4, for all axes or per axis.
         expansion, num_groups, dropout, weight_norm, post_norm_affine: see `MultiscaleCell`.
         drop_rate: dropout before the classifier.
-        solver: forward solver, or its description; a config.json keeps either, but no solver of your own class.
+        solver: forward solver, or its description; either is kept in config.json, unless it is of your own class.
         gradient: gradient estimator, or its description; the same.
         device, dtype: of all parameters and buffers.
 
@@ -94,7 +94,7 @@ class MDEQ(Backbone):
             dtype=dtype,
         )
         if len(channels) != len(head_channels):
-            raise ValueError(f"head_channels must have one entry per branch, {len(channels)}, got {len(head_channels)}")
+            raise ValueError(f"head_channels must have one entry per branch: {len(channels)}, got {len(head_channels)}")
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.num_classes = num_classes
         self.drop_rate = drop_rate
@@ -118,7 +118,7 @@ class MDEQ(Backbone):
         if pre_logits:
             return x
         if self.num_classes > 0 and not self.global_pool.pool_type:
-            raise ValueError('a classifier needs pooled features; global_pool="" goes with num_classes=0')
+            raise ValueError('a classifier needs pooled features; global_pool="" requires num_classes=0')
         return self.classifier(x)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:

@@ -105,7 +105,7 @@ def unwrapped(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
         state_dict = state_dict["state_dict"]
     for key, value in state_dict.items():
         if not isinstance(value, Tensor):
-            raise ValueError(f"the checkpoint holds {key!r}, a {type(value).__name__}, among its tensors")
+            raise ValueError(f"the checkpoint's entry {key!r} is of type {type(value).__name__}, not a tensor")
     if any(re.match(_WRAPPERS, key) for key in state_dict):
         return {re.sub(_WRAPPERS, "", key): value for key, value in state_dict.items()}
     return state_dict
@@ -124,7 +124,7 @@ def layout_of(keys: Collection[str]) -> str:
     if any(key.startswith("fullstage.") for key in keys):
         return "older locuslab/mdeq" if any(key.startswith("fullstage_copy.") for key in keys) else "MDEQ-Vision"
     sample = ", ".join(list(keys)[:3]) or "none at all"
-    raise ValueError(f"not a checkpoint of an MDEQ: it has no weights of an implicit layer, its keys are {sample}")
+    raise ValueError(f"not an MDEQ checkpoint: it has no weights of an implicit layer; its keys are {sample}")
 
 
 def from_official(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ _LENGTH = math.sqrt(1 / 3)  # of a row by PyTorch's default, which is uniform wi
 
 @torch.no_grad()
 def rescale(model: nn.Module) -> None:
-    """Scale every kernel whose length a norm takes out again to that of PyTorch's default initialisation; in place.
+    """Scale every kernel whose length a norm cancels to the length of PyTorch's default initialisation, in place.
 
     Kernels before a norm, and the directions of weight-normed ones, grow while they are trained, under Muon some
     tenfold. What the model computes does not depend on their length, but what training does: a step of the same

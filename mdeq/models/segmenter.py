@@ -37,7 +37,7 @@ class MDEQSegmenter(Backbone):
         stem_stride: total stride of the stem, 1, 2 or 4, for all axes or per axis.
         expansion, num_groups, dropout, weight_norm, post_norm_affine: see `MultiscaleCell`.
         pad_to_stride: pad inputs with zeros, at their ends, to a multiple of the coarsest branch's stride, and crop the
-            logits. Elsewhere the branches of such sizes lie up to half a point apart, and labels suffer. Features and
+            logits. Otherwise the branches lie up to half a point apart at other sizes, and labels suffer. Features and
             states have the padded size. The official networks do not pad.
         drop_rate: dropout before the classifier.
         norm_momentum: momentum of the batch norms.

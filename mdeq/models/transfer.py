@@ -17,7 +17,7 @@ class Transfer:
 
     Attributes:
         taken: those of the model that now hold the weights given.
-        kept: those of the model that are as they were.
+        kept: those of the model that are unchanged.
         unused: those given that the model has no place for.
     """
 
@@ -30,8 +30,8 @@ def inflate(weights: Mapping[str, Tensor], model: Backbone) -> dict[str, Tensor]
     """Return the weights of a 2D model as those of a 3D one with the same settings.
 
     Every kernel lies in the middle of the depth, zeros before and behind it, so that each slice of a volume goes its
-    own way through the convolutions. Of a volume that is constant along depth the 3D model makes what the 2D one makes
-    of a slice, borders included: f and its fixed point, and the logits. (Away from it, solvers take other steps: the
+    own way through the convolutions. On a volume that is constant along depth the 3D model gives what the 2D one gives
+    on a slice, borders included: f and its fixed point, and the logits. (Away from it, solvers take other steps: the
     norm of a state counts voxels.)
 
     Args:

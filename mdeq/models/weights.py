@@ -39,7 +39,7 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class WeightsError(RuntimeError):
-    """Weights that are not there or do not come; the message says what to do."""
+    """Raised where weights are missing or cannot be loaded; the message says what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class Release:
         metrics: what the weights reached, by name.
         config: the config.json that is published with them.
         card: what the model card is made from.
-        folder: where the record lies.
+        folder: where the record is.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Release:
 
     @property
     def shipped(self) -> Path:
-        """Where the weights lie if they came with the package, or with its repository (those in bfloat16)."""
+        """Where the weights are if they came with the package, or with its repository (those in bfloat16)."""
         kept = self.folder / f"{self.name}.bf16.safetensors"
         return kept if kept.is_file() else self.folder / f"{self.name}.safetensors"
 
@@ -121,7 +121,7 @@ def with_weights(variant: str, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any
         kwargs: what the entrypoint was called with.
 
     Raises:
-        WeightsError: if there are no weights, or they cannot be had.
+        WeightsError: if there are no weights, or they cannot be loaded.
     """
     overlay = dict(kwargs.get("pretrained_cfg_overlay") or {})
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
@@ -146,7 +146,7 @@ def local_file(release: Release, cache_dir: str | Path | None = None) -> Path:
         cache_dir: the cache; None for that of huggingface_hub.
 
     Raises:
-        WeightsError: if they cannot be had; a file that is not the right one does not stay in the cache.
+        WeightsError: if they cannot be loaded; a file that is not the right one does not stay in the cache.
     """
     if release.shipped.is_file():
         if sha256(release.shipped) != release.sha256:
@@ -167,8 +167,8 @@ def local_file(release: Release, cache_dir: str | Path | None = None) -> Path:
     if found != release.sha256:
         _remove(path)
         raise WeightsError(
-            f"the file that came from {release.repo} is not the released one (sha256 {found[:12]}..., expected "
-            f"{release.sha256[:12]}...) and was deleted; try again, and report it if it happens twice"
+            f"the file downloaded from {release.repo} is not the released one (sha256 {found[:12]}..., expected "
+            f"{release.sha256[:12]}...) and was deleted; try again, and report it if it happens again"
         )
     return path
 
@@ -177,7 +177,7 @@ def hub_config(model_id: str) -> Path:
     """Return the config.json of a model `ORG/NAME[@REVISION]`, from the cache or the Hub.
 
     Raises:
-        WeightsError: if it cannot be had; at once, where timm's own download tries for half a minute.
+        WeightsError: if it cannot be loaded; at once, where timm's own download tries for half a minute.
     """
     repo, _, revision = model_id.partition("@")
     place: dict[str, Any] = dict(repo_id=repo, filename="config.json", revision=revision or None)
@@ -208,7 +208,7 @@ def _refusal(error: BaseException, repo: str, revision: str) -> str | None:
     if isinstance(error, LocalEntryNotFoundError):
         return None
     if isinstance(error, HFValidationError):
-        return f"{repo or 'nothing'} is no name of a repository on the Hub; that has the form ORG/NAME"
+        return f"{repo or 'an empty string'} is not a repository name on the Hub; expected ORG/NAME"
     if isinstance(error, GatedRepoError):
         return f"{repo} is gated: ask for access at {constants.ENDPOINT}/{repo}, then {login}"
     if isinstance(error, RepositoryNotFoundError):
@@ -216,12 +216,12 @@ def _refusal(error: BaseException, repo: str, revision: str) -> str | None:
     if isinstance(error, RevisionNotFoundError):
         return f"{repo} has no revision {revision}: name another one, or update mdeq-vision if it named this one"
     if isinstance(error, EntryNotFoundError):
-        return f"{repo} has no {FILENAME} or no config.json at revision {revision}: it holds no model of timm's"
+        return f"{repo} has no {FILENAME} or no config.json at revision {revision}: it holds no timm model"
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         if status in (401, 403):
             return f"no permission for {repo}: {login}, with a token that allows this"
-        return f"the Hub answered {status} about {repo}; try again later"
+        return f"the Hub answered {status} for {repo}; try again later"
     return None
 
 
@@ -234,13 +234,13 @@ def _trouble(error: BaseException, repo: str) -> str | None:
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
         return f"no space left for {repo} in {constants.HF_HUB_CACHE}; make room, or set HF_HOME to another disk"
     if isinstance(error, PermissionError):
-        return f"cannot write to {error.filename}; set HF_HOME to a folder of yours"
+        return f"cannot write to {error.filename}; set HF_HOME to a folder you can write to"
     if "Consistency check failed" in str(error):
         return f"the download of {repo} was cut short; try again"
     library = type(error).__module__.partition(".")[0]
     if library in ("httpx", "httpx2", "requests") or isinstance(error, (ConnectionError, TimeoutError)):
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        return f"{constants.ENDPOINT} cannot be reached for {repo} ({reason}); connect and try again"
+        return f"cannot reach {constants.ENDPOINT} for {repo} ({reason}); check the connection and try again"
     return None
 
 

@@ -20,7 +20,7 @@ class WarmStart:
     """A segmenter as the predictor of a sliding window, with warm starts.
 
     Where a window overlaps earlier ones its solve starts from their equilibria, elsewhere from zero. The window at the
-    origin begins a new volume and forgets the one before, so that a repetition gives the same bits.
+    origin begins a new volume and forgets the one before, so that a repetition is bitwise identical.
 
     Args:
         model: the segmenter, in eval mode.
@@ -48,7 +48,9 @@ class WarmStart:
             TypeError: without the places of the windows.
         """
         if places is None:
-            raise TypeError("WarmStart needs the windows' places; call sliding_window_inference with with_coord=True")
+            raise TypeError(
+                "WarmStart needs the windows' coordinates; call sliding_window_inference with with_coord=True"
+            )
         windows = without_metadata(windows)
         for place in places:
             if all(axis.start == 0 for axis in place[2:]):

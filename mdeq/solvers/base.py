@@ -19,7 +19,7 @@ change the iterate under them.
 
 It may offer `fn.take(index) -> FlatFn`, the same map for those samples alone; the loop then drops finished samples from
 the batch that it evaluates. Without it the whole batch is evaluated until the last sample stops. It may also offer
-`fn.tensors()`, the tensors it closes over that gradients may be due to, for estimators that evaluate f in backward.
+`fn.tensors()`, the tensors it closes over that may need gradients, for estimators that evaluate f in backward.
 """
 
 
@@ -29,7 +29,7 @@ class SolveStatus(enum.IntEnum):
     CONVERGED = 0  # residual below tol, or exactly zero
     MAX_STEPS = 1  # budget spent; the usual outcome in training, not an error
     DIVERGED = 2  # the absolute residual grew past divergence_factor times its first value
-    NONFINITE = 3  # nan or inf met; what is returned is the best finite iterate
+    NONFINITE = 3  # nan or inf occurred; the best finite iterate is returned
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class FixedPointSolver(ABC):
 
     def direction(self, memory: Any, z: Tensor, g: Tensor) -> Tensor:
         """Return the step `(B, D)` to take from iterate z, where g = f(z) - z; update the memory in place."""
-        raise NotImplementedError(f"{type(self).__name__} needs direction or propose")
+        raise NotImplementedError(f"{type(self).__name__} must define direction or propose")
 
     def propose(self, memory: Any, z: Tensor, f: Tensor, g: Tensor) -> Tensor:
         """Return the next iterate `(B, D)`, where f = f(z) and g = f - z; update the memory in place.
