@@ -191,7 +191,7 @@ def evaluated_split(config: DataConfig) -> str:
     return "test" if config.name in ARRAYS else config.test_split  # these two have no names for it
 
 
-def told_holdout(config: DataConfig) -> list[str]:
+def holdout_lines(config: DataConfig) -> list[str]:
     """Return the line to print where a score is not of the test split."""
     if config.holdout is None:
         return []

@@ -59,7 +59,7 @@ OFFICIAL = {
     "TorchDEQ": "https://github.com/locuslab/torchdeq",
 }
 """Layout of an official checkpoint -> where it is from."""
-TOLD = ("label_names", "label_descriptions", "label_colors", "preprocessing")
+DATA_KEYS = ("label_names", "label_descriptions", "label_colors", "preprocessing")
 """What a config.json says of the data, which the weights do not."""
 
 
@@ -155,7 +155,7 @@ def main() -> None:
     temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
         config = config_beside(arguments.checkpoint)
-        write(model, temporary, {key: config[key] for key in TOLD if key in config})
+        write(model, temporary, {key: config[key] for key in DATA_KEYS if key in config})
         if arguments.bf16:
             narrow_file(temporary / WEIGHTS_FILE)
         same_model = (arguments.bf16 or arguments.rescale) and not arguments.inflate

@@ -43,7 +43,7 @@ from tools.checkpoint import (
 )
 from tools.config import BadInput, TrainConfig, config_yaml, load_config, parse_config
 from tools.known_data import combined_licence, dataset
-from tools.recheck import put_into_card, read_release, told_solver
+from tools.recheck import put_into_card, read_release, solver_of_record
 from tools.report import Parser, program
 from tools.results import ROOT, read_results, write_json
 from tools.steps import read_table
@@ -311,7 +311,7 @@ def publication(
     config = config_of(run, repo.rpartition("/")[2], record["data"], stage)
     # Weights come with the solver by which their figure was measured, which need not be the one of their training.
     trained = config["model_args"].get("solver") or {}
-    config["model_args"]["solver"] = told_solver(trained, record["evaluation"]["solver"])
+    config["model_args"]["solver"] = solver_of_record(trained, record["evaluation"]["solver"])
     return Publication(repo, checked_weights(run / WEIGHTS_FILE, config), config, record)
 
 

@@ -137,7 +137,7 @@ def put_into_card(path: Path, **sections: Any) -> None:
     write_json(path, record, indent=1)
 
 
-def renewed(path: Path, evaluation: Mapping[str, Any], steps: Mapping[str, Any]) -> None:
+def renew_record(path: Path, evaluation: Mapping[str, Any], steps: Mapping[str, Any]) -> None:
     """Put an evaluation into the record of a release in place of the one that it has; it then comes with its solver.
 
     Other seeds stay only if they were evaluated alike, an explicit network only if it was tested on the same.
@@ -160,11 +160,11 @@ def renewed(path: Path, evaluation: Mapping[str, Any], steps: Mapping[str, Any])
     if before.get("settings") != evaluation.get("settings"):
         card.pop("baseline", None)
     args, solver = record["config"]["model_args"], evaluation["solver"]
-    args["solver"] = told_solver(args.get("solver") or {}, solver)
+    args["solver"] = solver_of_record(args.get("solver") or {}, solver)
     write_json(path, record, indent=1)
 
 
-def told_solver(trained: Mapping[str, Any], solver: Mapping[str, Any]) -> dict[str, Any]:
+def solver_of_record(trained: Mapping[str, Any], solver: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of the solver of an evaluation for a config.json: those said before and those that matter."""
     usual = dataclasses.asdict(build_solver({"name": solver["name"]}))
     return {
