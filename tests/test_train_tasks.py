@@ -135,6 +135,12 @@ def test_windows_of_a_release_are_compared(volumes: Path) -> None:
     assert "of 1 windows converged" in out
 
 
+def test_a_score_of_the_training_split_is_said_to_be_one(segmented: tuple[Path, str]) -> None:
+    said = "tested on the training split itself, train"
+    assert said in run("validate", "--checkpoint", segmented[0], "data.test_split=train").ok()
+    assert said not in segmented[1]
+
+
 def test_volumes_are_not_resized_to_one_size(volumes: Path, tmp_path: Path) -> None:
     line = train(tmp_path / "run", volumes, *SEGMENTER, "data.image_size=32").refusal()
     assert "data.image_size=32 is for images with one label each" in line

@@ -191,10 +191,11 @@ def evaluated_split(config: DataConfig) -> str:
     return "test" if config.name in ARRAYS else config.test_split  # these two have no names for it
 
 
-def holdout_lines(config: DataConfig) -> list[str]:
+def split_lines(config: DataConfig) -> list[str]:
     """Return the line to print where a score is not of the test split."""
     if config.holdout is None:
-        return []
+        same = config.name not in ARRAYS and config.test_split == config.train_split
+        return [f"tested on the training split itself, {config.test_split}"] if same else []
     return [f"tested on {config.holdout:,} held-out training samples, not on the test split"]
 
 

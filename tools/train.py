@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import mdeq
 from tools import build
-from tools.batches import Batches, Process, holdout_lines
+from tools.batches import Batches, Process, split_lines
 from tools.checkpoint import (
     CONFIG_FILE,
     RESULTS_FILE,
@@ -410,7 +410,7 @@ def main() -> None:
             size = "x".join(map(str, (spec.size[0], *(start.config.data.patch_size or spec.size[1:]))))
             what = f"{count:,} trainable parameters, input {size}, on {process.device}"
             print(f"{model.name} from {origin}: {what}, run in {folder}")
-            for line in holdout_lines(start.config.data):
+            for line in split_lines(start.config.data):
                 print(line)
         if run.train():
             run.finish()

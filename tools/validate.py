@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import mdeq
 from tools import build, segmentation_data, volume_data
-from tools.batches import Batches, holdout_lines
+from tools.batches import Batches, split_lines
 from tools.checkpoint import CONFIG_FILE, RESULTS_FILE, STEPS_FILE, STEPS_PICTURE, check_folder, make_folder, run_of
 from tools.config import BadInput, DataConfig, TrainConfig, load_config, split_overrides
 from tools.engine import evaluate
@@ -276,7 +276,7 @@ def evaluate_split(arguments: argparse.Namespace, measured: Measurements) -> Non
     if not measured.process.is_main:
         return
     title = f"{config.model.name} on {config.data.name}"
-    print("\n".join([f"{title}, {model.deq.solver}", *holdout_lines(config.data)]))
+    print("\n".join([f"{title}, {model.deq.solver}", *split_lines(config.data)]))
     lines = headline_lines(headline, result, twice, model.deq.solver.max_steps, digits=2)
     top5 = f", top-5 {result['top5']:.2f} %" if "top5" in result else ""
     print("\n".join([f"{lines[0]}{top5}, loss {result['loss']:.4f}", *lines[1:], *result_lines(result)]))
