@@ -109,6 +109,12 @@ def test_programs_use_public_names(file: str) -> None:
     assert used <= set(mdeq.__all__), f"private: {sorted(used - set(mdeq.__all__))}"
 
 
+def test_the_map_of_the_programs_names_every_file_once() -> None:
+    lines = (ast.get_docstring(tree("tools/__init__.py")) or "").splitlines()
+    listed = [name for line in lines if line.startswith("    ") for name in line.strip().split("  ")[0].split(", ")]
+    assert sorted(listed) == sorted(Path(file).stem for file in PROGRAMS if file != "tools/__init__.py")
+
+
 def test_public_names_exist() -> None:
     assert len(set(mdeq.__all__)) == len(mdeq.__all__)
     assert [name for name in mdeq.__all__ if not hasattr(mdeq, name)] == []
