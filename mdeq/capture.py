@@ -39,7 +39,7 @@ class CapturedModel:
         if model.training:
             raise ValueError("CapturedModel needs a model in eval mode; call model.eval() first")
         if not example.is_cuda:
-            raise ValueError(f"a CUDA graph needs model and example on a CUDA device, got one on {example.device}")
+            raise ValueError(f"model and example must be on a CUDA device, got an example on {example.device}")
         with torch.inference_mode(False):  # or later calls could not write into it
             self._input = without_metadata(example).detach().clone()
         # The graph knows addresses alone: without these references their memory might serve something else.

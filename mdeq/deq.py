@@ -75,7 +75,7 @@ class DEQ(nn.Module):
 
     Args:
         solver: the forward solver; `deq.solver = ...` replaces it at any time. `ReversibleGradient` takes
-            only its tolerance and number of steps, in both modes.
+            only its settings that all solvers have, such as tolerance and number of steps, in both modes.
         gradient: the gradient estimator, likewise.
 
     Raises:

@@ -47,8 +47,8 @@ def test_a_release_takes_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     card = model_card("o/n", after["config"], {**after["card"], "baseline": beside})
     row = f"| timm's test_resnet | {beside['parameters']:,} | 1 | {beside['metrics']['top1']:.4g} % |"
     assert row in card.partition("### Beside an explicit network")[2]
-    assert "with another recipe or number of epochs" in run("baseline", *words, "run.epochs=2").refusal()
-    assert "with another recipe or number of epochs" in run("baseline", *words, "optim.lr=0.5").refusal()
+    assert "another model, recipe or number of epochs (" in run("baseline", *words, "run.epochs=2").refusal()
+    assert "another model, recipe or number of epochs (" in run("baseline", *words, "optim.lr=0.5").refusal()
     after["card"]["data"] = "cifar10"
     path.write_text(json.dumps(after))
     assert "has weights for cifar10, not for digits" in run("baseline", *words).refusal()

@@ -114,5 +114,5 @@ def test_a_capture_needs_eval_mode_and_a_cuda_device() -> None:
     x = torch.zeros(1, 3, 32, 32)
     with pytest.raises(ValueError, match=r"model\.eval\(\)"):
         mdeq.CapturedModel(model.train(), x)
-    with pytest.raises(ValueError, match="on a CUDA device, got one on cpu"):
+    with pytest.raises(ValueError, match="on a CUDA device, got an example on cpu"):
         mdeq.CapturedModel(model.eval(), x)

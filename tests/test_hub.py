@@ -354,7 +354,7 @@ def test_all_publishes_the_releases(finished: Path, releases: Path, tmp_path: Pa
     monkeypatch.setattr(mdeq, "RELEASES", {shipped.name: shipped})
     assert f"{mdeq.HUB_ORG}/test_mdeq.digits:\n" in publish("--all", "--dry-run").ok()
     shipped.shipped.unlink()
-    assert "give their folder with --runs" in publish("--all", "--dry-run").refusal()
+    assert "give the folder that holds test_mdeq.digits/ with --runs" in publish("--all", "--dry-run").refusal()
     shutil.copytree(finished, tmp_path / "runs" / shipped.name)
     assert shipped.sha256 in publish("--all", "--dry-run", "--runs", tmp_path / "runs").ok()
     tensors = {name: value + 1 for name, value in load_file(finished / "model.safetensors").items()}
@@ -452,7 +452,7 @@ def test_seeds_are_runs_that_differ_in_nothing_else(finished: Path, releases: Pa
     assert after["card"] == {key: value for key, value in before.card.items() if key != "seeds"}
     assert (after["sha256"], weights.is_file()) == (before.sha256, True)
     assert "runs with different seeds, got 0, 1, 1" in publish(*later).refusal()
-    assert "--ship needs the folder of a run" in publish(*later, "--ship").refusal()
+    assert "--ship needs the folder of a run; leave out --ship" in publish(*later, "--ship").refusal()
     assert "nothing.tag.json" in publish("--release", "nothing.tag", *later[2:]).refusal()
     assert "differs from test_mdeq.digits" in publish(*later[:3], other("again longer", epochs=2)).refusal()
     assert "give the folder of a run" in publish("--release", before.name).refusal()

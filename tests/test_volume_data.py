@@ -624,7 +624,7 @@ def test_an_empty_mask_is_background(tmp_path: Path) -> None:
         ('{"labels": {"0": "a", "1": "b"}, "training": ["x.nii.gz"]}', "does not describe a data set"),
         ('{"labels": {"0": "a", "1": "b"}, "training": [{"image": "x.nii"}]}', "must list pairs"),
         ('{"labels": {"0": "a", "1": "b"}, "training": [{"image": ["x", "y"], "label": "z"}]}', "one file each"),
-        ('{"labels": {"0": "a", "1": "b"}, "training": [{"image": "x", "label": "y"}]}', "cases are too few"),
+        ('{"labels": {"0": "a", "1": "b"}, "training": [{"image": "x", "label": "y"}]}', "too few cases (1) for a"),
     ],
 )
 def test_bad_dataset_json(text: str | None, said: str, tmp_path: Path) -> None:

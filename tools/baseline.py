@@ -79,7 +79,7 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainConfig, TrainConfig]:
     trained = evaluated_config(card, release.name)
     alike = [(c.model.name.partition(".")[0], c.run.epochs, c.optim) for c in (config, trained)]
     if alike[0] != alike[1]:
-        raise BadInput(f"{arguments.record} is for {trained.model.name} with another recipe or number of epochs")
+        raise BadInput(f"{arguments.record} is for another model, recipe or number of epochs ({trained.model.name})")
     places = {key: getattr(config.data, key) for key in DATA_PLACES}
     data = dataclasses.replace(trained.data, **places)
     return arguments, config, dataclasses.replace(config, data=data)

@@ -251,7 +251,7 @@ def steps_table(
     return [
         "### Against the number of solver steps",
         _table([heads[c] for c in columns], body),
-        f"On {where}. The twin is f applied as many times without a solver (shared weights).{told}",
+        f"On {where}. The twin is f applied the same number of times, without a solver (shared weights).{told}",
     ]
 
 

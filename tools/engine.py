@@ -126,7 +126,7 @@ class Trainer:
             check_labels(y, self.bare.num_classes)
         if self.mixup is not None:
             if len(y) % 2:
-                raise BadInput(f"mixup needs an even number of images per process, got {len(y)}; set data.batch_size")
+                raise BadInput(f"mixup needs an even number of images per process, got {len(y)} (data.batch_size)")
             x, y = self.mixup(x, y)
         weight = jacobian_weight(self.deq, self.num_steps, epoch)
         probes = self.deq.jacobian_probes if weight > 0 and draw < self.deq.jacobian_prob else 0

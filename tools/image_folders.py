@@ -251,7 +251,7 @@ def read_batches(
     name = "" if config.name == "folder" else config.name
     _require_reader(config.name)
     if config.holdout is not None:
-        raise BadInput("data.holdout is not for image folders and timm's readers; move images to a split of their own")
+        raise BadInput("data.holdout is not for image folders or timm's readers; move images to a split of their own")
     split = config.train_split if training else config.test_split
     reader = name.lower().split("/")
     is_folder = not name or (reader[0] == "torch" and reader[-1] in ("folder", "image_folder"))
@@ -279,7 +279,7 @@ def read_batches(
     if is_folder and classes and not training:
         _require_same_classes(Path(config.root), config.train_split, set(classes), split)
     if training and config.num_train is not None:
-        raise BadInput("data.num_train is not for image folders and timm's readers; use a smaller split or folder")
+        raise BadInput("data.num_train is not for image folders or timm's readers; use a smaller split or folder")
     is_stream = isinstance(dataset, IterableDataset)
     if not is_stream:
         dataset = StrictImages(dataset, spec.size[0])

@@ -72,7 +72,7 @@ def read_nifti(
     cases = train if split == "train" else val
     chosen = cases[pick(len(cases))]
     if not chosen:
-        raise BadInput(f"{root}: {len(train) + len(val)} cases are too few for a {split} split")
+        raise BadInput(f"{root}: too few cases ({len(train) + len(val)}) for a {split} split")
     images, labels, spacings = [], [], []
     for pair in chosen:
         with memory_for(str(root / pair["image"]), "the voxels of data.spacing", "larger"):

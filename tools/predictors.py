@@ -71,7 +71,7 @@ class Predictor:
             self.solver = dataclasses.replace(self.solver, max_steps=settings.solver_steps)
         self.dense, self.is_3d = isinstance(model, mdeq.MDEQSegmenter), model.spatial_dims == 3
         if self.is_3d and settings.size is not None:
-            raise BadInput("--size is for images; a volume keeps its size, or is split into windows by --patch")
+            raise BadInput("--size is for images; a volume keeps its size (segmenters: --patch for windows)")
         if not self.is_3d and settings.orientation is not None:
             raise BadInput("--orientation is for volumes, the model takes images")
         if self.dense and model.num_classes > MOST_LABELS:

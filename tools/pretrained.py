@@ -160,7 +160,7 @@ def _label_names(model: nn.Module, config: dict[str, Any]) -> tuple[str, ...]:
     if not names and "in1k" in tag and model.num_classes == 1000:
         names = [ImageNetInfo().index_to_description(k) for k in range(1000)]
     if isinstance(names, str) or len(names) > model.num_classes:
-        raise BadInput(f"label_names in config.json must be the names of {model.num_classes} classes")
+        raise BadInput(f"label_names in config.json must be a list of at most {model.num_classes} names")
     names = [str(name) for name in names] + [""] * (model.num_classes - len(names))
     described = config.get("label_descriptions") or _words(names)
     if not isinstance(described, dict):

@@ -113,7 +113,7 @@ def parse_arguments() -> argparse.Namespace:
     if unused := [word for word in others if getattr(arguments, word)]:
         raise BadInput(f"--{unused[0]} cannot be used with --{mode}")
     if adds_seeds and (unused := [word for word in WORDS_OF["release"][1:] if getattr(arguments, word)]):
-        raise BadInput(f"--{unused[0]} needs the folder of a run; to add seeds to a release, leave it out")
+        raise BadInput(f"--{unused[0]} needs the folder of a run; leave out --{unused[0]} to add seeds")
     if arguments.repo is not None:
         try:
             validate_repo_id(arguments.repo)
@@ -320,7 +320,10 @@ def released(release: mdeq.Release, runs: Path | None) -> Publication:
     weights = release.shipped
     if not weights.is_file():
         if runs is None:
-            raise BadInput(f"the weights of {release.name} are not in the package; give their folder with --runs")
+            raise BadInput(
+                f"the weights of {release.name} are not in the package; give the folder that holds {release.name}/ "
+                "with --runs"
+            )
         weights = runs / release.name / WEIGHTS_FILE
     checked_weights(weights, release.config)
     if sha256(weights) != release.sha256:

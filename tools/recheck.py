@@ -111,7 +111,7 @@ def release_config(release: mdeq.Release, overrides: Sequence[str], *, renew: bo
     config = evaluated_config(release.card, release.name)
     other = [word for word in overrides if not neutral(word)]
     if other and not renew:
-        raise BadInput(f"{other[0]} would change the record's figure; leave it out, or see --renew")
+        raise BadInput(f"{other[0]} would change the record's figure; leave it out, or see tools/validate.py --renew")
     if bad := unkept(overrides):
         raise BadInput(f"--renew takes settings of the data and the solver only, got {bad[0]}")
     try:

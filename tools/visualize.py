@@ -75,7 +75,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     if not arguments.input and arguments.data is None:
         raise BadInput("nothing to look at: give an image or a volume, or --data")
     if overrides and arguments.data is None:
-        raise BadInput(f"{overrides[0]} is a data setting and needs --data")
+        raise BadInput(f"settings such as {overrides[0]} need --data")
     check_folder(arguments.out)
     return arguments, overrides
 

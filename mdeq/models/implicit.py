@@ -60,7 +60,7 @@ class CellFn:
         return replace(self, injection=injection, masks=masks)
 
     def tensors(self) -> list[Tensor]:
-        """Return what f depends on besides its state: injection, kernels, and parameters that these do not contain."""
+        """Return what f depends on besides its state: injection, kernels, and parameters of which no kernel is made."""
         folded = {id(p) for layer in self.kernels for p in _made_of(layer)}
         others = {id(p): p for m in self.cell.modules() for p in _parameters(m).values() if id(p) not in folded}
         injected = (u for u in self.injection if u is not None)
