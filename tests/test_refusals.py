@@ -119,7 +119,7 @@ def test_a_saved_number_of_classes_says_nothing_of_other_data(trained: Path, tmp
 )
 def test_tensors_that_are_no_weights(odd: torch.Tensor, tmp_path: Path) -> None:
     torch.save({"x": odd}, tmp_path / "x.pt")
-    with pytest.raises(BadInput, match=r"no weights .*: x$"):
+    with pytest.raises(BadInput, match=r"cannot be weights .*: x$"):
         read_weights(tmp_path / "x.pt")
 
 

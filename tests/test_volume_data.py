@@ -117,6 +117,34 @@ def numbered(tmp_path: Path, shape: tuple[int, ...] = (40, 17, 64), **settings: 
     return VolumeBatches(volumes, config, Process(), training=True)
 
 
+def cubes(tmp_path: Path, shape: tuple[int, ...], size: tuple[int, ...], lesion: int, **settings: Any) -> VolumeBatches:
+    """A volume that is 100 all over, with a cube of class 1 in the middle."""
+    label = torch.zeros(shape, dtype=torch.uint8)
+    label[tuple(slice(n // 2 - lesion // 2, n // 2 - lesion // 2 + lesion) for n in shape)] = 1
+    volumes = Volumes([torch.full((1, *shape), 100.0)], [label], ("background", "lesion"), None)
+    return VolumeBatches(
+        volumes, data("nifti", tmp_path, batch_size=1, patch_size=list(size), **settings), Process(), training=True
+    )
+
+
+def test_a_small_lesion_stays_in_the_middle_of_its_patch(tmp_path: Path) -> None:
+    """Also where the volume is moved at random."""
+    split = cubes(tmp_path, (60, 60, 60), (16, 16, 16), 3, foreground=1.0, augment="volume")
+    for epoch in range(20):
+        ((_, y),) = gather(split, epoch)
+        assert y[0, 7:10, 7:10, 7:10].any()
+        assert y[0, 8, 8, 8] == 1
+
+
+@pytest.mark.parametrize("size", [(16, 16, 16), (16, 64, 64), (32, 16, 24)])
+def test_nothing_that_exists_is_missing_from_a_moved_patch(size: tuple[int, ...], tmp_path: Path) -> None:
+    """No voxel of a patch in the middle of a volume comes from beyond the volume, where it would be zero."""
+    split = cubes(tmp_path, tuple(3 * s for s in size), size, 1, foreground=1.0, augment="volume")
+    for epoch in range(30):
+        ((x, _),) = gather(split, epoch)
+        assert x.min() > 80
+
+
 @pytest.mark.parametrize("foreground", [0.0, 0.5])
 def test_a_patch_of_a_large_volume_is_any_part_of_it(foreground: float, tmp_path: Path) -> None:
     """Where nothing is moved, it holds the voxels of a place, up to the borders; labels are theirs."""

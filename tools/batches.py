@@ -146,8 +146,9 @@ class _Keys:
 
 
 class KeyLoader:
-    """A data loader for lists of keys that are given anew for every pass; its workers stay, since to start some takes
-    seconds where they are not forked.
+    """A data loader for lists of keys that are given anew for every pass, which ends the one before.
+
+    Its workers stay, since to start some takes seconds where they are not forked.
 
     Args:
         dataset: gives a sample for a key, which says all that is random about it.

@@ -111,12 +111,19 @@ _SETTINGS_OF = {
 """Settings of the data that mean something for some alone: for which, in words and by name."""
 
 
+def _written(value: object) -> str:
+    """Return a value as it is written on a command line."""
+    return "null" if value is None else str(value).replace(" ", "")
+
+
 def _check_settings_of(data: DataConfig) -> None:
     usual = DataConfig()
     for words, (names, keys) in _SETTINGS_OF.items():
         for key in keys:
             if data.name not in names and getattr(data, key) != getattr(usual, key):
-                raise BadInput(f"data.{key} is for {words}, not for {data.name}; leave it out")
+                raise BadInput(
+                    f"data.{key} is for {words}, not for {data.name}; set data.{key}={_written(getattr(usual, key))}"
+                )
     if data.image_size is not None and data.name in _MASKS + _VOLUMES:
         raise BadInput(
             f"data.image_size={data.image_size} is for images with one label each; {data.name} is not resized to one "

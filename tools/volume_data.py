@@ -1,5 +1,6 @@
 """Sets of volumes, held in memory: npz files, and NIfTI pairs in the layout of the Medical Segmentation Decathlon."""
 
+import math
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -176,25 +177,25 @@ def augmentation(config: DataConfig, segmented: bool, *, of_room: bool) -> Any:
     steps = [transforms.RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in config.flip_axes]
     if config.turn_axes is not None:
         steps += [transforms.RandRotate90d(keys, prob=0.75, max_k=3, spatial_axes=tuple(config.turn_axes))]
-    middle = [transforms.CenterSpatialCropd(keys, size)] if of_room else []
     if config.augment == "volume":
         steps += [
             transforms.RandAffined(
                 keys,
                 prob=0.7,
                 rotate_range=[0.15 for _ in axes],
-                translate_range=[0.06 * size[axis] for axis in axes],
+                # Of a larger volume the patch is anywhere as it is, or has what it is centred on in the middle.
+                translate_range=[0.0 if of_room else 0.06 * size[axis] for axis in axes],
                 scale_range=[0.1 for _ in axes],
                 mode=both,
                 padding_mode="zeros",
             ),
-            *middle,
+            *([transforms.CenterSpatialCropd(keys, size)] if of_room else []),
             transforms.RandScaleIntensityd(["image"], factors=0.15, prob=0.5),
             transforms.RandShiftIntensityd(["image"], offsets=0.15, prob=0.5),
             transforms.RandGaussianNoised(["image"], prob=0.3, std=0.1),
         ]
     if of_room:
-        steps += middle
+        steps += [transforms.CenterSpatialCropd(keys, size)]
     elif segmented and config.foreground > 0:
         share = dict(pos=config.foreground, neg=1 - config.foreground)
         steps += [transforms.RandCropByPosNegLabeld(keys, "label", size, num_samples=1, **share)]
@@ -225,8 +226,8 @@ def _room(sample: dict[str, Tensor], size: Sequence[int], foreground: float, see
 
 
 def _margins(size: Sequence[int]) -> list[int]:
-    """Return how far beyond a patch the random movements reach."""
-    return [-(-s // 4) for s in size]
+    """Return how far beyond a patch the random movements reach: turns by 0.15 about each axis, scales by 0.1."""
+    return [math.ceil(0.05 * s + 0.09 * (sum(size) - s)) + 1 for s in size]
 
 
 class VolumeBatches:

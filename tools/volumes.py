@@ -274,7 +274,7 @@ def restore(scores: Tensor, volume: Volume, preprocessing: Preprocessing) -> Ten
     """Return labels `volume.shape` uint8 on the file's own grid, of scores `(K, *S)` of the prepared volume."""
     order, reverse = _axes(volume, preprocessing.orientation)
     shape = [volume.shape[axis] for axis in order]
-    labels, best = torch.zeros(shape, dtype=torch.uint8), torch.full(shape, -torch.inf)
+    labels, best = scores.new_zeros(shape, dtype=torch.uint8), scores.new_full(shape, -torch.inf)
     for k, one in enumerate(scores):  # class by class: all at once would be many times the size of the file
         if list(one.shape) != shape:
             one = F.interpolate(one[None, None], size=shape, mode="trilinear")[0, 0]

@@ -202,7 +202,7 @@ class FixedPointSolver(ABC):
         return type(self).inverse_transposed is not FixedPointSolver.inverse_transposed
 
     def secants(self, memory: Any) -> tuple[Tensor, ...]:
-        """Return what the memory of a solve holds of J, for `inverse_transposed`: all that is kept until backward."""
+        """Return what the memory of a solve holds of J, for `inverse_transposed`: all that backward is given."""
         return ()
 
     def inverse_transposed(self, secants: tuple[Tensor, ...], stats: SolveStats, w: Tensor) -> Tensor:
