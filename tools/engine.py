@@ -65,11 +65,11 @@ def evaluate(
         for solve in stats:
             solves.add(solve, iterates)
         del logits  # not beside those of the next batch
-    after = dict.fromkeys(iterates, math.nan)
+    result = {**tally.summary(process), **solves.summary(process)}
     if iterates:
-        after.update(zip(iterates, solves.means_of_iterates(process, len(iterates))))
-    residuals = {f"residual_after_{count}": value for count, value in after.items()}
-    return {**tally.summary(process), **solves.summary(process), **residuals}
+        means = solves.means_of_iterates(process, len(iterates))
+        result |= {f"residual_after_{count}": mean for count, mean in zip(iterates, means)}
+    return result
 
 
 def jacobian_weight(config: DEQConfig, step: int, epoch: int) -> float:
