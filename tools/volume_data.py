@@ -174,11 +174,12 @@ def augmentation(config: DataConfig, segmented: bool, *, of_room: bool) -> Any:
     transforms = optional("monai.transforms", "volumes")
     keys, both = (["image", "label"], ("bilinear", "nearest")) if segmented else (["image"], ("bilinear",))
     size, axes = config.patch_size, range(3)
-    steps = [transforms.RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in config.flip_axes]
+    moves = [transforms.RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in config.flip_axes]
     if config.turn_axes is not None:
-        steps += [transforms.RandRotate90d(keys, prob=0.75, max_k=3, spatial_axes=tuple(config.turn_axes))]
+        moves += [transforms.RandRotate90d(keys, prob=0.75, max_k=3, spatial_axes=tuple(config.turn_axes))]
+    changes = []
     if config.augment == "volume":
-        steps += [
+        moves += [
             transforms.RandAffined(
                 keys,
                 prob=0.7,
@@ -189,18 +190,19 @@ def augmentation(config: DataConfig, segmented: bool, *, of_room: bool) -> Any:
                 mode=both,
                 padding_mode="zeros",
             ),
-            *([transforms.CenterSpatialCropd(keys, size)] if of_room else []),
+        ]
+        changes += [
             transforms.RandScaleIntensityd(["image"], factors=0.15, prob=0.5),
             transforms.RandShiftIntensityd(["image"], offsets=0.15, prob=0.5),
             transforms.RandGaussianNoised(["image"], prob=0.3, std=0.1),
         ]
     if of_room:
-        steps += [transforms.CenterSpatialCropd(keys, size)]
+        steps = [*moves, transforms.CenterSpatialCropd(keys, size), *changes]
     elif segmented and config.foreground > 0:
         share = dict(pos=config.foreground, neg=1 - config.foreground)
-        steps += [transforms.RandCropByPosNegLabeld(keys, "label", size, num_samples=1, **share)]
+        steps = [*moves, *changes, transforms.RandCropByPosNegLabeld(keys, "label", size, num_samples=1, **share)]
     else:
-        steps += [transforms.RandSpatialCropd(keys, size, random_size=False)]
+        steps = [*moves, *changes, transforms.RandSpatialCropd(keys, size, random_size=False)]
     return transforms.Compose([*steps, transforms.ToTensord(keys, track_meta=False)])
 
 
