@@ -99,7 +99,7 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
     arguments.release = None if arguments.record in (None, HERE) else read_release(arguments.record)
     if arguments.release is not None:
         return arguments, release_config(arguments.release, overrides, renew=arguments.renew)
-    return arguments, settings(arguments, overrides)
+    return arguments, evaluation_config(arguments, overrides)
 
 
 def check_arguments(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -125,7 +125,7 @@ def check_arguments(arguments: argparse.Namespace, overrides: Sequence[str]) -> 
         raise BadInput(f"--record keeps settings of the data and the solver only; leave out {changed[0]}")
 
 
-def settings(arguments: argparse.Namespace, overrides: Sequence[str]) -> TrainConfig:
+def evaluation_config(arguments: argparse.Namespace, overrides: Sequence[str]) -> TrainConfig:
     """Return the settings of an evaluation: those of a config, of the run of a checkpoint, or of a release's record.
 
     Raises:
