@@ -214,8 +214,13 @@ def chosen(count: int, config: DataConfig, training: bool) -> slice:
     return slice(0, min(rest, config.num_train or rest)) if training else slice(rest, count)
 
 
-def require_augment(config: DataConfig, *kinds: str) -> None:
-    """Raise BadInput for an augmentation that the data do not have, or a setting of one that would do nothing."""
+def require_augment(config: DataConfig, *kinds: str, jittered: Sequence[str] = ()) -> None:
+    """Raise BadInput for an augmentation that the data do not have, or a setting of one that would do nothing.
+
+    Args:
+        kinds: the augmentations of the data.
+        jittered: those with which `data.color_jitter` changes colours.
+    """
     if config.augment not in kinds:
         listed = f"{', '.join(kinds[:-1])} or {kinds[-1]}"
         raise BadInput(f"data.augment must be {listed} for {config.name}, got {config.augment}")
@@ -224,6 +229,12 @@ def require_augment(config: DataConfig, *kinds: str) -> None:
         raise BadInput(
             f"{setting} is for image folders and timm's other readers with data.augment=imagenet; got data.name="
             f"{config.name} and data.augment={config.augment}"
+        )
+    if config.color_jitter and (config.augment not in jittered or config.auto_augment is not None):
+        raise BadInput(
+            "data.color_jitter is for images with masks with data.augment=flip or scale_flip, and for image folders and "
+            "timm's other readers with data.augment=imagenet and no data.auto_augment; got data.name="
+            f"{config.name}, data.augment={config.augment} and data.auto_augment={config.auto_augment or 'null'}"
         )
 
 

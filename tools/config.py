@@ -69,7 +69,10 @@ class DataConfig:
     # none | flip | crop_flip (padded by an eighth) | imagenet (timm's random resized crop); images with masks: none |
     # flip | scale_flip; volumes: none | volume (small rotations, shifts, scales and changes of intensity).
     augment: str = "none"
-    auto_augment: str | None = None  # timm's policy string, for imagenet augmentation
+    # Strength of random changes of brightness, contrast and saturation: for imagenet augmentation (None: 0.4) and, with
+    # any augmentation, for images with masks (None: 0).
+    color_jitter: float | None = None
+    auto_augment: str | None = None  # timm's policy string, for imagenet augmentation; instead of color_jitter
     reprob: float = 0.0  # random erasing, for imagenet augmentation
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -178,7 +181,7 @@ _AT_LEAST_ONE = (
 )  # fmt: skip
 _POSITIVE = ("optim.lr", "optim.clip_grad", "optim.decay_epochs", "run.checkpoint_minutes", "run.max_minutes")
 _NOT_NEGATIVE = (
-    "data.workers", "data.mixup", "data.cutmix", "optim.weight_decay", "optim.momentum", "optim.warmup_epochs",
+    "data.workers", "data.color_jitter", "data.mixup", "data.cutmix", "optim.weight_decay", "optim.momentum", "optim.warmup_epochs",
     "optim.min_lr", "optim.decay_rate", "deq.warmup_steps", "deq.jacobian_weight",
     "deq.jacobian_increment", "deq.warmup_jacobian_weight", "run.seed",
 )  # fmt: skip

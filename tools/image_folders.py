@@ -212,6 +212,12 @@ def _folders(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir() if path.is_dir())
 
 
+def _color_jitter(config: DataConfig) -> float:
+    if config.augment != "imagenet":
+        return 0.0
+    return 0.4 if config.color_jitter is None else config.color_jitter  # timm's own default
+
+
 def _loader(config: DataConfig, spec: ImageSpec, process: Process, dataset: Any, training: bool) -> Any:
     per_process = config.batch_size // process.world_size
     try:
@@ -224,7 +230,7 @@ def _loader(config: DataConfig, spec: ImageSpec, process: Process, dataset: Any,
             train_crop_mode={"crop_flip": "rkrr", "flip": "rkrc"}.get(config.augment),
             scale=(1.0, 1.0) if config.augment == "flip" else None,
             ratio=(1.0, 1.0) if config.augment == "flip" else None,
-            color_jitter=0.4 if config.augment == "imagenet" else 0.0,
+            color_jitter=_color_jitter(config),
             auto_augment=config.auto_augment,
             re_prob=config.reprob,
             interpolation=spec.interpolation,
@@ -257,7 +263,7 @@ def read_batches(
     is_folder = not name or (reader[0] == "torch" and reader[-1] in ("folder", "image_folder"))
     root = _require_split(Path(config.root), split, training) if is_folder else config.root
     if training:
-        require_augment(config, "none", "flip", "crop_flip", "imagenet")
+        require_augment(config, "none", "flip", "crop_flip", "imagenet", jittered=["imagenet"])
     per_process = config.batch_size // process.world_size
     try:
         dataset = create_dataset(

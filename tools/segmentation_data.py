@@ -218,6 +218,9 @@ def transforms(config: DataConfig, spec: ImageSpec, training: bool) -> v2.Compos
     """Return the joint transform of an image and its mask."""
     steps: list[v2.Transform] = []
     if training:
+        if config.color_jitter:  # before the crop: its black padding stays black
+            strengths = dict.fromkeys(("brightness", "contrast", "saturation"), config.color_jitter)
+            steps.append(v2.ColorJitter(**strengths))
         if config.augment == "scale_flip":
             steps.append(RandomScale(*config.scale_range))
         if config.patch_size is not None:
@@ -331,7 +334,7 @@ def read_batches(
 def _check(config: DataConfig, process: Process) -> None:
     if not 0 <= config.ignore_index <= 255:
         raise BadInput(f"data.ignore_index must be a mask value from 0 to 255, got {config.ignore_index}")
-    require_augment(config, "none", "flip", "scale_flip")
+    require_augment(config, "none", "flip", "scale_flip", jittered=["flip", "scale_flip"])
     if config.patch_size is None and (config.augment == "scale_flip" or config.batch_size > process.world_size):
         raise BadInput(f"data.patch_size must be set for {config.name}: the size (H, W) of the training crops")
     if config.patch_size is not None and (len(config.patch_size) != 2 or min(config.patch_size) < 16):
