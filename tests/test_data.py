@@ -426,6 +426,18 @@ def test_grey_model_on_an_image_folder(tmp_path: Path) -> None:
     assert x.shape == (4, 1, 16, 16)
 
 
+@pytest.mark.parametrize(("strength", "changes"), [(None, True), (0.2, True), (0.0, False)])
+def test_colours_of_an_image_folder(strength: float | None, changes: bool, tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        for name in ("ant", "bee"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for k in range(4):
+                Image.new("RGB", (24, 24), (200, 100, 50)).save(tmp_path / split / name / f"{k}.png")
+    data, _ = reader(tmp_path, True, augment="imagenet", color_jitter=strength)
+    x, _ = next(iter(data.epoch()))
+    assert (float(x.std(dim=0).max()) > 0.02) == changes
+
+
 @pytest.mark.parametrize("kind", ["none", "flip", "crop_flip", "imagenet"])
 def test_image_folder_is_entered_anywhere(kind: str, tmp_path: Path) -> None:
     data, _ = reader(image_folder(tmp_path), True, augment=kind, reprob=0.0 if kind == "none" else 0.5)

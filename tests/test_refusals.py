@@ -65,10 +65,24 @@ def test_mixup_of_an_odd_number_of_images(word: str, said: str, tmp_path: Path) 
         (["data.augment=imagenet", "data.auto_augment=rand-q9"], "data.auto_augment=rand-q9"),
         (["data.cache_on_device=true"], "data.cache_on_device"),
         (["data.augment=none", "data.reprob=0.5"], "data.reprob is for image folders"),
+        (["data.augment=flip", "data.color_jitter=0.4"], "data.color_jitter is for images with masks"),
+        (
+            ["data.augment=imagenet", "data.auto_augment=rand-m5", "data.color_jitter=0.4"],
+            "data.augment=imagenet and no data.auto_augment",
+        ),
         (["run.seed=9223372036854775808"], "run.seed must be below 2**63"),
         (["data.name=torch/image_folder", "data.test_split=nowhere"], "no folder nowhere"),
     ],
-    ids=["policy", "part of a policy", "cache", "without augmentation", "seed", "torchvision's folder"],
+    ids=[
+        "policy",
+        "part of a policy",
+        "cache",
+        "without augmentation",
+        "jitter",
+        "jitter and policy",
+        "seed",
+        "torchvision's folder",
+    ],
 )
 def test_settings_of_an_image_folder(words: list[str], said: str, tmp_path: Path) -> None:
     root = image_folder(tmp_path / "data", count=2)

@@ -252,6 +252,23 @@ def test_masks_move_with_their_images(augment: str, tmp_path: Path) -> None:
     assert int((~known).sum()) >= 4
 
 
+def test_colours_change_and_masks_do_not(tmp_path: Path) -> None:
+    root = masks(tmp_path)
+
+    def first(training: bool = True, **settings: Any) -> tuple[Tensor, Tensor]:
+        config = data("masks", root, patch_size=[64, 64], batch_size=4, augment="flip", **settings)
+        x, y = gather(batches(config, training=training))[0]
+        return torch.stack([pixels(image) for image in x]), y
+
+    (plain, labels), (changed, same_labels) = first(), first(color_jitter=0.5)
+    for y, z in zip(labels, same_labels):
+        assert torch.equal(y.flatten().bincount(), z.flatten().bincount())  # mirrored or not
+    assert float((changed - plain).abs().mean()) > 2
+    void = (same_labels == VOID).unsqueeze(1).expand_as(changed)
+    assert bool((changed[void] < 0.01).float().mean() > 0.5)  # padding comes after the change
+    assert torch.equal(first(training=False, color_jitter=0.5)[0], first(training=False)[0])
+
+
 def test_a_resized_mask_lies_on_its_image() -> None:
     """Resized by the nearest pixel as torchvision does, it would be half a pixel too low and too far right."""
     mask = torch.zeros(60, 80, dtype=torch.uint8)

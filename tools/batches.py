@@ -232,9 +232,9 @@ def require_augment(config: DataConfig, *kinds: str, jittered: Sequence[str] = (
         )
     if config.color_jitter and (config.augment not in jittered or config.auto_augment is not None):
         raise BadInput(
-            "data.color_jitter is for images with masks with data.augment=flip or scale_flip, and for image folders and "
+            "data.color_jitter is for images with masks and data.augment=flip or scale_flip, and for image folders and "
             "timm's other readers with data.augment=imagenet and no data.auto_augment; got data.name="
-            f"{config.name}, data.augment={config.augment} and data.auto_augment={config.auto_augment or 'null'}"
+            f"{config.name}, data.augment={config.augment}, data.auto_augment={config.auto_augment or 'null'}"
         )
 
 

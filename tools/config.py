@@ -181,8 +181,8 @@ _AT_LEAST_ONE = (
 )  # fmt: skip
 _POSITIVE = ("optim.lr", "optim.clip_grad", "optim.decay_epochs", "run.checkpoint_minutes", "run.max_minutes")
 _NOT_NEGATIVE = (
-    "data.workers", "data.color_jitter", "data.mixup", "data.cutmix", "optim.weight_decay", "optim.momentum", "optim.warmup_epochs",
-    "optim.min_lr", "optim.decay_rate", "deq.warmup_steps", "deq.jacobian_weight",
+    "data.workers", "data.color_jitter", "data.mixup", "data.cutmix", "optim.weight_decay", "optim.momentum",
+    "optim.warmup_epochs", "optim.min_lr", "optim.decay_rate", "deq.warmup_steps", "deq.jacobian_weight",
     "deq.jacobian_increment", "deq.warmup_jacobian_weight", "run.seed",
 )  # fmt: skip
 _SHARES = (
