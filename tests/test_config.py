@@ -54,6 +54,7 @@ IMPOSSIBLE = [
     (["optim.lr=-1"], "optim.lr"),
     (["optim.lr=nan"], "optim.lr"),
     (["optim.min_lr=-1"], "min_lr"),
+    (["optim.lr=1e-4", "optim.min_lr=1e-3"], "optim.min_lr=0.001 must not be above optim.lr=0.0001"),
     (["optim.label_smoothing=2"], "label_smoothing"),
     (["optim.name=sgd", "optim.momentum=0"], "momentum"),
     (["optim.name=adahessian"], "optim.name=adahessian needs second derivatives"),

@@ -232,6 +232,13 @@ def test_progress_bar(tmp_path: Path) -> None:
     assert train(tmp_path / "quiet", "data.num_train=32").err == ""
 
 
+@pytest.mark.parametrize(("words", "warned"), [(["optim.warmup_epochs=1"], True), ([], False)])
+def test_warm_up_that_does_not_end(words: list[str], warned: bool, tmp_path: Path) -> None:
+    done = train(tmp_path / "run", "run.epochs=1", "optim.schedule=cosine", *words)
+    assert done.ok()
+    assert ("the rate is still rising when the run ends" in done.err) == warned
+
+
 def test_train_on_an_image_folder(tmp_path: Path) -> None:
     image_folder(tmp_path / "data")
     words = ["data.name=folder", "data.num_train=null", f"data.root={tmp_path / 'data'}", "data.batch_size=8"]

@@ -40,10 +40,12 @@ def build_scheduler(optim: OptimConfig, optimizer: torch.optim.Optimizer, epochs
     """Return the schedule over `epochs` of so many `steps`, set to its start, or None for constant rates.
 
     Raises:
-        BadInput: for a schedule that timm does not know, or cannot make.
+        BadInput: for a schedule that timm does not know, cannot make, or that would end above its start.
     """
     if optim.schedule not in SCHEDULES:
         raise BadInput(f"unknown optim.schedule {optim.schedule}; {nearest(optim.schedule, SCHEDULES)}")
+    if optim.min_lr > optim.lr and optim.schedule != "none":
+        raise BadInput(f"optim.min_lr={optim.min_lr} must not be above optim.lr={optim.lr}; lower it")
     try:
         scheduler, _ = create_scheduler_v2(
             optimizer,

@@ -412,6 +412,13 @@ def main() -> None:
             print(f"{model.name} from {origin}: {what}, run in {folder}")
             for line in split_lines(start.config.data):
                 print(line)
+            optim, epochs = start.config.optim, start.config.run.epochs
+            if optim.schedule != "none" and optim.warmup_epochs >= epochs:
+                print(
+                    f"warning: the rate is still rising when the run ends (optim.warmup_epochs={optim.warmup_epochs}, "
+                    f"run.epochs={epochs})",
+                    file=sys.stderr,
+                )
         if run.train():
             run.finish()
         elif process.is_main:
