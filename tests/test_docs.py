@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from small_sets import blob, save_nifti
 
 DOCS = Path(__file__).parent.parent / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -11,7 +12,9 @@ PAGES = ["dense.md", "downstream.md", "equilibria.md", pytest.param("export.md",
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_page_runs(page: str) -> None:
+def test_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_nifti(tmp_path / "scan.nii.gz", blob((20, 24, 18))[0])
     path = DOCS / page
     text = path.read_text(encoding="utf-8")
     blocks = list(BLOCK.finditer(text))

@@ -117,6 +117,15 @@ def test_program_writes_both_formats(tmp_path: Path) -> None:
         assert str(Path(mdeq.__file__).parent).encode() not in path.read_bytes(), "paths of this machine"
 
 
+def test_a_volume_says_how_it_is_prepared(tmp_path: Path) -> None:
+    out = run("export", "mdeq3d_tiny_seg.hippocampus", "--out", tmp_path, "--format", "pt2", "--steps", 1).ok()
+    assert "input (1, 1, 36, 52, 36)" in out  # the patches of its training
+    extra = {"mdeq.json": ""}
+    torch.export.load(tmp_path / "mdeq3d_tiny_seg.pt2", extra_files=extra)
+    preprocessing = json.loads(json.loads(extra["mdeq.json"])["preprocessing"])
+    assert (preprocessing["orientation"], preprocessing["spacing"]) == ("RAS", [1, 1, 1])
+
+
 REFUSALS = {
     "unknown model": (["mdeq_smal"], "did you mean mdeq_small?"),
     "no such checkpoint": (["test_mdeq", "--checkpoint", "nowhere.safetensors"], "nowhere.safetensors"),

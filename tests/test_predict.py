@@ -1,12 +1,13 @@
 """tools/predict.py: classes and label maps with known answers, what did not converge, what it writes and refuses."""
 
 import csv
+import errno
 import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from unittest import mock
 
 import nibabel
@@ -622,3 +623,19 @@ def test_labels_of_one_slice_are_shown() -> None:
     sheet = np.asarray(pictures.contact_sheet(volume, labels, (1, 1, 1), COLOURS, clear=0)).astype(int)
     red = (sheet[:, :, 0] - sheet[:, :, 1]) > 50  # the numbers of the slices are yellow
     assert red.sum() == 40 * 40  # a quarter of 160 pixels each way
+
+
+def test_places_that_are_not_ours(
+    classifier: tuple[Path, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said before anything is predicted. To root everything is allowed, so the system's answers are replaced."""
+
+    def refuse(path: Path) -> NoReturn:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", refuse)
+        assert f"Permission denied: {tmp_path}" in predict(classifier[0], tmp_path, "--out", tmp_path / "out").refusal()
+    monkeypatch.setattr("os.access", lambda place, mode: False)
+    line = predict(classifier[0], tmp_path, "--out", tmp_path / "new" / "out").refusal()
+    assert f"{tmp_path} may not be written to; choose another folder" in line

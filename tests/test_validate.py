@@ -306,7 +306,7 @@ def test_it_agrees_with_the_end_of_training(trained: Path) -> None:
 @pytest.mark.parametrize("name", ["", "model.safetensors", "checkpoint.pt"])
 def test_config_beside_the_checkpoint(name: str, trained: Path) -> None:
     out = validate("--checkpoint", trained / name).ok()
-    assert out.startswith("test_mdeq on digits, Picard(")
+    assert out.startswith("test_mdeq of run on digits, Picard(")
     assert "max_steps=2" in out
 
 
@@ -327,7 +327,7 @@ def test_a_model_by_name_with_a_checkpoint(tmp_path: Path) -> None:
     moved = shutil.copy(tmp_path / "run" / "model.safetensors", tmp_path / "moved.safetensors")
     words = ["data.image_size=16", "data.batch_size=10", "run.threads=1", "run.progress=false"]
     out = validate("--model", "test_mdeq", "--checkpoint", moved, *words).ok()
-    assert out.startswith("test_mdeq on digits, Broyden(")
+    assert out.startswith("test_mdeq of moved.safetensors on digits, Broyden(")
     result = evaluate(run.model, run.test_batches, solver=Broyden(max_steps=8, stop_mode="abs"))
     assert printed(out) == pytest.approx(result["top1"], abs=0.01)
 

@@ -614,6 +614,38 @@ def test_small_voxels_and_other_units(tmp_path: Path) -> None:
         load_labels(save_nifti(tmp_path / "mirrored.nii", label, affine * [-1, 1, 1, 1]), volume, 3)
 
 
+def test_a_volume_of_which_nothing_is_left(tmp_path: Path) -> None:
+    """Micrometres taken for millimetres, say; a single slice has no extent, and stays one."""
+    array, how = blob((16, 17, 18))[0], Preprocessing(spacing=(1.0, 1.0, 1.0))
+    thin = load_volume(save_nifti(tmp_path / "thin.nii", array, np.diag([1.0, 1.0, 0.02, 1.0])))
+    with pytest.raises(BadInput, match=r"thin.nii has 16x17x18 voxels of 1x1x0.02 mm, of which nothing is left at the"):
+        prepare(thin, how)
+    slice_alone = load_volume(save_nifti(tmp_path / "slice.nii", array[:, :, :1], np.diag([1.0, 1.0, 0.02, 1.0])))
+    assert prepare(slice_alone, how)[0].shape == (1, 16, 17, 1)
+
+
+def test_labels_with_a_scale_in_their_header(tmp_path: Path) -> None:
+    """They are whole but for rounding."""
+    image, label = blob((16, 17, 18))
+    volume = load_volume(save_nifti(tmp_path / "x.nii", image))
+    file = nibabel.Nifti1Image((127 * label).astype(np.uint8), np.eye(4))
+    file.header.set_slope_inter(1 / 127, 0)
+    nibabel.save(file, tmp_path / "scaled.nii")
+    assert set(np.unique(nibabel.load(tmp_path / "scaled.nii").get_fdata())) != {0, 1, 2}
+    found = load_labels(tmp_path / "scaled.nii", volume, 3)
+    assert torch.equal(found, torch.from_numpy(label.astype(np.uint8)))
+
+
+def test_labels_that_are_all_background_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = decathlon(tmp_path, 3)
+    read_split(data("nifti", root), 1, training=True)
+    assert capsys.readouterr().err == ""
+    for path in (root / "labelsTr").iterdir():
+        save_nifti(path, np.zeros_like(nibabel.load(path).get_fdata()), nibabel.load(path).affine)
+    read_split(data("nifti", root), 1, training=True)
+    assert "warning: all labels of the 2 training volumes are 0, background" in capsys.readouterr().err
+
+
 def test_spacings_follow_the_order_of_the_test_split(tmp_path: Path) -> None:
     """Of every process its own samples."""
     root = decathlon(tmp_path, 3)
@@ -643,7 +675,11 @@ def test_an_empty_mask_is_background(tmp_path: Path) -> None:
         (None, "no dataset.json"),
         ("{", "does not describe a data set"),
         ("[]", "does not describe a data set"),
-        ('{"labels": {"0": "a"}}', "must list pairs"),
+        ('{"labels": {"0": "a", "1": "b"}}', "must list pairs"),
+        ('{"labels": {"0": "a"}, "training": [{"image": "x", "label": "y"}]}', "a label besides the background, got a"),
+        ('{"labels": ["a", "b"], "training": [{"image": "x", "label": "y"}]}', '"labels" must map numbers to names'),
+        ('{"labels": {"a": 0, "b": [1, 2]}, "training": []}', '"labels" must map numbers to names'),
+        ('\ufeff{"labels": {"0": "a", "1": "b"}, "training": []}', "must list pairs"),
         ('{"labels": {"0": "a", "2": "b"}, "training": [{"image": "x", "label": "y"}]}', "numbered from 0"),
         (
             '{"labels": {"0": "a", "1": "a"}, "training": [{"image": "x", "label": "y"}]}',
@@ -657,7 +693,7 @@ def test_an_empty_mask_is_background(tmp_path: Path) -> None:
 )
 def test_bad_dataset_json(text: str | None, said: str, tmp_path: Path) -> None:
     if text is not None:
-        (tmp_path / "dataset.json").write_text(text)
+        (tmp_path / "dataset.json").write_text(text, encoding="utf-8")
     with pytest.raises(BadInput) as error:
         read_split(data("nifti", tmp_path), 1, training=True)
     assert said in str(error.value)

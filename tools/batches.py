@@ -210,7 +210,10 @@ def chosen(count: int, config: DataConfig, training: bool) -> slice:
         return slice(0, config.num_train if training else None)
     rest = count - config.holdout
     if rest < 1:
-        raise BadInput(f"data.holdout={config.holdout} leaves none of the {count} training samples")
+        raise BadInput(
+            f"data.holdout={config.holdout} leaves none of the {count} training samples; lower it, or set "
+            "data.holdout=null"
+        )
     return slice(0, min(rest, config.num_train or rest)) if training else slice(rest, count)
 
 

@@ -35,10 +35,13 @@ def run_of(checkpoint: Path) -> Path:
 
 
 def check_folder(path: Path) -> None:
-    """Raise BadInput if no folder can be made at a path because a file is in its place."""
-    for place in (path, *path.parents):
-        if place.exists() and not place.is_dir():
+    """Raise BadInput if a path is no folder to write to: a file is in its place, or it may not be written to."""
+    places = [place for place in (path, *path.absolute().parents) if place.exists()]
+    for place in places:
+        if not place.is_dir():
             raise BadInput(f"{place} is a file, not a folder to write to")
+    if not os.access(places[0], os.W_OK):
+        raise BadInput(f"{places[0]} may not be written to; choose another folder")
 
 
 def make_folder(path: Path) -> None:

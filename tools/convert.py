@@ -41,6 +41,7 @@ from tools.checkpoint import (
     WEIGHTS_FILE,
     check_folder,
     export,
+    make_folder,
     read_json,
     read_weights,
     run_of,
@@ -151,7 +152,7 @@ def main() -> None:
     elif arguments.tag is not None:
         cfg["tag"] = arguments.tag
     out = arguments.out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
         config = config_beside(arguments.checkpoint)

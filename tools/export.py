@@ -29,9 +29,9 @@ from torch import Tensor, nn
 import mdeq
 from tools.batches import MIN_SIZE
 from tools.build import build_model
-from tools.checkpoint import check_folder, write_atomically
+from tools.checkpoint import check_folder, make_folder, write_atomically
 from tools.config import BadInput, ModelConfig
-from tools.pretrained import load_trained
+from tools.pretrained import Trained, load_trained
 from tools.report import Parser, program
 
 FORMATS = ("onnx", "pt2")
@@ -46,7 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, help="weights, if MODEL is a name")
     parser.add_argument("--format", nargs="+", choices=FORMATS, help="default: both, or that of the file")
     parser.add_argument("--steps", type=int, help="solver steps; default: the most that the model's own solver takes")
-    parser.add_argument("--size", type=int, nargs="+", help="[D] H W of the input; default: the model's own")
+    parser.add_argument("--size", type=int, nargs="+", help="[D] H W of the input; default: the training's")
     parser.add_argument("--batch", type=int, default=1, help="batch size, unless dynamic")
     parser.add_argument("--dynamic", nargs="+", choices=("batch", "size"), default=[], help="what to leave dynamic")
     arguments = parser.parse_args()
@@ -75,25 +75,25 @@ def require(formats: Sequence[str]) -> None:
             raise BadInput(f"ONNX needs {package}: `pip install -e '.[export]'`, or use --format pt2") from None
 
 
-def load(name: str, checkpoint: Path | None) -> tuple[nn.Module, tuple[str, ...], str]:
-    """Return a model in eval mode, the names of its classes, and where its weights come from."""
+def load(name: str, checkpoint: Path | None) -> tuple[Trained, str]:
+    """Return a model in eval mode, and where its weights come from."""
     released = {n.partition(".")[0] for n in mdeq.list_models(pretrained=True)}
     if checkpoint is None and (name not in mdeq.list_models() or name in released):
-        trained = load_trained(name)
-        return trained.model, trained.label_names, name
+        return load_trained(name), name
     if name.partition(".")[0] not in mdeq.list_models():
         raise BadInput(f"--checkpoint needs a name of mdeq.list_models(), got {name}")
     torch.manual_seed(0)
     config = ModelConfig(name=name, checkpoint=None if checkpoint is None else str(checkpoint))
     origin = "none, these are the initial values" if checkpoint is None else str(checkpoint)
-    return build_model(config, None, for_training=False).eval(), (), origin
+    return Trained(build_model(config, None, for_training=False).eval(), {}, ()), origin
 
 
-def input_size(model: nn.Module, size: Sequence[int] | None, dynamic: Sequence[str]) -> tuple[int, ...]:
-    """Return the spatial size to export for."""
-    dims = model.spatial_dims
-    own = tuple(model.pretrained_cfg["input_size"][1:])
-    size = tuple(size) if size else (*own[:1] * (dims - 2), *own)
+def input_size(trained: Trained, size: Sequence[int] | None, dynamic: Sequence[str]) -> tuple[int, ...]:
+    """Return the spatial size to export for: as given, of the patches of the training, or the model's own."""
+    model, dims = trained.model, trained.model.spatial_dims
+    own = tuple(model.pretrained_cfg["input_size"][1:])  # timm's have two sides
+    patch = (trained.config.get("preprocessing") or {}).get("patch_size")
+    size = tuple(size or patch or (*own[:1] * (dims - 2), *own))
     if len(size) != dims:
         raise BadInput(f"--size needs {dims} numbers for this model, got {' '.join(map(str, size))}")
     least = smallest_size(model) if "size" in dynamic else MIN_SIZE
@@ -209,25 +209,24 @@ def random_inputs(model: nn.Module, size: tuple[int, ...], batch: int, dynamic: 
     return [torch.randn(b, model.in_chans, *s, generator=generator) for b, s in zip(batches, sizes)]
 
 
-def about(model: nn.Module, solver: mdeq.FixedPointSolver, label_names: Sequence[str]) -> dict[str, str]:
+def about(trained: Trained, solver: mdeq.FixedPointSolver) -> dict[str, str]:
     """Return what travels with a graph."""
-    cfg = model.pretrained_cfg
+    cfg = trained.model.pretrained_cfg
     entries = {
         "architecture": cfg["architecture"],
         "tag": cfg.get("tag"),
         "solver": type(solver).__name__,
         "steps": solver.max_steps,
-        "label_names": list(label_names) or None,
+        "label_names": list(trained.label_names) or None,
+        "preprocessing": trained.config.get("preprocessing"),  # of volumes
         **{key: cfg.get(key) for key in ("mean", "std", "interpolation", "crop_pct")},
     }
     return {key: v if isinstance(v, str) else json.dumps(v) for key, v in entries.items() if v is not None}
 
 
-def write(
-    arguments: argparse.Namespace, model: nn.Module, solver: mdeq.FixedPointSolver, label_names: Sequence[str]
-) -> None:
+def write(arguments: argparse.Namespace, trained: Trained, solver: mdeq.FixedPointSolver) -> None:
     """Write the files that were asked for, one after the other, and say how exact each is."""
-    size = input_size(model, arguments.size, arguments.dynamic)
+    model, size = trained.model, input_size(trained, arguments.size, arguments.dynamic)
     batch = 2 if "batch" in arguments.dynamic else arguments.batch  # a batch of 1 would be taken for a constant
     axes = AXES[-model.spatial_dims :]
     names = {0: "batch"} if "batch" in arguments.dynamic else {}
@@ -241,8 +240,8 @@ def write(
     print(f"input ({', '.join(shape)}), graph of {len(graph.graph.nodes)} nodes, {time.monotonic() - start:.0f} s")
     whole = arguments.out.suffix.removeprefix(".") in FORMATS and not arguments.out.is_dir()
     folder = arguments.out.parent if whole else arguments.out
-    folder.mkdir(parents=True, exist_ok=True)
-    facts = about(model, solver, label_names)
+    make_folder(folder)
+    facts = about(trained, solver)
     for kind in arguments.format:
         path = arguments.out if whole else folder / f"{facts['architecture']}.{kind}"
         start = time.monotonic()
@@ -262,14 +261,15 @@ def write(
 def main() -> None:
     arguments = parse_arguments()
     require(arguments.format)
-    model, label_names, source = load(arguments.model, arguments.checkpoint)
+    trained, source = load(arguments.model, arguments.checkpoint)
+    model = trained.model
     steps = arguments.steps or model.deq.solver.max_steps
     solver = dataclasses.replace(model.deq.solver, max_steps=steps, tol=0.0)
     name = model.pretrained_cfg["architecture"]
     print(f"{name}: weights: {source}; {type(solver).__name__}, {steps} steps")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporters' own, about their insides
-        write(arguments, model, solver, label_names)
+        write(arguments, trained, solver)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """NIfTI pairs in the layout of the Medical Segmentation Decathlon: a folder with dataset.json."""
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,19 +28,26 @@ def read_dataset_json(root: Path) -> tuple[list[dict[str, Any]], list[dict[str, 
     """
     path = root / "dataset.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
         names = content["labels"]
+        if not isinstance(names, dict) or not all(isinstance(value, str | int) for value in names.values()):
+            raise BadInput(f'{path}: "labels" must map numbers to names, such as {{"0": "background", "1": "liver"}}')
         if all(str(value).isdigit() for value in names.values()):  # also written the other way round
             names = {value: name for name, value in names.items()}
         label_names = tuple(str(name) for _, name in sorted((int(value), name) for value, name in names.items()))
         if sorted(int(value) for value in names) != list(range(len(names))):
-            raise BadInput(f"{path}: the labels must be numbered from 0 without gaps, got {sorted(names)}")
+            raise BadInput(
+                f"{path}: the labels must be numbered from 0 without gaps, got {', '.join(map(str, sorted(names)))}; "
+                "renumber them there and in the label files"
+            )
+        if len(names) < 2:
+            raise BadInput(f"{path}: expected a label besides the background, got {', '.join(label_names) or 'none'}")
         if len(set(label_names)) < len(label_names):
             raise BadInput(f"{path}: two labels have the same name: {', '.join(label_names)}")
         listed = {key: [dict(pair) for pair in content.get(key, [])] for key in ("training", "validation")}
         pairs = [pair for part in listed.values() for pair in part]
         if not listed["training"] or not all({"image", "label"} <= set(pair) for pair in pairs):
-            raise BadInput(f'{path}: "training" must list pairs of "image" and "label"')
+            raise BadInput(f'{path}: "training" and "validation" must list pairs of "image" and "label"')
         for value in (pair[key] for pair in pairs for key in ("image", "label")):
             if not isinstance(value, str):
                 raise BadInput(
@@ -72,7 +80,10 @@ def read_nifti(
     cases = train if split == "train" else val
     chosen = cases[pick(len(cases))]
     if not chosen:
-        raise BadInput(f"{root}: too few cases ({len(train) + len(val)}) for a {split} split")
+        raise BadInput(
+            f'{root}: too few cases ({len(train) + len(val)}) for a {split} split; without a "validation" list in '
+            "dataset.json two are needed"
+        )
     images, labels, spacings = [], [], []
     for pair in chosen:
         with memory_for(str(root / pair["image"]), "the voxels of data.spacing", "larger"):
@@ -81,4 +92,6 @@ def read_nifti(
         images.append(image)
         labels.append(label)
         spacings.append(prepared_spacing(volume, preprocessing))
+    if split == "train" and not any(bool(label.any()) for label in labels):
+        print(f"warning: all labels of the {len(labels)} training volumes are 0, {names[0]}", file=sys.stderr)
     return images, labels, names, spacings

@@ -1,6 +1,7 @@
 """Pictures of predictions: label maps in colour, overlays, sheets of slices, framed with a caption and a legend."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -16,6 +17,11 @@ SMALLEST = 320
 """Smaller pictures are enlarged to about so many pixels a side."""
 MOST_ENTRIES = 24
 """Lines of a legend."""
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """Return a font with Latin, Greek and Cyrillic letters; Pillow's own has those of English alone."""
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
 def label_colours(names: Sequence[str], given: Sequence[Sequence[int]] | None = None) -> tuple[Colour, ...]:
@@ -109,7 +115,7 @@ def contact_sheet(
         left, top = (k % columns) * (2 * width + gap + 2), k // columns * (height + gap)
         sheet.paste(tile, (left, top))
         sheet.paste(overlaid(tile, np.asarray(shown), colours, clear), (left + width + 2, top))
-        draw.text((left + 3, top + 2), str(z), fill=(255, 220, 0), font=ImageFont.load_default(12))
+        draw.text((left + 3, top + 2), str(z), fill=(255, 220, 0), font=_font(11))
     return sheet
 
 
@@ -136,7 +142,7 @@ def framed(
     if factor > 1:
         how = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
         picture = picture.resize((factor * picture.width, factor * picture.height), how)
-    font, line = ImageFont.load_default(FONT_SIZE), FONT_SIZE + 7
+    font, line = _font(FONT_SIZE), FONT_SIZE + 7
     entries = list(legend[:MOST_ENTRIES])
     more = [f"and {len(legend) - len(entries)} more"] if len(legend) > len(entries) else []
     panel = line + 8 + max((font.getlength(text) for text in [*(text for _, text in entries), *more]), default=0)

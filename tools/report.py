@@ -160,6 +160,9 @@ def program(main: Callable[[], None]) -> None:
         message = [line for line in str(error).splitlines() if line.strip()][-1]
         print(f"error: {message.removeprefix('tools.config.BadInput: ')}", file=sys.stderr, flush=True)
         os._exit(2) if "RANK" in os.environ else sys.exit(2)  # the other processes must not wait for this one
+    except PermissionError as error:
+        print(f"error: {error.strerror}: {error.filename}", file=sys.stderr, flush=True)
+        os._exit(2) if "RANK" in os.environ else sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -31,7 +31,17 @@ from tqdm import tqdm
 import mdeq
 from tools import build, segmentation_data, volume_data
 from tools.batches import Batches, split_lines
-from tools.checkpoint import CONFIG_FILE, RESULTS_FILE, STEPS_FILE, STEPS_PICTURE, check_folder, make_folder, run_of
+from tools.checkpoint import (
+    CONFIG_FILE,
+    RESULTS_FILE,
+    STATE_FILE,
+    STEPS_FILE,
+    STEPS_PICTURE,
+    WEIGHTS_FILE,
+    check_folder,
+    make_folder,
+    run_of,
+)
 from tools.config import BadInput, DataConfig, TrainConfig, load_config, split_overrides
 from tools.engine import evaluate
 from tools.inference import MultiScale
@@ -276,6 +286,10 @@ def evaluate_split(arguments: argparse.Namespace, measured: Measurements) -> Non
     if not measured.process.is_main:
         return
     title = f"{config.model.name} on {config.data.name}"
+    if arguments.checkpoint is not None:  # whose model may have started from released weights, which these are not
+        place = arguments.checkpoint.resolve()
+        place = place.parent if place.name in (STATE_FILE, WEIGHTS_FILE) else place
+        title = f"{model.pretrained_cfg['architecture']} of {place.name} on {config.data.name}"
     print("\n".join([f"{title}, {model.deq.solver}", *split_lines(config.data)]))
     lines = headline_lines(headline, result, twice, model.deq.solver.max_steps, digits=2)
     top5 = f", top-5 {result['top5']:.2f} %" if "top5" in result else ""

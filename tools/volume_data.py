@@ -214,9 +214,14 @@ def _room(sample: dict[str, Tensor], size: Sequence[int], foreground: float, see
     """
     rng, shape = np.random.default_rng(seed), sample["image"].shape[1:]
     if "label" in sample and foreground > 0:
-        inside = sample["label"][0] > 0
-        places = torch.nonzero((inside == bool(rng.random() < foreground)).flatten())
-        voxel = int(places[rng.integers(len(places))]) if len(places) else int(rng.integers(inside.numel()))
+        labels, inside = sample["label"].flatten(), bool(rng.random() < foreground)
+        # A few at random, as one of the kind will be among them: all their places would be many times the volume.
+        voxels = rng.integers(len(labels), size=64)
+        found = voxels[(labels[torch.from_numpy(voxels)] > 0).numpy() == inside]
+        if len(found) == 0:
+            places = torch.nonzero((labels > 0) == inside)
+            found = places[rng.integers(len(places))].numpy() if len(places) else voxels
+        voxel = int(found[0])
         corner = [place - s // 2 for place, s in zip(np.unravel_index(voxel, shape), size)]
     else:
         corner = [int(rng.integers(n - s + 1)) for n, s in zip(shape, size)]

@@ -128,7 +128,10 @@ def load_volume(path: str | Path, in_chans: int = 1) -> Volume:
     channels = data.shape[3] if data.ndim == 4 else 1
     if channels != in_chans:
         shape = "x".join(map(str, data.shape))
-        raise BadInput(f"{path} is {data.ndim}-D ({shape}), {channels} channel(s); the model takes {in_chans}")
+        raise BadInput(
+            f"{path} is {data.ndim}-D ({shape}), {channels} channel(s); the model takes {in_chans} "
+            "(model.kwargs.in_chans)"
+        )
     with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and said below
         voxels = torch.from_numpy(np.ascontiguousarray(data, dtype=np.float32)).reshape(*data.shape[:3], channels)
     checked_finite(voxels, str(path))
@@ -149,7 +152,7 @@ def checked_finite(voxels: Tensor, name: str) -> Tensor:
     """Return the voxels if all are finite, else raise BadInput."""
     bad = int((~torch.isfinite(voxels)).sum())
     if bad:
-        raise BadInput(f"{name} has {bad} voxels that are NaN or infinite")
+        raise BadInput(f"{name} has {bad} voxels that are NaN or infinite; give them a value, such as the background's")
     return voxels
 
 
@@ -171,16 +174,21 @@ def load_labels(path: str | Path, like: Volume, num_classes: int) -> Tensor:
 
 
 def checked_labels(data: np.ndarray, num_classes: int, name: str) -> Tensor:
-    """Return label values as uint8, after checking that all are whole numbers from 0 to `num_classes` - 1."""
+    """Return label values as uint8, after checking that all are whole numbers from 0 to `num_classes` - 1.
+
+    Those of a file with a scale in its header are whole but for rounding.
+    """
     if data.dtype.kind not in "biuf":
         raise BadInput(f"{name} has RGB or complex labels ({data.dtype}); expected whole numbers")
     if num_classes > MOST_CLASSES:
         raise BadInput(f"{name}: labels are 8-bit numbers, {MOST_CLASSES} classes at most, got {num_classes}")
     values = np.unique(data)
-    bad = values[~((values >= 0) & (values < num_classes) & (values == np.floor(values)))]
+    whole = np.round(values)
+    bad = values[~((whole >= 0) & (whole < num_classes) & (abs(values - whole) < 1e-3))]
     if len(bad):
         raise BadInput(f"{name} has the label value {bad[0]:g}; expected whole numbers from 0 to {num_classes - 1}")
-    return torch.from_numpy(np.ascontiguousarray(data).astype(np.uint8))
+    data = np.ascontiguousarray(data)
+    return torch.from_numpy((np.round(data) if data.dtype.kind == "f" else data).astype(np.uint8))
 
 
 def normalised(voxels: Tensor, how: str) -> Tensor:
@@ -221,12 +229,6 @@ def oriented(x: Tensor, volume: Volume, orientation: str) -> Tensor:
     return x.permute(0, *(1 + axis for axis in order)).flip([1 + axis for axis in reverse])
 
 
-def _resampled_shape(shape: Sequence[int], spacing: Sequence[float], target: Sequence[float] | None) -> tuple[int, ...]:
-    if target is None:
-        return tuple(shape)
-    return tuple(max(1, round(n * s / t)) for n, s, t in zip(shape, spacing, target))
-
-
 def prepared_spacing(volume: Volume, preprocessing: Preprocessing) -> tuple[float, ...]:
     """Return the mm per voxel of the prepared volume, to four digits."""
     order, _ = _axes(volume, preprocessing.orientation)
@@ -234,10 +236,24 @@ def prepared_spacing(volume: Volume, preprocessing: Preprocessing) -> tuple[floa
 
 
 def _grid(volume: Volume, preprocessing: Preprocessing) -> tuple[int, ...]:
-    """Return the shape of the prepared volume."""
+    """Return the shape of the prepared volume.
+
+    Raises:
+        BadInput: for a volume that is thinner than half a voxel of the new spacing.
+    """
     order, _ = _axes(volume, preprocessing.orientation)
     shape, spacing = ([values[axis] for axis in order] for values in (volume.shape, volume.spacing))
-    return _resampled_shape(shape, spacing, preprocessing.spacing)
+    target = preprocessing.spacing
+    if target is None:
+        return tuple(shape)
+    resampled = [round(n * mm / new) for n, mm, new in zip(shape, spacing, target)]
+    if any(n > 1 and m == 0 for n, m in zip(shape, resampled)):
+        shape, spacing, target = ("x".join(f"{v:.4g}" for v in values) for values in (shape, spacing, target))
+        raise BadInput(
+            f"{volume.name} has {shape} voxels of {spacing} mm, of which nothing is left at the model's {target} mm; "
+            "correct the spacing in its header, or data.spacing"
+        )
+    return tuple(max(1, m) for m in resampled)  # a single slice has no extent
 
 
 def resized(x: Tensor, shape: Sequence[int]) -> Tensor:
@@ -256,7 +272,7 @@ def prepare(volume: Volume, preprocessing: Preprocessing, labels: Tensor | None 
     """Return voxels `(C, *S)` float32 as a model sees them, and labels `(*S)` on the same grid.
 
     Raises:
-        BadInput: for a volume of unknown orientation, where that matters.
+        BadInput: for a volume of unknown orientation, where that matters, or of which no voxel is left.
     """
     shape = _grid(volume, preprocessing)
     x = oriented(volume.voxels, volume, preprocessing.orientation)
