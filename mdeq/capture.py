@@ -56,8 +56,9 @@ class CapturedModel:
                 for _ in range(_WARMUP_CALLS):
                     model(self._input, solver=solver)
             torch.cuda.current_stream().wait_stream(stream)
-            # On a stream of this device: torch's own capture stream is that of the first device it was used on.
-            with torch.cuda.graph(self._graph, stream=stream):
+            # A stream of this device: torch's own capture stream is that of the first device it was used on. Not that of
+            # the warm-up: cuBLAS keeps a workspace for each stream, and the graph would use one that is not its own.
+            with torch.cuda.graph(self._graph, stream=torch.cuda.Stream()):
                 self._output, self._equilibrium = model(self._input, return_equilibrium=True, solver=solver)
 
     @torch.no_grad()

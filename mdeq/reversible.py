@@ -21,17 +21,17 @@ _FAR = 1e-3  # relative distance from a stored pair at which a reversal has gone
 
 @dataclass
 class _Stored:
-    """Pairs that an iteration came by, as `(step, rows of the batch, pair)`, for a batch and parts of it."""
+    """Pairs that an iteration came by, as `(step, pair)`."""
 
     every: int
     steps: int  # most of them; the pair after the last one is the result
     calls: int = 0
-    pairs: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
+    pairs: list[tuple[int, Tensor]] = field(default_factory=list)
 
-    def visit(self, rows: Tensor, pair: Tensor) -> None:
+    def visit(self, pair: Tensor) -> None:
         """Take note of the pair at the next step: step k is where the map is evaluated for the k-th time, from 0."""
         if self.calls % self.every == 0 and 0 < self.calls < self.steps:
-            self.pairs.append((self.calls, rows, pair))
+            self.pairs.append((self.calls, pair))
         self.calls += 1
 
 
@@ -41,20 +41,18 @@ class _Coupled:
     A Picard step of damping beta on Q is a step of the coupled iteration, and |Q(s) - s| the residual of f at both.
     """
 
-    def __init__(
-        self, fn: FlatFn, dtype: torch.dtype, beta: float, rows: Tensor, stored: _Stored | None = None
-    ) -> None:
-        self.fn, self.dtype, self.beta, self.rows, self.stored = fn, dtype, beta, rows, stored
+    def __init__(self, fn: FlatFn, dtype: torch.dtype, beta: float, stored: _Stored | None = None) -> None:
+        self.fn, self.dtype, self.beta, self.stored = fn, dtype, beta, stored
 
     def take(self, index: Tensor) -> "_Coupled":
-        return _Coupled(self.fn.take(index), self.dtype, self.beta, self.rows[index], self.stored)
+        return _Coupled(self.fn.take(index), self.dtype, self.beta)
 
     def apply(self, x: Tensor) -> Tensor:
         return self.fn(x.to(self.dtype)).to(_STATE)
 
     def __call__(self, pair: Tensor) -> Tensor:
         if self.stored is not None:
-            self.stored.visit(self.rows, pair)
+            self.stored.visit(pair)
         y, z = pair.chunk(2, dim=1)
         f_z = self.apply(z)
         return torch.cat((f_z, self.apply(y + self.beta * (f_z - y))), dim=1)
@@ -63,7 +61,7 @@ class _Coupled:
 class _Reverse(torch.autograd.Function):
     """z of a pair; backward takes the pair back to its start and adds up the gradients of every step on the way.
 
-    `extra` are the tensors that gradients are due to, then the rows and the pairs that were stored at `steps`.
+    `extra` are the tensors that gradients are due to, then the pairs that were stored at `steps`.
     """
 
     @staticmethod
@@ -93,11 +91,10 @@ class _Reverse(torch.autograd.Function):
         lost = (count == 0) & (~converged | (grad != 0).any(dim=1))
         count = torch.where(lost, 1, count)
         coupled, beta, known = ctx.coupled, ctx.coupled.beta, len(ctx.steps)
-        tensors = extra[: len(extra) - 2 * known]
-        rows, pairs = extra[len(tensors) : len(extra) - known], extra[len(extra) - known :]
-        stored = dict(zip(ctx.steps, zip(rows, pairs)))
+        tensors = extra[: len(extra) - known]
+        stored = dict(zip(ctx.steps, extra[len(tensors) :]))
         # The start is known; zeros recovered but for rounding would fall on either side of a kink of f.
-        stored[0] = (torch.arange(len(z0), device=z0.device), torch.cat((z0, z0), dim=1).to(_STATE))
+        stored[0] = torch.cat((z0, z0), dim=1).to(_STATE)
         totals: list[Tensor | None] = [None] * len(tensors)
 
         def pull(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,8 +117,7 @@ class _Reverse(torch.autograd.Function):
             nonlocal worst
             if step not in stored:
                 return x
-            rows, was = stored[step]
-            was = torch.where(took, x.index_copy(0, rows, was.chunk(2, dim=1)[half]), x)
+            was = torch.where(took, stored[step].chunk(2, dim=1)[half], x)
             away = torch.linalg.vector_norm(was - x, dim=1) / size
             worst = torch.maximum(worst, torch.where(lost, 0, away))
             return was
@@ -143,7 +139,7 @@ class _Reverse(torch.autograd.Function):
                 "(relative), so the gradient is not exact; lower ReversibleGradient's beta or store_every",
                 stacklevel=2,
             )
-        return *(None,) * 6, *totals, *(None,) * 2 * known
+        return *(None,) * 6, *totals, *(None,) * known
 
 
 def _autocast(device: str) -> Callable[[], AbstractContextManager[Any]]:
@@ -166,6 +162,11 @@ class ReversibleGradient:
     kept, from which backward goes on; where it comes back far from one, a warning says that the gradient is not exact.
     On tanh(Q z + b) with Q orthogonal, which hardly shrinks, and no pair kept, the relative error of the gradient is
     2e-7 after 10 steps and 4e-3 after 14 at beta 0.8, and 3e-10 after 18 at beta 0.5 (tests/test_reversible.py).
+
+    Rounding of f itself is amplified as well where f does not give the same bits in backward as in forward: the kernels
+    of a compiled cell, with and without gradients, differ by some 1e-7 in float32, for which 3 steps are enough and 7
+    at beta 0.5 are not (an error of 6e-7 and 3e-3 on `mdeq_tiny_cifar.cifar10`): set `store_every=3` there, and 1 in
+    bfloat16.
 
     It evaluates f again in backward, so fn has to name the tensors it closes over that need gradients: `fn.tensors()`
     returns a sequence of tensors, none of which is computed from another: name an injection or what it is computed
@@ -210,18 +211,19 @@ class ReversibleGradient:
             # Once each: the gradient of one that is named twice would be added twice.
             tensors = list({id(x): x for x in fn.tensors() if x.requires_grad}.values())
         stored = _Stored(self.store_every or self._distance(), solver.max_steps) if tensors else None
-        coupled = _Coupled(fn, z0.dtype, self.beta, torch.arange(len(z0), device=z0.device), stored)
+        coupled = _Coupled(fn, z0.dtype, self.beta, stored)
         settings = {f.name: getattr(solver, f.name) for f in fields(FixedPointSolver)}
         picard = Picard(**settings, damping=self.beta)
         start = torch.cat((z0, z0), dim=1).to(_STATE)
-        pair, stats, _ = picard.solve(coupled, start, compact=hasattr(fn, "take"))
+        # Backward evaluates f of the whole batch: what kernels for a part of it round differently would be amplified.
+        pair, stats, _ = picard.solve(coupled, start, compact=stored is None and hasattr(fn, "take"))
         count = _steps_of_best(stats)
         stats = replace(stats, nfe=2 * stats.nfe, per_step=2)
         if stored is None:
             return pair.chunk(2, dim=1)[1].to(z0.dtype), stats, []
         coupled.stored = None  # autograd keeps the pairs from here on, and lets go of them
-        steps, rows, pairs = zip(*stored.pairs) if stored.pairs else ((), (), ())
-        return _Reverse.apply(coupled, steps, z0, pair, count, stats.converged, *tensors, *rows, *pairs), stats, []
+        steps, pairs = zip(*stored.pairs) if stored.pairs else ((), ())
+        return _Reverse.apply(coupled, steps, z0, pair, count, stats.converged, *tensors, *pairs), stats, []
 
     def _distance(self) -> int:
         """Return the steps between two stored pairs where no number is given."""

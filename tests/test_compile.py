@@ -1,6 +1,8 @@
 """mdeq.compile_cell: one graph for every batch size, with the results of the cell as it is."""
 
 import copy
+import threading
+from unittest import mock
 
 import pytest
 import timm
@@ -61,6 +63,21 @@ def test_many_models_are_compiled_in_one_process() -> None:
         with torch.no_grad():
             for batch in (3, 17, 1):
                 model(torch.randn(batch, 3, 16, 16))
+
+
+@pytest.mark.filterwarnings("ignore")  # as above
+def test_backward_in_another_thread() -> None:
+    """As CUDA runs it. PyTorch's settings of a process may hold in one thread alone; a reversible gradient evaluates f."""
+    for _ in range(10):
+        model = small().train()
+        model.deq.gradient = mdeq.ReversibleGradient()
+        mdeq.compile_cell(model, backend="eager")
+        loss = model(torch.randn(3, 3, 16, 16)).square().sum()
+    thread = threading.Thread(target=loss.backward)
+    with mock.patch("threading.excepthook") as failed:
+        thread.start()
+        thread.join()
+    assert not failed.called, failed.call_args
 
 
 def test_another_model_is_refused() -> None:

@@ -638,4 +638,4 @@ def test_places_that_are_not_ours(
         assert f"Permission denied: {tmp_path}" in predict(classifier[0], tmp_path, "--out", tmp_path / "out").refusal()
     monkeypatch.setattr("os.access", lambda place, mode: False)
     line = predict(classifier[0], tmp_path, "--out", tmp_path / "new" / "out").refusal()
-    assert f"{tmp_path} may not be written to; choose another folder" in line
+    assert f"no permission for {tmp_path}; choose another folder" in line

@@ -174,7 +174,7 @@ def test_what_is_saved_does_not_grow_with_the_steps() -> None:
 
     assert saved(2) == saved(6) == saved(100, 101) > 0
     one = saved(8) - saved(6)
-    assert saved(100) == saved(6) + 14 * one  # a pair and its rows every 7 steps
+    assert saved(100) == saved(6) + 14 * one  # a pair every 7 steps
 
 
 def test_eval_is_the_same_with_and_without_gradients() -> None:

@@ -90,6 +90,8 @@ def test_intermediates_and_pruning(name: str) -> None:
         assert [t.shape[1] for t in taps] == info.channels()
         assert [-(-32 // t.shape[2]) for t in taps] == info.reduction()
         last = len(taps) - 1
+        assert torch.equal(model.forward_intermediates(x, stop_early=True)[0], final)  # nothing was stopped
+        assert torch.equal(model.forward_intermediates(x, [0], stop_early=True)[0], taps[0])
         kept = copy.deepcopy(model)
         kept.prune_intermediate_layers([last], prune_head=False)
         assert torch.equal(kept(x), model(x))

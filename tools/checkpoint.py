@@ -41,7 +41,7 @@ def check_folder(path: Path) -> None:
         if not place.is_dir():
             raise BadInput(f"{place} is a file, not a folder to write to")
     if not os.access(places[0], os.W_OK):
-        raise BadInput(f"{places[0]} may not be written to; choose another folder")
+        raise BadInput(f"cannot write to {path}: no permission for {places[0]}; choose another folder")
 
 
 def make_folder(path: Path) -> None:

@@ -252,7 +252,8 @@ class Backbone(nn.Module):
             x: the input.
             indices: which maps; the last n for an int, all for None.
             norm: without effect, every branch ends in a norm.
-            stop_early: skip the solve if only maps of the stem are asked for.
+            stop_early: skip the solve if only maps of the stem are asked for; the final features are then, or where the
+                last branch is not asked for, the last of these maps.
             output_fmt: only `"NCHW"` (channels second).
             intermediates_only: return the maps alone, without the final features.
             return_equilibrium: also return the `Equilibrium` (None where the solve was skipped).
@@ -261,8 +262,7 @@ class Backbone(nn.Module):
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
         whole, last = len(self.feature_info), self.last_tap
-        left = whole if last is None or last >= self._num_stem_taps else last + 1  # of a model pruned to its stem
-        take_indices, max_index = feature_take_indices(left, indices)
+        take_indices, max_index = feature_take_indices(self._num_taps, indices)
         end = max_index
         if not (stop_early or intermediates_only):
             end = max(end, whole - 1 if last is None else last)
@@ -277,9 +277,15 @@ class Backbone(nn.Module):
             taps += [equilibrium.state[i] for i in range(len(self.feature_info) - self._num_stem_taps)]
         result = [taps[i] for i in take_indices]
         if not intermediates_only:
-            final = max_index if stop_early else last
+            final = max_index if stop_early and max_index < whole - 1 else last
             result = (self.head(equilibrium.state) if final is None else taps[final], result)
         return with_equilibrium(result, equilibrium, return_equilibrium)
+
+    @property
+    def _num_taps(self) -> int:
+        """How many of the maps of `feature_info` there still are: fewer in a model that was pruned to its stem."""
+        pruned = self.last_tap is not None and self.last_tap < self._num_stem_taps
+        return self.last_tap + 1 if pruned else len(self.feature_info)
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -288,7 +294,7 @@ class Backbone(nn.Module):
 
         The branches come from one solve and stay together. Afterwards `forward_features` ends at the last map.
         """
-        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        take_indices, max_index = feature_take_indices(self._num_taps, indices)
         if prune_norm or prune_head or max_index < len(self.feature_info) - 1:
             self.last_tap = max_index
             self.head = nn.Identity()

@@ -15,6 +15,8 @@ from .weights import hub_errors, with_releases, with_weights
 MAX_BRANCHES, MAX_PARAMETERS = 16, 2**31
 """What a config.json may ask for: its author may be anybody, and memory is short."""
 
+CODE_LICENCE = "apache-2.0"
+
 
 def cfg(**kwargs: Any) -> dict[str, Any]:
     """Return a pretrained configuration of timm: that of an ImageNet classifier, but for what is given."""
@@ -29,7 +31,7 @@ def cfg(**kwargs: Any) -> dict[str, Any]:
         "std": IMAGENET_DEFAULT_STD,
         "first_conv": "stem.conv1",
         "classifier": "classifier",
-        "license": "apache-2.0",
+        "license": CODE_LICENCE,
         "paper_ids": ("arXiv:2006.08656", "arXiv:2106.14342"),
         **kwargs,
     }
@@ -88,6 +90,10 @@ def create(
     names = model.pretrained_cfg.get("label_names")
     if names and not (pretrained and len(names) == getattr(model, "num_classes", 0)):
         del model.pretrained_cfg["label_names"]  # they are those of weights that are not there
+        if not (isinstance(source, Mapping) and source.get("source")):  # nor is this said of them, see `Release.cfg`
+            model.pretrained_cfg["description"] = None
+            if not pretrained:
+                model.pretrained_cfg["license"] = CODE_LICENCE
     model._model_args = brought  # timm adds the caller's arguments, and saves all of them in a config.json
     return model
 

@@ -1,5 +1,6 @@
 """The implicit layer: the cell, with all that stays fixed during a solve, and the equilibrium layer around it."""
 
+import inspect
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -131,8 +132,9 @@ def compile_cell(model: nn.Module, **options: Any) -> None:
 
     Sizes other than the batch are constants of the kernels, until a second one is met. What PyTorch tells apart
     anyway has its own kernels: with and without gradients, a batch of one, and on a CPU one below 16. The Jacobian
-    penalty uses the uncompiled cell. Sets two options of PyTorch for the whole process: implicit gradients go through
-    the backward graph of one evaluation many times (no donated buffers), and such variants may be more than eight.
+    penalty uses the uncompiled cell. Sets an option of PyTorch for the whole process: implicit gradients go through the
+    backward graph of one evaluation many times (no donated buffers). Before PyTorch 2.10 or so a second one is set: such
+    variants may be more than eight.
 
     Args:
         model: of this package, changed in place; its state_dict and its copies are those of a plain one.
@@ -146,6 +148,10 @@ def compile_cell(model: nn.Module, **options: Any) -> None:
         raise TypeError(f"compile_cell takes a model of this package, got {type(model).__name__}")
     dynamo = torch._dynamo.config  # loaded now, with what is below: it takes a while, and few need it
     torch._functorch.config.donated_buffer = False
-    limit = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"
-    setattr(dynamo, limit, getattr(dynamo, limit) + 16)  # counted over all models, since it is per function
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        # Settings of the process are those of one thread there, and CUDA runs backward in another.
+        options = {"recompile_limit": 24, "isolate_recompiles": True, **options}
+    else:
+        limit = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"
+        setattr(dynamo, limit, getattr(dynamo, limit) + 16)  # counted over all models, since it is per function
     layer.cell.compile(fullgraph=True, **options)
