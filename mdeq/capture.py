@@ -56,8 +56,8 @@ class CapturedModel:
                 for _ in range(_WARMUP_CALLS):
                     model(self._input, solver=solver)
             torch.cuda.current_stream().wait_stream(stream)
-            # A stream of this device: torch's own capture stream is that of the first device it was used on. Not that of
-            # the warm-up: cuBLAS keeps a workspace for each stream, and the graph would use one that is not its own.
+            # A stream of this device: torch's own capture stream is that of the first device it was used on. Not the
+            # warm-up's: cuBLAS keeps a workspace for each stream, and the graph would use one that is not its own.
             with torch.cuda.graph(self._graph, stream=torch.cuda.Stream()):
                 self._output, self._equilibrium = model(self._input, return_equilibrium=True, solver=solver)
 

@@ -67,7 +67,7 @@ def test_many_models_are_compiled_in_one_process() -> None:
 
 @pytest.mark.filterwarnings("ignore")  # as above
 def test_backward_in_another_thread() -> None:
-    """As CUDA runs it. PyTorch's settings of a process may hold in one thread alone; a reversible gradient evaluates f."""
+    """As on CUDA. PyTorch's settings of a process may hold in one thread alone; a reversible gradient evaluates f."""
     for _ in range(10):
         model = small().train()
         model.deq.gradient = mdeq.ReversibleGradient()

@@ -133,8 +133,8 @@ def compile_cell(model: nn.Module, **options: Any) -> None:
     Sizes other than the batch are constants of the kernels, until a second one is met. What PyTorch tells apart
     anyway has its own kernels: with and without gradients, a batch of one, and on a CPU one below 16. The Jacobian
     penalty uses the uncompiled cell. Sets an option of PyTorch for the whole process: implicit gradients go through the
-    backward graph of one evaluation many times (no donated buffers). Before PyTorch 2.10 or so a second one is set: such
-    variants may be more than eight.
+    backward graph of one evaluation many times (no donated buffers). Such variants may be more than eight: in older
+    versions of PyTorch that is an option of the process as well.
 
     Args:
         model: of this package, changed in place; its state_dict and its copies are those of a plain one.
