@@ -308,7 +308,7 @@ def test_licence_of_weights_that_started_from_others(data: str | None, start: st
     ],
 )
 def test_licence_of_a_run(name: str, pretrained: bool, data: str, expected: str | None) -> None:
-    model = timm.create_model(name)
+    model = timm.create_model(name, pretrained=pretrained)
     renew_cfg(model, ModelConfig(name=name, pretrained=pretrained), DataConfig(name=data, image_size=32))
     assert model.pretrained_cfg["license"] == expected
 

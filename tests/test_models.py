@@ -515,3 +515,14 @@ def test_maps_come_from_one_solve(kind: str) -> None:
 def test_a_model_has_branches() -> None:
     with pytest.raises(ValueError, match="channels must have at least one entry"):
         timm.create_model("test_mdeq", channels=())
+
+
+def test_a_model_says_of_its_weights_what_is_true_of_them() -> None:
+    """One from scratch is not trained on the data of the released weights, nor bound by their terms."""
+    trained = timm.get_pretrained_cfg("mdeq_tiny_seg")
+    assert (trained.license, trained.description) == ("cc-by-nc-4.0", "mdeq_tiny_seg trained on CamVid")
+    scratch = timm.create_model("mdeq_tiny_seg").pretrained_cfg
+    assert (scratch["license"], scratch["description"]) == ("apache-2.0", None)
+    released = timm.create_model("mdeq_tiny_cifar", pretrained=True).pretrained_cfg
+    assert released["description"] == "mdeq_tiny_cifar trained on CIFAR-10"
+    assert timm.create_model("mdeq_tiny_cifar", pretrained=True, num_classes=5).pretrained_cfg["description"] is None
