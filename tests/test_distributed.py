@@ -24,7 +24,7 @@ from helpers import (
 )
 from safetensors.torch import load_file
 
-from tools.batches import Process, shared_batch_size
+from tools.batches import KeyedBatches, Process
 from tools.config import BadInput
 from tools.data import ArrayBatches
 
@@ -240,4 +240,4 @@ def test_a_test_by_two_processes_is_of_the_weights_that_are_saved(tmp_path: Path
 
 def test_fewer_samples_than_processes() -> None:
     with pytest.raises(BadInput, match="1 training samples are too few for 2 processes"):
-        shared_batch_size(16, 1, Process(0, 2, torch.device("cpu")), training=True)
+        KeyedBatches(1, 16, Process(0, 2), training=True, seed=0)

@@ -117,24 +117,6 @@ def seed_everything(*numbers: int) -> None:
     random.seed(seed)
 
 
-def sample_keys(
-    order: Tensor, batch_size: int, numbers: Iterable[int], process: Process, seed: int, epoch: int
-) -> Iterator[list[tuple[int, int]]]:
-    """Yield what a process has of each batch: the samples' indices, each with the seed of its augmentation.
-
-    Args:
-        order: of the indices in this epoch `(N,)`.
-        batch_size: of all processes together.
-        numbers: of the batches.
-        process: this process.
-        seed, epoch: of the run, and which epoch this is; on them and the number of the batch alone depend the seeds.
-    """
-    for number in numbers:  # one at a time: millions of samples have as many seeds
-        batch = order[number * batch_size : (number + 1) * batch_size].tolist()
-        places = range(process.rank, len(batch), process.world_size)
-        yield [(batch[place], seed_of(seed, epoch, number + 1, place)) for place in places]
-
-
 @dataclass
 class _Keys:
     """What `KeyLoader` goes through next; apart from it, so that no cycle keeps its workers alive."""
@@ -241,15 +223,49 @@ def require_augment(config: DataConfig, *kinds: str, jittered: Sequence[str] = (
         )
 
 
-def shared_batch_size(batch_size: int, count: int, process: Process, training: bool) -> int:
-    """Return the size of the batches of a split.
+class KeyedBatches:
+    """Batches whose order and augmentation depend on seed, epoch and batch number alone: a run can be resumed.
 
     In training every process has as many samples of a batch, or the mean of the processes' gradients is none.
+
+    Args:
+        count: samples of the split.
+        batch_size: of all processes together.
+        process: this process.
+        training: whether they are to train on: in random order, without an incomplete batch at the end.
+        seed: of the run.
 
     Raises:
         BadInput: for fewer training samples than processes.
     """
-    size = min(batch_size, count)
-    if training and size < process.world_size:
-        raise BadInput(f"{size} training samples are too few for {process.world_size} processes; start fewer")
-    return size - size % process.world_size if training else size
+
+    class_names: tuple[str, ...] = ()
+    spacings: Sequence[Sequence[float]] | None = None
+
+    def __init__(self, count: int, batch_size: int, process: Process, *, training: bool, seed: int) -> None:
+        self.num_samples, self.process, self.training, self.seed = count, process, training, seed
+        size = min(batch_size, count)
+        if training and size < process.world_size:
+            raise BadInput(f"{size} training samples are too few for {process.world_size} processes; start fewer")
+        self.batch_size = size - size % process.world_size if training else size
+
+    def __len__(self) -> int:
+        return self.num_samples // self.batch_size if self.training else -(-self.num_samples // self.batch_size)
+
+    def places(self, batch: Sequence[int]) -> range:
+        """Return which samples of a batch are those of this process."""
+        return range(self.process.rank, len(batch), self.process.world_size)
+
+    def parts(self, epoch: int, start: int, only: Sequence[int] | None) -> Iterator[tuple[int, Tensor]]:
+        """Yield the number of each batch and the indices of its samples, those of all processes."""
+        order = torch.arange(self.num_samples)
+        if self.training:
+            order = torch.randperm(self.num_samples, generator=generator(self.seed, epoch))
+        for number in range(start, len(self)) if only is None else only:
+            yield number, order[number * self.batch_size : (number + 1) * self.batch_size]
+
+    def keys(self, epoch: int, start: int, only: Sequence[int] | None) -> Iterator[list[tuple[int, int]]]:
+        """Yield what this process has of each batch: the samples' indices, each with the seed of its augmentation."""
+        for number, part in self.parts(epoch, start, only):  # one at a time: millions of samples have as many seeds
+            batch = part.tolist()
+            yield [(batch[place], seed_of(self.seed, epoch, number + 1, place)) for place in self.places(batch)]

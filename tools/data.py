@@ -21,12 +21,12 @@ from tools.batches import (
     Batch,
     Batches,
     ImageSpec,
+    KeyedBatches,
     Process,
     chosen,
     generator,
     reads_training_split,
     require_augment,
-    shared_batch_size,
 )
 from tools.config import BadInput, DataConfig
 
@@ -61,35 +61,23 @@ class Arrays:
         return dataclasses.replace(self, images=images.contiguous())
 
 
-class ArrayBatches:
-    """Batches of arrays. Order and augmentation depend on seed, epoch and batch number alone: a run can be resumed."""
-
-    class_names: tuple[str, ...] = ()
-    spacings: Sequence[Sequence[float]] | None = None
+class ArrayBatches(KeyedBatches):
+    """Batches of arrays."""
 
     def __init__(
         self, arrays: Arrays, spec: ImageSpec, config: DataConfig, process: Process, *, training: bool, seed: int = 0
     ) -> None:
+        super().__init__(len(arrays.labels), config.batch_size, process, training=training, seed=seed)
         home = process.device if config.cache_on_device else torch.device("cpu")
         self.images, self.labels = arrays.images.to(home), arrays.labels.to(home)
-        self.training, self.seed, self.process, self.note = training, seed, process, arrays.note
-        self.num_samples = len(self.labels)
-        self.batch_size = shared_batch_size(config.batch_size, len(self.labels), process, training)
+        self.note = arrays.note
         self.augment = config.augment if training else "none"
         constants = dict(device=process.device, dtype=torch.float32)
         self.mean = 255 * torch.tensor(spec.mean, **constants).view(1, -1, 1, 1)
         self.std = 255 * torch.tensor(spec.std, **constants).view(1, -1, 1, 1)
 
-    def __len__(self) -> int:
-        count = len(self.labels)
-        return count // self.batch_size if self.training else -(-count // self.batch_size)
-
     def epoch(self, epoch: int = 0, start: int = 0, only: Sequence[int] | None = None) -> Iterator[Batch]:
-        order = torch.arange(len(self.labels))
-        if self.training:
-            order = torch.randperm(len(self.labels), generator=generator(self.seed, epoch))
-        for number in range(start, len(self)) if only is None else only:
-            batch = order[number * self.batch_size : (number + 1) * self.batch_size]
+        for number, batch in self.parts(epoch, start, only):
             index = batch[self.process.rank :: self.process.world_size].to(self.images.device)
             x = self.images[index].to(self.process.device, non_blocking=True)
             y = self.labels[index].to(self.process.device, non_blocking=True)

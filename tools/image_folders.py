@@ -10,18 +10,16 @@ import torch
 from timm.data import create_dataset, create_loader
 from timm.data.readers.img_extensions import set_img_extensions
 from timm.data.readers.reader_image_folder import find_images_and_targets
-from timm.task.evaluator import evaluation_sample_limit
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset, default_collate
 
 from tools.batches import (
     Batch,
     Batches,
     ImageSpec,
+    KeyedBatches,
     KeyLoader,
     Process,
-    generator,
     require_augment,
-    sample_keys,
     seed_everything,
 )
 from tools.config import BadInput, DataConfig, nearest
@@ -45,7 +43,7 @@ class StrictImages(torch.utils.data.Dataset):
     """A timm image data set that reads files as tools/predict.py does, and stops at one that cannot be read.
 
     timm skips that one, clips 16-bit values to white, and leaves pictures on their side that EXIF says how to turn. An
-    index may come with the seed of its augmentation.
+    index comes with the seed of its augmentation.
     """
 
     def __init__(self, dataset: Any, in_chans: int) -> None:
@@ -54,10 +52,9 @@ class StrictImages(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> Any:
-        index, seed = key if isinstance(key, tuple) else (key, None)
-        if seed is not None:
-            seed_everything(seed)
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        index, seed = key
+        seed_everything(seed)
         try:
             if not hasattr(self.dataset, "reader"):  # torchvision's
                 return self.dataset[index]
@@ -78,82 +75,52 @@ class StrictImages(torch.utils.data.Dataset):
             return self.dataset.filename(index, absolute=True)
         return self.dataset.samples[index][0] if hasattr(self.dataset, "samples") else f"number {index}"
 
-    @property
-    def transform(self) -> Any:
-        return self.dataset.transform
 
-    @transform.setter
-    def transform(self, value: Any) -> None:  # create_loader sets it
-        self.dataset.transform = value
-
-
-class FileBatches:
-    """Batches to train on of the files that a timm loader was made for.
-
-    Order and augmentation depend on seed, epoch and batch number alone, whatever the processes and workers; timm's own
-    samplers go other ways with one process than with several.
-    """
-
-    spacings: Sequence[Sequence[float]] | None = None
+class FileBatches(KeyedBatches):
+    """Batches of files; timm's own samplers go other ways with one process than with several."""
 
     def __init__(
-        self, loader: DataLoader, batch_size: int, process: Process, seed: int, class_names: tuple[str, ...]
+        self,
+        dataset: StrictImages,
+        config: DataConfig,
+        process: Process,
+        class_names: tuple[str, ...],
+        *,
+        training: bool,
+        seed: int,
     ) -> None:
-        self.batch_size, self.process, self.seed = batch_size, process, seed
-        self.class_names, self.num_samples = class_names, len(loader.dataset)
-        self.loader = KeyLoader(loader.dataset, loader.num_workers, loader.collate_fn, process)
-
-    def __len__(self) -> int:
-        return self.num_samples // self.batch_size
+        super().__init__(len(dataset), config.batch_size, process, training=training, seed=seed)
+        self.class_names = class_names
+        self.loader = KeyLoader(dataset, config.workers, default_collate, process)
 
     def epoch(self, epoch: int = 0, start: int = 0, only: Sequence[int] | None = None) -> Iterator[Batch]:
-        order = torch.randperm(self.num_samples, generator=generator(self.seed, epoch))
-        numbers = range(start, len(self)) if only is None else only
-        keys = sample_keys(order, self.batch_size, numbers, self.process, self.seed, epoch)
-        for x, y in self.loader.batches(keys):
+        for x, y in self.loader.batches(filter(None, self.keys(epoch, start, only))):
             yield x.to(self.process.device, non_blocking=True), y.to(self.process.device, non_blocking=True)
 
 
-class ReaderBatches:
-    """Batches of a timm loader: to evaluate on, or of a stream."""
+class StreamBatches:
+    """Batches of a timm loader of a stream."""
 
+    num_samples: int | None = None  # a stream's length is that of a process, or a guess
     spacings: Sequence[Sequence[float]] | None = None
 
     def __init__(self, loader: Any, process: Process, seed: int, class_names: tuple[str, ...]) -> None:
         self.loader, self.process, self.seed, self.class_names = loader, process, seed, class_names
-        data = loader.dataset  # a stream's length is that of a process, or a guess
-        self.num_samples = None if isinstance(data, IterableDataset) else len(data)
-        self.limit = evaluation_sample_limit(loader)
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def epoch(self, epoch: int = 0, start: int = 0, only: Sequence[int] | None = None) -> Iterator[Batch]:
-        if only is not None and self.num_samples is not None:
-            yield from self._some(only)
-            return
-        for part in (self.loader.dataset, self.loader.sampler):
-            if hasattr(part, "set_epoch"):
-                part.set_epoch(epoch)
+        if hasattr(self.loader.dataset, "set_epoch"):
+            self.loader.dataset.set_epoch(epoch)
         rank = self.process.rank
         seed_everything(self.seed, epoch, 0, rank)  # the seeds of the workers
         batches = iter(self.loader)
-        seen = 0
         for number in range(len(self) if only is None else max(only, default=-1) + 1):
             seed_everything(self.seed, epoch, number + 1, rank)  # augmentation, where there are no workers
             x, y = next(batches)
-            keep = len(y) if self.limit is None else min(len(y), self.limit - seen)  # a sampler's padding is no data
-            seen += len(y)
             if number >= start if only is None else number in only:
-                yield x[:keep].to(self.process.device), y[:keep].to(self.process.device)
-
-    def _some(self, numbers: Sequence[int]) -> Iterator[Batch]:
-        """Yield batches to evaluate on without reading the others."""
-        indices, size = list(self.loader.sampler)[: self.limit], self.loader.batch_size
-        some = KeyLoader(self.loader.dataset, self.loader.num_workers, self.loader.collate_fn, self.process)
-        keys = (indices[number * size : (number + 1) * size] for number in numbers)
-        for x, y in some.batches(filter(None, keys)):
-            yield x.to(self.process.device), y.to(self.process.device)
+                yield x.to(self.process.device), y.to(self.process.device)
 
 
 SPLITS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))
@@ -238,7 +205,6 @@ def _loader(config: DataConfig, spec: ImageSpec, process: Process, dataset: Any,
             std=spec.std,
             crop_pct=spec.crop_pct,
             num_workers=config.workers,
-            distributed=process.world_size > 1 and not (training and isinstance(dataset, StrictImages)),  # FileBatches
             pin_memory=process.device.type == "cuda",
             device=process.device,
             use_prefetcher=False,
@@ -286,17 +252,15 @@ def read_batches(
         _require_same_classes(Path(config.root), config.train_split, set(classes), split)
     if training and config.num_train is not None:
         raise BadInput("data.num_train is not for image folders or timm's readers; use a smaller split or folder")
-    is_stream = isinstance(dataset, IterableDataset)
-    if not is_stream:
-        dataset = StrictImages(dataset, spec.size[0])
-    loader = _loader(config, spec, process, dataset, training)
+    loader = _loader(config, spec, process, dataset, training)  # which gives the data set its transform
     names = tuple(str(name) for name in sorted(classes, key=classes.__getitem__)) if classes else ()
-    if training and not is_stream:
-        batches: Batches = FileBatches(loader, config.batch_size, process, seed, names)
-    else:
-        batches = ReaderBatches(loader, process, seed, names)
-    if len(batches) == 0:
+    if training and len(dataset) < config.batch_size:
         raise BadInput(
             f"{len(dataset)} training images are fewer than one batch; lower data.batch_size={config.batch_size}"
         )
+    if isinstance(dataset, IterableDataset):
+        batches: Batches = StreamBatches(loader, process, seed, names)
+    else:
+        images = StrictImages(dataset, spec.size[0])
+        batches = FileBatches(images, config, process, names, training=training, seed=seed)
     return batches, len(names) or None

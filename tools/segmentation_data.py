@@ -22,13 +22,11 @@ from tools.batches import (
     Batch,
     Batches,
     ImageSpec,
+    KeyedBatches,
     KeyLoader,
     Process,
     chosen,
-    generator,
     require_augment,
-    sample_keys,
-    shared_batch_size,
     split_name,
 )
 from tools.config import BadInput, DataConfig
@@ -264,35 +262,20 @@ class PairDataset(Dataset):
             return self.transform(tv_tensors.Image(image), tv_tensors.Mask(mask))
 
 
-class PairBatches:
-    """Batches of images and masks. Order and augmentation depend on seed, epoch and batch number alone.
-
-    Test images stay whole; a batch of them is of one size.
-    """
-
-    spacings: Sequence[Sequence[float]] | None = None
+class PairBatches(KeyedBatches):
+    """Batches of images and masks. Test images stay whole; a batch of them is of one size."""
 
     def __init__(
         self, data: Pairs, spec: ImageSpec, config: DataConfig, process: Process, *, training: bool, seed: int = 0
     ) -> None:
-        self.config, self.process, self.training, self.seed = config, process, training, seed
-        self.class_names, self.num_samples = data.class_names, len(data.pairs)
+        super().__init__(len(data.pairs), config.batch_size, process, training=training, seed=seed)
+        self.class_names = data.class_names
         whole = not training or config.patch_size is None  # a crop is padded
         self.dataset = PairDataset(data, transforms(config, spec, training), spec.size[0], whole=whole)
-        self.batch_size = shared_batch_size(config.batch_size, len(data.pairs), process, training)
         self.loader = KeyLoader(self.dataset, config.workers, _collate, process)
 
-    def __len__(self) -> int:
-        count = len(self.dataset)
-        return count // self.batch_size if self.training else -(-count // self.batch_size)
-
     def epoch(self, epoch: int = 0, start: int = 0, only: Sequence[int] | None = None) -> Iterator[Batch]:
-        order = torch.arange(len(self.dataset))
-        if self.training:
-            order = torch.randperm(len(self.dataset), generator=generator(self.seed, epoch))
-        numbers = range(start, len(self)) if only is None else only
-        keys = sample_keys(order, self.batch_size, numbers, self.process, self.seed, epoch)
-        for parts in self.loader.batches(filter(None, keys)):
+        for parts in self.loader.batches(filter(None, self.keys(epoch, start, only))):
             for x, y in parts:
                 yield x.to(self.process.device, non_blocking=True), y.to(self.process.device, non_blocking=True)
 

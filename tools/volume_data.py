@@ -19,12 +19,11 @@ from tools.batches import (
     VOID,
     Batch,
     Batches,
+    KeyedBatches,
     Process,
     chosen,
     generator,
     require_augment,
-    sample_keys,
-    shared_batch_size,
     split_name,
 )
 from tools.config import BadInput, DataConfig, optional
@@ -237,19 +236,18 @@ def _margins(size: Sequence[int]) -> list[int]:
     return [math.ceil(0.05 * s + 0.09 * (sum(size) - s)) + 1 for s in size]
 
 
-class VolumeBatches:
-    """Batches of volumes. Order and augmentation depend on seed, epoch and batch number alone: a run can be resumed.
+class VolumeBatches(KeyedBatches):
+    """Batches of volumes.
 
     A training batch is of patches of one size. A test volume stays whole, padded to at least that size, and its batch
     mates are those that follow it with the same shape; labels of the padding are `VOID`.
     """
 
     def __init__(self, data: Volumes, config: DataConfig, process: Process, *, training: bool, seed: int = 0) -> None:
-        self.data, self.config, self.process, self.training, self.seed = data, config, process, training, seed
-        self.class_names, self.num_samples = data.class_names, len(data.labels)
+        super().__init__(len(data.labels), config.batch_size, process, training=training, seed=seed)
+        self.data, self.config, self.class_names = data, config, data.class_names
         self.segmented = config.name in SEGMENTED
         self.size = tuple(config.patch_size)
-        self.batch_size = shared_batch_size(config.batch_size, len(data.labels), process, training)
         self.transform = augmentation(config, self.segmented, of_room=False) if training else None
         self.of_room = augmentation(config, self.segmented, of_room=True) if training else None
         self.groups = [] if training else self._groups()
@@ -268,23 +266,16 @@ class VolumeBatches:
     def spacings(self) -> list[tuple[float, ...]] | None:
         if self.training or self.data.spacings is None:
             return None
-        return [self.data.spacings[group[k]] for group in self.groups for k in self._places(group)]
-
-    def _places(self, batch: Sequence[int]) -> range:
-        """Return which samples of a batch are those of this process."""
-        return range(self.process.rank, len(batch), self.process.world_size)
+        return [self.data.spacings[group[k]] for group in self.groups for k in self.places(group)]
 
     def __len__(self) -> int:
-        return len(self.data.labels) // self.batch_size if self.training else len(self.groups)
+        return super().__len__() if self.training else len(self.groups)
 
     def epoch(self, epoch: int = 0, start: int = 0, only: Sequence[int] | None = None) -> Iterator[Batch]:
-        numbers = range(start, len(self)) if only is None else only
-        if self.training:
-            order = torch.randperm(len(self.data.labels), generator=generator(self.seed, epoch))
-            batches = sample_keys(order, self.batch_size, numbers, self.process, self.seed, epoch)
-        else:
-            groups = (self.groups[number] for number in numbers)
-            batches = ([(group[place], 0) for place in self._places(group)] for group in groups)
+        batches = self.keys(epoch, start, only)
+        if not self.training:
+            groups = self.groups[start:] if only is None else (self.groups[number] for number in only)
+            batches = ([(group[place], 0) for place in self.places(group)] for group in groups)
         for keys in batches:
             samples = [self._sample(index, seed) for index, seed in keys]
             if samples:
