@@ -124,7 +124,7 @@ def main() -> None:
     seed_everything(config.run.seed)
     net = build_net(arguments.net, classes, spec.size, arguments.channels, arguments.small_images)
     model = build.placed(Explicit(net), config.run, process)
-    task, dtype = build_task(config, model, test, process), build.DTYPES[config.run.dtype]
+    task = build_task(config, model, test, process)
     optimizer = build_optimizer(dataclasses.replace(config.optim, layer_decay=None), model)
     trainer = Trainer(
         model=model,
@@ -139,14 +139,13 @@ def main() -> None:
         seed=config.run.seed,
         scaler=torch.amp.GradScaler(process.device.type, enabled=False),
         amp=build.autocast(config.run, process),
-        dtype=dtype,
     )
     parameters, start = sum(p.numel() for p in model.parameters()), time.monotonic()
     with tqdm(total=config.run.epochs * len(train), unit="step", disable=not config.run.progress, leave=False) as bar:
         for epoch in range(config.run.epochs):
             train_epoch(trainer, train, epoch, after_step=lambda done, loss: bar.update() or True)
     minutes = (time.monotonic() - start) / 60
-    result = evaluate(model, test, process, task, amp=trainer.amp, dtype=dtype)
+    result = evaluate(model, test, process, task, amp=trainer.amp)
     told = f"{arguments.net}, {parameters:,} parameters, {config.run.epochs} epochs in {minutes:.1f} minutes"
     split = evaluated_split(tested.data)
     print(f"{told}: {split} accuracy {result['top1']:.2f} %, loss {result['loss']:.4f}")

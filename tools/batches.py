@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tools.config import ARRAYS, BadInput, DataConfig
+from tools.peak import lacks_memory
 
 MIN_SIZE = 16  # of a side of an input
 VOID = 255
@@ -93,9 +94,8 @@ def memory_for(what: str, options: str, how: str = "smaller") -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, MemoryError) as error:  # of a CPU's memory PyTorch says so in words alone
-        lacking = isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
-        if not lacking:
+    except (RuntimeError, MemoryError) as error:
+        if not lacks_memory(error):
             raise
         raise BadInput(f"{what} does not fit into memory; make {options} {how}") from None
 

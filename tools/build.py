@@ -27,7 +27,6 @@ _UNUSABLE = (
     TypeError, ValueError, RuntimeError, OSError, AssertionError, AttributeError, LookupError, ArithmeticError,
     SafetensorError,
 )  # fmt: skip
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 ELSEWHERE = {
     "num_classes": "data.num_classes",
@@ -219,7 +218,7 @@ def placed(model: Any, run: RunConfig, process: Process) -> Any:
     Raises:
         BadInput: for channels last in a model of volumes, whose convolutions do not keep that format.
     """
-    model = model.to(process.device, DTYPES[run.dtype])
+    model = model.to(process.device, getattr(torch, run.dtype))
     if run.channels_last and model.spatial_dims == 3:
         raise BadInput("run.channels_last is for 2D models; leave it out")
     return model.to(memory_format=torch.channels_last) if run.channels_last else model

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from mdeq import (
     Broyden,
     CapturedModel,
-    Equilibrium,
     ImplicitGradient,
     PhantomGradient,
     ReversibleGradient,
@@ -29,9 +28,7 @@ from mdeq import (
 )
 from tools.config import BadInput
 from tools.contenders import (
-    Clock,
     Clocked,
-    ClockedFn,
     StateFn,
     TorchDEQ,
     Twin,
@@ -204,7 +201,7 @@ def inference_part(bench: Bench, cases: Sequence[str], trained: str) -> list[Row
         for contender, row in named.items():
             row["images_per_s"] = 1e3 * batch / row["ms"]
             if contender in layers:
-                row["evaluations"], row["residual"] = _reached(layers[contender], runs[contender])
+                row["evaluations"], row["residual"] = _reached(layers[contender], partial(_with_layer, model, x=x))
             elif contender in captured:
                 stats = captured[contender](x, return_equilibrium=True)[1].stats
                 row["evaluations"], row["residual"] = float(stats.nfe), float(stats.residual.mean())
@@ -212,29 +209,15 @@ def inference_part(bench: Bench, cases: Sequence[str], trained: str) -> list[Row
     return rows
 
 
-def _reached(layer: nn.Module, run: Callable[[], Any]) -> tuple[float, float]:
-    """Return how often a layer evaluates f in a run of the model it is in, and its mean residual.
+def _reached(layer: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[float, float]:
+    """Return how often a layer evaluates f in a run of a model with it, and its mean residual.
 
     What a gradient evaluates besides counts too, in the forward pass or again in backward; products with the Jacobian
     do not.
     """
-    seen: dict[str, Any] = {}
-
-    def before(layer: nn.Module, words: Sequence[Any]) -> tuple[Any, ...]:
-        fn, z0 = words
-        seen["fn"], seen["clock"] = fn, Clock(z0[0].device)
-        return ClockedFn(fn, seen["clock"]), z0
-
-    def after(layer: nn.Module, words: Sequence[Any], result: Any) -> None:
-        seen["residual"] = float(residual(seen["fn"], tuple(z.detach() for z in result.state)).mean())
-
-    handles = [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return float(seen["clock"].calls), seen["residual"]
+    clocked = Clocked(layer)
+    run(clocked)
+    return float(clocked.clock.calls), float(clocked.residual().mean())
 
 
 def _with_layer(model: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
@@ -314,7 +297,9 @@ def training_part(bench: Bench, cases: Sequence[str], trained: str) -> list[Row]
     for contender, row in rows.items():
         row["images_per_s"] = 1e3 * batch / row["ms"]
         if contender in layers:
-            row["evaluations"], row["residual"] = _reached(layers[contender], runs[contender])
+            row["evaluations"], row["residual"] = _reached(
+                layers[contender], partial(_gradient, model, x=x, labels=labels)
+            )
             row["gradient_error"] = error(layers[contender])
             if is_measurable(str(bench.device)):
                 row["peak_mib"] = measured_peak(bench, trained, contender, needed.get(contender, 0))
@@ -325,11 +310,9 @@ def training_part(bench: Bench, cases: Sequence[str], trained: str) -> list[Row]
 
 def _reference(model: nn.Module, layer: nn.Module, x: Tensor, labels: Tensor) -> Tensor | None:
     """Return the gradient by a layer that has to converge, forward and backward; None, and a line, if it does not."""
-    found: list[Equilibrium] = []
-    handle = layer.register_forward_hook(lambda module, words, result: found.append(result))
-    gradient = _gradient(model, layer, x, labels)
-    handle.remove()
-    for stats in (found[0].stats, *found[0].backward_stats):
+    clocked = Clocked(layer)
+    gradient = _gradient(model, clocked, x, labels)
+    for stats in (clocked.equilibrium.stats, *clocked.equilibrium.backward_stats):
         if not bool(stats.converged.all()):
             print(
                 f"gradient errors are left out: {int((~stats.converged).sum())} of {len(x)} samples are not at "
@@ -414,13 +397,8 @@ def measure(text: str) -> None:
         # Libraries set themselves up, compiled cells for the very batch.
         run(bench.inputs(model, side, batch if bench.compiled else 2))()
         call = run(bench.inputs(model, side, batch))
-        try:
-            with Peak(str(bench.device), MEMORY_LIMIT_GIB) as peak:
-                call()
-        except (RuntimeError, MemoryError) as error:  # of a CPU's memory PyTorch may say so in words alone
-            if not isinstance(error, MemoryError) and "memory" not in str(error):
-                raise
-            peak.mib = math.nan
+        with Peak(str(bench.device), MEMORY_LIMIT_GIB) as peak:
+            call()
     print(json.dumps({"mib": peak.mib}))
 
 

@@ -65,15 +65,20 @@ class ClockedFn:
 
 
 class Clocked(nn.Module):
-    """An equilibrium layer whose evaluations of f are timed; `clock` is that of the last call."""
+    """An equilibrium layer whose evaluations of f are timed; of its last call, `clock` and `equilibrium` stay."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
 
     def forward(self, fn: Any, z0: State, **options: Any) -> Equilibrium:
-        self.clock = Clock(z0[0].device)
-        return self.layer(ClockedFn(fn, self.clock), z0, **options)
+        self.fn, self.clock = fn, Clock(z0[0].device)
+        self.equilibrium = self.layer(ClockedFn(fn, self.clock), z0, **options)
+        return self.equilibrium
+
+    def residual(self) -> Tensor:
+        """Return the residual of each sample after the last call, `(B,)`."""
+        return residual(self.fn, tuple(z.detach() for z in self.equilibrium.state))
 
 
 class Twin(nn.Module):

@@ -31,7 +31,6 @@ def evaluate(
     task: Task = CLASSIFICATION,
     *,
     amp: Callable[[], Any] = nullcontext,
-    dtype: torch.dtype = torch.float32,
     solver: FixedPointSolver | None = None,
     unroll: int = 0,
     iterates: Sequence[int] = (),
@@ -45,14 +44,13 @@ def evaluate(
         process: this process; results are those of all.
         task: what is counted, and how an input is predicted.
         amp: makes the autocast context.
-        dtype: of the images.
         solver: replaces the model's own.
         unroll: if above 0, f is applied that many times instead of solving (the explicit twin).
         iterates: numbers of steps, after which the mean residual is reported too, as `residual_after_K`.
         watch: wraps the iterator, for a progress bar.
     """
     model.eval()
-    tally, solves = task.tally(False), SolveLog()
+    tally, solves, dtype = task.tally(False), SolveLog(), next(model.parameters()).dtype
     for x, y in watch(batches.epoch()):
         if len(y) == 0:
             continue
@@ -98,7 +96,6 @@ class Trainer:
     seed: int
     scaler: torch.amp.GradScaler
     amp: Callable[[], Any] = nullcontext
-    dtype: torch.dtype = torch.float32
     mixup: Any = None
     ema: Any = None
     frozen: tuple[nn.Module, ...] = ()  # modules that stay in eval mode
@@ -164,10 +161,9 @@ class Trainer:
 
     def _forward(self, x: Tensor, y: Tensor, unroll: int, probes: int) -> tuple[Tensor, Tensor, Equilibrium]:
         try:
+            x = x.to(next(self.bare.parameters()).dtype)
             with self.amp():
-                logits, equilibrium = self.model(
-                    x.to(self.dtype), return_equilibrium=True, unroll=unroll, jacobian_probes=probes
-                )
+                logits, equilibrium = self.model(x, return_equilibrium=True, unroll=unroll, jacobian_probes=probes)
                 loss = self.criterion(logits, y)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
@@ -207,14 +203,6 @@ class Trainer:
             )
 
 
-@dataclass
-class EpochResult:
-    """What one pass, or the part of it that there was time for, came to."""
-
-    metrics: dict[str, float]
-    complete: bool
-
-
 def train_epoch(
     trainer: Trainer,
     batches: Batches,
@@ -222,8 +210,8 @@ def train_epoch(
     *,
     start: int = 0,
     after_step: Callable[[int, float], bool] = lambda number, loss: True,
-) -> EpochResult:
-    """Train on the batches of an epoch from number `start` on.
+) -> dict[str, float]:
+    """Train on the batches of an epoch from number `start` on, and return the metrics of these.
 
     Args:
         trainer: model, optimiser and settings.
@@ -245,4 +233,4 @@ def train_epoch(
     metrics.update(forward.summary(trainer.process))
     metrics.update(backward.summary(trainer.process, "backward_"))
     metrics["images_per_s"] = images / (time.perf_counter() - began)
-    return EpochResult(metrics, done >= len(batches))
+    return metrics

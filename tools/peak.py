@@ -1,6 +1,7 @@
 """The peak memory of a block of code, and of code that runs in a process of its own."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -25,8 +26,14 @@ def check_measurable(device: str) -> None:
         raise BadInput("CPU memory can be measured on Linux only; use --device cuda")
 
 
+def lacks_memory(error: BaseException | None) -> bool:
+    """Whether an error says that memory ran out, a GPU's or the machine's."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)  # of a CPU's memory PyTorch says so in words alone
+    return known or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
+
+
 class Peak:
-    """The most memory that was held within a block, on top of what was held before, as `mib`.
+    """The most memory that was held within a block, on top of what was held before, as `mib`; nan if it ran out.
 
     Args:
         device: cpu (what is resident) or cuda (what PyTorch's allocator gave out).
@@ -52,9 +59,10 @@ class Peak:
             resource.setrlimit(resource.RLIMIT_AS, (address_space, resource.RLIM_INFINITY))
         return self
 
-    def __exit__(self, *exc: Any) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         after = torch.cuda.max_memory_allocated() if self.device.startswith("cuda") else _resident("VmHWM")
-        self.mib = (after - self.before) / MIB
+        self.mib = math.nan if lacks_memory(error) else (after - self.before) / MIB
+        return lacks_memory(error)
 
 
 def _resident(field: str) -> int:

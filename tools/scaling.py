@@ -1,17 +1,15 @@
 """The cost model: how the time and memory of a solve grow, and where the limit of f lies."""
 
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -126,9 +124,7 @@ def exponent(values: Sequence[float], costs: Sequence[float]) -> float:
     """
     if not all(cost > 0 for cost in costs):
         return math.nan
-    x = torch.tensor([[math.log(value), 1.0] for value in values], dtype=torch.float64)
-    y: Tensor = torch.tensor([[math.log(cost)] for cost in costs], dtype=torch.float64)
-    return float(torch.linalg.lstsq(x, y).solution[0])
+    return statistics.linear_regression(list(map(math.log, values)), list(map(math.log, costs))).slope
 
 
 def exponents(rows: Sequence[Row]) -> list[Row]:
@@ -151,7 +147,8 @@ def _contenders(rows: Sequence[Row]) -> list[str]:
 
 def plot(rows: Sequence[Row], path: Path, title: str) -> None:
     axes_names = list(dict.fromkeys(row["axis"] for row in rows))
-    figure, axes = plt.subplots(2, len(axes_names), figsize=(3 * len(axes_names), 5.5), layout="constrained")
+    figure = Figure(figsize=(3 * len(axes_names), 5.5), layout="constrained")
+    axes = figure.subplots(2, len(axes_names))
     lines: list[Any] = []
     for column, axis in enumerate(axes_names):
         for line, (key, label) in enumerate((("ms", "time of a solve (ms)"), ("peak_mib", "peak memory (MiB)"))):
@@ -174,7 +171,6 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
     figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), fontsize="small")
     figure.suptitle(title, fontsize="small")
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
-    plt.close(figure)
 
 
 def run(bench: Bench, cases: Sequence[str], base: str, folder: Path, title: str) -> None:

@@ -1,17 +1,14 @@
 """Timings of things that take turns, and tables of them."""
 
-import statistics
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import numpy as np
 import torch
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from tools.checkpoint import write_atomically
@@ -70,16 +67,8 @@ def timing_rows(part: str, case: str, times: Mapping[str, list[float]]) -> dict[
 
 def spread(name: str, values: Sequence[float]) -> dict[str, float]:
     """Return the median of values by a name, and the quartiles by that name and `_low`, `_high`."""
-    low, middle, high = quartiles(values)
+    low, middle, high = map(float, np.percentile(values, (25, 50, 75)))
     return {name: middle, f"{name}_low": low, f"{name}_high": high}
-
-
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return the lower quartile, the median and the upper quartile."""
-    if len(values) == 1:
-        return (values[0],) * 3
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
@@ -113,9 +102,8 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
         panels.setdefault((row["part"], row["case"]), []).append(row)
     width = min(3, len(panels))
     lines = -(-len(panels) // width)
-    figure, axes = plt.subplots(
-        lines, width, figsize=(4.6 * width, 2.4 * lines + 0.4), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(4.6 * width, 2.4 * lines + 0.4), layout="constrained")
+    axes = figure.subplots(lines, width, squeeze=False)
     for ax, ((part, case), members) in zip(axes.flat, panels.items()):
         key = "overhead" if part == "solve" else "relative"
         shown = [row for row in reversed(members) if key in row]
@@ -141,7 +129,6 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
         ax.remove()
     figure.suptitle(title, fontsize="small")
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=90, format="png"))
-    plt.close(figure)
 
 
 def _whiskers(row: Row, key: str) -> tuple[float, float]:

@@ -40,7 +40,7 @@ from tools.checkpoint import (
     write_text,
 )
 from tools.config import DEFAULT_CONFIG, BadInput, TrainConfig, config_yaml, parse_config, split_overrides
-from tools.engine import Diverged, EpochResult, Trainer, evaluate, train_epoch
+from tools.engine import Diverged, Trainer, evaluate, train_epoch
 from tools.optim import build_mixup, build_optimizer, build_scheduler
 from tools.report import Parser, RunLog, headline_lines, program, result_lines
 from tools.results import circumstances, command, commit, evaluation, write_results
@@ -78,7 +78,6 @@ class Run:
     ) -> None:
         self.config, self.folder, self.process = config, folder, process
         self.amp = build.autocast(config.run, process)
-        self.dtype = build.DTYPES[config.run.dtype]
         torch.manual_seed(config.run.seed)  # the weights
         self.model, self.train_batches, self.test_batches = self._model_and_data(resumed=state is not None)
         self.task = build_task(config, self.model, self.test_batches, process)
@@ -154,7 +153,6 @@ class Run:
             seed=config.run.seed,
             scaler=torch.amp.GradScaler(process.device.type, enabled=config.run.amp == "fp16"),
             amp=self.amp,
-            dtype=self.dtype,
             mixup=mixup,
             ema=ema,
             frozen=frozen,
@@ -277,18 +275,18 @@ class Run:
         """
         while self.epoch < self.config.run.epochs:
             if self.trained is None:
-                result = self._train_epoch()
-                if not result.complete:
+                metrics = self._train_epoch()
+                if self.batch < len(self.train_batches):  # time is up
                     self.save(final=True)
                     return False
-                self.trained = result.metrics
+                self.trained = metrics
             self._end_epoch(self.trained)
             if self._out_of_time() and self.epoch < self.config.run.epochs:
                 self.save(final=True)  # also after a step that was skipped
                 return False
         return True
 
-    def _train_epoch(self) -> EpochResult:
+    def _train_epoch(self) -> dict[str, float]:
         if self.process.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.process.device)
         title = f"epoch {self.epoch + 1}/{self.config.run.epochs}"
@@ -360,7 +358,6 @@ class Run:
             self.process,
             self.task,
             amp=self.amp,
-            dtype=self.dtype,
             watch=lambda batches: iter(self._bar("test", "batch", batches, total=len(self.test_batches))),
             **kwargs,
         )

@@ -223,8 +223,8 @@ class Measurements:
         def watch(iterator: Iterator[Any]) -> Iterator[Any]:
             return iter(self.watch(iterator, desc=label, total=len(batches), unit="batch"))
 
-        amp, dtype = build.autocast(run, process), build.DTYPES[run.dtype]
-        return evaluate(self.model, batches, process, task, amp=amp, dtype=dtype, watch=watch, **kwargs)
+        amp = build.autocast(run, process)
+        return evaluate(self.model, batches, process, task, amp=amp, watch=watch, **kwargs)
 
     def test(self) -> dict[str, float]:
         """Return all metrics of the test split."""

@@ -18,26 +18,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mdeq import SolveStats, WarmStart
+from mdeq import WarmStart
 from tools.build import build_evaluation, start_process
 from tools.checkpoint import CONFIG_FILE, run_of
 from tools.config import BadInput, TrainConfig, load_config, optional, split_overrides
+from tools.inference import SlidingWindow
 from tools.recheck import read_release, release_config
 from tools.report import Parser, program
-
-
-class ColdStart:
-    """A segmenter as the predictor of a sliding window; keeps the statistics of its solves."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.stats: list[SolveStats] = []
-
-    @torch.no_grad()
-    def __call__(self, windows: Tensor, places: object) -> Tensor:
-        logits, equilibrium = self.model(windows, return_equilibrium=True)
-        self.stats.append(equilibrium.stats)
-        return logits
 
 
 def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
@@ -70,24 +57,24 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
 @torch.no_grad()
 def compare(model: nn.Module, x: Tensor, window: int, overlap: float) -> dict[str, float]:
     """Return shares, counts and whether two repetitions agree for one input `(1, C, *S)`."""
-    sliding = optional("monai.inferers", "volumes").sliding_window_inference
+    size, sliding = [window] * (x.ndim - 2), optional("monai.inferers", "volumes").sliding_window_inference
+    whole, warm = model(x).argmax(1), WarmStart(model)
 
-    def predict(predictor: ColdStart | WarmStart) -> Tensor:
-        roi = [window] * (x.ndim - 2)
-        return sliding(x, roi, 1, predictor, overlap, mode="gaussian", with_coord=True)
+    def from_neighbours() -> Tensor:
+        return sliding(x, size, 1, warm, overlap, mode="gaussian", with_coord=True)
 
-    whole, cold, warm = model(x).argmax(1), ColdStart(model), WarmStart(model)
-    labels, logits = predict(cold).argmax(1), predict(warm)
-    stats = {"cold": cold.stats, "warm": list(warm.stats)}
+    cold, solves = SlidingWindow(size, overlap)(model, x)
+    logits = from_neighbours()
+    stats = {"cold": solves, "warm": list(warm.stats)}
     row = {
-        "differs": float((labels != whole).float().mean()),
+        "differs": float((cold.argmax(1) != whole).float().mean()),
         "differs_warm": float((logits.argmax(1) != whole).float().mean()),
-        "windows": len(cold.stats),
-        "same_bits": float(torch.equal(predict(warm), logits)),
+        "windows": len(solves),
+        "same_bits": float(torch.equal(from_neighbours(), logits)),
     }
-    for name, solves in stats.items():
-        row[f"{name}_evaluations"] = sum(s.nfe for s in solves)
-        row[f"{name}_converged"] = sum(int(s.converged.sum()) for s in solves)
+    for name, taken in stats.items():
+        row[f"{name}_evaluations"] = sum(s.nfe for s in taken)
+        row[f"{name}_converged"] = sum(int(s.converged.sum()) for s in taken)
     return row
 
 
