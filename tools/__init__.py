@@ -20,6 +20,7 @@ Training and evaluation:
     engine, optim                           the loops; optimiser, schedule and mixing of images
     run_folder, checkpoint                  a run's folder, claimed once; its files, written whole
 Records:
+    scores                                  what is scored, and what it is called
     results, recheck, card                  what a run reached; the same from its weights again; the model card
     steps, tables                           accuracy against steps; CSV files
 Predictions and pictures:

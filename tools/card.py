@@ -10,20 +10,8 @@ from mdeq import SolveStatus
 from tools.batches import evaluated_split
 from tools.known_data import Dataset, dataset
 from tools.recheck import evaluated_config
+from tools.scores import CLASS_SCORES, SCORES
 from tools.steps import ALL
-
-# Name in the records -> type of metric on the Hub, words, unit.
-METRICS = {
-    "top1": ("accuracy", "Top-1 accuracy", " %"),
-    "top5": ("accuracy", "Top-5 accuracy", " %"),
-    "mean_dice": ("dice", "Mean Dice", ""),
-    "miou": ("mean_iou", "Mean IoU", " %"),
-    "auc": ("roc_auc", "AUC", ""),
-    "balanced_accuracy": ("balanced_accuracy", "Balanced accuracy", " %"),
-    "pixel_accuracy": ("accuracy", "Pixel accuracy", " %"),
-    "hd95": ("hausdorff_distance", "Mean HD95", " mm"),
-}
-CLASS_METRICS = {"dice_": ("Dice", ""), "iou_": ("IoU", " %"), "hd95_": ("HD95", " mm")}
 
 PAPERS = """\
 @inproceedings{bai2020mdeq,
@@ -83,14 +71,14 @@ def licence(weights: str | None, data: Dataset) -> str:
 def front_matter(name: str, config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     """Return the metadata that the Hub reads, as YAML."""
     data, evaluation = dataset(record["data"]), record["evaluation"]
-    kind, words, _unit = _metric(evaluation["metric"])
+    score = SCORES[evaluation["metric"]]
     result = EvalResult(
         task_type=data.task,
         dataset_type=record["data"],
         dataset_name=data.title,
-        metric_type=kind,
-        metric_name=words,
-        metric_value=round(evaluation["metrics"][evaluation["metric"]], 4),
+        metric_type=score.hub,
+        metric_name=score.title,
+        metric_value=round(evaluation["metrics"][score.key], 4),
     )
     return ModelCardData(
         model_name=name,
@@ -102,10 +90,6 @@ def front_matter(name: str, config: Mapping[str, Any], record: Mapping[str, Any]
     ).to_yaml()
 
 
-def _metric(name: str) -> tuple[str, str, str]:
-    return METRICS.get(name, (name, name, ""))
-
-
 def _number(value: float | None, digits: str = ".2e") -> str:
     return "not finite" if value is None else format(value, digits)
 
@@ -114,7 +98,7 @@ def results(name: str, record: Mapping[str, Any]) -> list[str]:
     """Return the section of what was measured: metric with seeds, cost, residual, status."""
     evaluation = record["evaluation"]
     metrics, twice, key = evaluation["metrics"], evaluation["metrics_at_twice_the_steps"], evaluation["metric"]
-    _kind, words, unit = _metric(key)
+    words, unit = SCORES[key].title, SCORES[key].unit
     solver = evaluation["solver"]
     rows = [
         (f"{words}, at {solver['max_steps']} steps at most", f"{_number(metrics[key], '.4g')}{unit}"),
@@ -127,11 +111,11 @@ def results(name: str, record: Mapping[str, Any]) -> list[str]:
         *((f"residual, {q} quantile", _number(metrics[f"residual_q{q}"])) for q in ("0.5", "0.9", "0.99")),
         *((f"share of samples: {s.name.lower()}", f"{100 * metrics[s.name.lower()]:.1f} %") for s in SolveStatus),
     ]
-    others = [other for other in METRICS if other in metrics and other != key]
-    rows[2:2] = [(_metric(other)[1], f"{_number(metrics[other], '.4g')}{_metric(other)[2]}") for other in others]
-    for prefix, (title, of) in CLASS_METRICS.items():
-        classes = [k for k in metrics if k.startswith(prefix) and k != "hd95_undefined"]
-        rows += [(f"{title} of {k.removeprefix(prefix)}", f"{_number(metrics[k], '.4g')}{of}") for k in classes]
+    others = [score for score in SCORES.values() if score.key in metrics and score.key != key]
+    rows[2:2] = [(score.title, f"{_number(metrics[score.key], '.4g')}{score.unit}") for score in others]
+    for score in CLASS_SCORES:
+        classes = score.by_class(metrics).items()
+        rows += [(f"{score.name} of {label}", f"{_number(value, '.4g')}{score.unit}") for label, value in classes]
     settings = f"; of the data `{' '.join(evaluation['settings'])}`" if "settings" in evaluation else ""
     by_seed = ", ".join(f"{_number(s['value'], '.4g')}{unit} (seed {s['seed']})" for s in record["seeds"])
     return [
@@ -170,7 +154,7 @@ def releases_table(records: Mapping[str, Mapping[str, Any]]) -> str:
 def _release_row(name: str, record: Mapping[str, Any]) -> list[str]:
     run, evaluation = record["training"], record["evaluation"]
     metrics, twice, key = evaluation["metrics"], evaluation["metrics_at_twice_the_steps"], evaluation["metric"]
-    _kind, words, unit = _metric(key)
+    words, unit = SCORES[key].title, SCORES[key].unit
     digits = ".3f" if unit == "" else ".1f"
     values = [record_seed["value"] for record_seed in record["seeds"]]
     told = f"mean {sum(values) / len(values):{digits}}, {min(values):{digits}} to {max(values):{digits}}"
@@ -211,7 +195,7 @@ def explicit_network(record: Mapping[str, Any]) -> list[str]:
     if net is None:
         return []
     evaluation, key = record["evaluation"], record["evaluation"]["metric"]
-    _kind, words, unit = _metric(key)
+    words, unit = SCORES[key].title, SCORES[key].unit
     stages = [*record.get("stages", []), record["training"]]
     rows = [
         (name, f"{parameters:,}", str(epochs), f"{_number(metrics[key], '.4g')}{unit}")
@@ -234,7 +218,7 @@ def steps_table(
     """Return the section of accuracy against steps: its rows, the split they are of, the command that made them."""
     if not rows:
         return ["The metric against the number of solver steps was not measured."]
-    _kind, words, unit = _metric(metric)
+    words, unit = SCORES[metric].title, SCORES[metric].unit
     of = f" ({unit.strip()})" if unit else ""
     heads = {
         "steps": "steps",
@@ -322,7 +306,7 @@ def limits(record: Mapping[str, Any], data: Dataset) -> list[str]:
     if None not in (metrics[name], twice[name]):
         change = twice[name] - metrics[name]
         found.append(
-            f"At twice the steps the metric changes by {change:+.3g}{_metric(name)[2].replace('%', 'points')}."
+            f"At twice the steps the metric changes by {change:+.3g}{SCORES[name].unit.replace('%', 'points')}."
         )
     if len(record["seeds"]) == 1:
         found.append("Only one seed was trained; the spread over seeds is not known.")

@@ -11,7 +11,7 @@ from mdeq import MDEQ, MDEQSegmenter, build_solver
 from tools.checkpoint import read_json
 from tools.config import BadInput, ModelConfig, TrainConfig, load_config, parse_config
 from tools.results import solver_settings, write_json
-from tools.tasks import Headline
+from tools.scores import Score
 
 DATA_PLACES = ("root", "workers", "download", "cache_on_device", "batch_size")
 PLACES = (*(f"data.{key}=" for key in DATA_PLACES), "run.")
@@ -216,7 +216,7 @@ def differing(release: mdeq.Release, found: Mapping[str, float]) -> list[str]:
     return lines
 
 
-def compared(name: str, headline: Headline, found: float, recorded: float) -> tuple[str, bool]:
+def compared(name: str, headline: Score, found: float, recorded: float) -> tuple[str, bool]:
     """Return the figure of a record and the one that was found, in words, and whether they are the same.
 
     They are where they differ by no more than half of the last digit that is published: 0.1 % or, of a Dice, 0.001.

@@ -4,7 +4,6 @@ import argparse
 import csv
 import ctypes
 import io
-import math
 import os
 import sys
 import time
@@ -14,27 +13,16 @@ from typing import Any, NoReturn
 
 from mdeq import SolveStatus, WeightsError
 from tools.config import BadInput, RunConfig, optional
+from tools.scores import CLASS_SCORES, SCORES, UNDEFINED, Score
 from tools.tables import write_csv
-from tools.tasks import AUC, DICE, MIOU, TOP1, Headline
 
 METRICS = [
     "epoch", "step", "lr", "minutes", "train_loss", "train_top1", "train_top5", "test_loss", "test_top1", "test_top5",
 ]  # fmt: skip
-SCORES = (
-    TOP1,
-    DICE,
-    MIOU,
-    AUC,
-    Headline("balanced_accuracy", "balanced accuracy", "balanced"),
-    Headline("pixel_accuracy", "pixel accuracy", "pixels"),
-    Headline("hd95", "mean HD95 (mm)", "HD95", per_cent=False),
-)
-"""What is printed of a whole split, where it was counted."""
-CLASS_SCORES = (("dice_", "Dice", "{:.3f}"), ("iou_", "IoU", "{:.1f} %"), ("hd95_", "HD95", "{:.2f} mm"))
 
 
 def headline_lines(
-    headline: Headline, result: dict[str, float], twice: dict[str, float], steps: int, digits: int = 1
+    headline: Score, result: dict[str, float], twice: dict[str, float], steps: int, digits: int = 1
 ) -> list[str]:
     """Return the score of a run, the other scores, and the score at twice the solver steps, one line each."""
     key = headline.key
@@ -45,18 +33,15 @@ def headline_lines(
     ]
 
 
-def score_lines(headline: Headline, result: dict[str, float]) -> list[str]:
+def score_lines(headline: Score, result: dict[str, float]) -> list[str]:
     """Return the scores beside the headline's: those of the whole split in one line, those of the classes in others."""
-    others = [f"{s.name} {s.text(result[s.key], 1)}" for s in SCORES if s.key in result and s != headline]
+    others = [f"{s.name} {s.text(result[s.key], 1)}" for s in SCORES.values() if s.key in result and s != headline]
     lines = [", ".join(others)] if others else []
-    counted = {key: value for key, value in result.items() if key != "hd95_undefined"}
-    for prefix, name, form in CLASS_SCORES:
-        classes = [(key.removeprefix(prefix), value) for key, value in counted.items() if key.startswith(prefix)]
-        if classes:
-            shown = [(label, "undefined" if math.isnan(value) else form.format(value)) for label, value in classes]
-            lines.append(f"{name}: " + ", ".join(f"{label} {value}" for label, value in shown))
-    if result.get("hd95_undefined"):
-        lines.append(f"HD95 is not defined for {result['hd95_undefined']:.0f} pairs of volume and class")
+    for score in CLASS_SCORES:
+        shown = [f"{label} {score.text(value, 1)}" for label, value in score.by_class(result).items()]
+        lines += [f"{score.name}: {', '.join(shown)}"] if shown else []
+    if result.get(UNDEFINED):
+        lines.append(f"HD95 is not defined for {result[UNDEFINED]:.0f} pairs of volume and class")
     return lines
 
 

@@ -11,8 +11,8 @@ from matplotlib.ticker import NullLocator
 
 from mdeq import Picard
 from tools.checkpoint import STEPS_FILE, STEPS_PICTURE, make_folder, write_atomically
+from tools.scores import Score
 from tools.tables import write_csv
-from tools.tasks import Headline
 
 SOLVER_COLUMNS = ["residual_mean", "residual_q0.5", "residual_q0.9", "evaluations"]
 ALL = "all"
@@ -22,14 +22,12 @@ Row = dict[str, Any]
 """A row of steps.csv; all but `samples` are numbers."""
 
 
-def columns(headline: Headline) -> list[str]:
+def columns(headline: Score) -> list[str]:
     """Return the columns of steps.csv."""
     return ["steps", headline.key, *SOLVER_COLUMNS, f"twin_{headline.key}", "twin_residual_mean", "samples"]
 
 
-def steps_table(
-    model: Any, steps: Sequence[int], run: Any, headline: Headline, samples: int | None = None
-) -> list[Row]:
+def steps_table(model: Any, steps: Sequence[int], run: Any, headline: Score, samples: int | None = None) -> list[Row]:
     """Return score and residual after each number of solver steps, taken to the last, and those of f applied as often.
 
     Args:
@@ -52,7 +50,7 @@ def steps_table(
     return rows
 
 
-def step_lines(rows: Sequence[Row], headline: Headline) -> Iterator[str]:
+def step_lines(rows: Sequence[Row], headline: Score) -> Iterator[str]:
     """Yield the table that people read."""
     yield (
         f"{'steps':>6} {headline.short:>8} {'residual':>10} {'evaluations':>12} {f'twin {headline.short}':>11} "
@@ -66,7 +64,7 @@ def step_lines(rows: Sequence[Row], headline: Headline) -> Iterator[str]:
         )
 
 
-def steps_figure(rows: Sequence[Row], title: str, headline: Headline) -> Figure:
+def steps_figure(rows: Sequence[Row], title: str, headline: Score) -> Figure:
     """Return the curves of score and mean residual."""
     steps = [row["steps"] for row in rows]
     figure = Figure(figsize=(9, 3.5), layout="constrained")
@@ -104,7 +102,7 @@ def _value(column: str, text: str) -> float | int | str:
     return int(text) if column in ("steps", "samples") else float(text)
 
 
-def save_table(rows: Sequence[Row], folder: Path, title: str, headline: Headline) -> None:
+def save_table(rows: Sequence[Row], folder: Path, title: str, headline: Score) -> None:
     """Write steps.csv and steps.png."""
     make_folder(folder)
     write_csv(folder / STEPS_FILE, rows, columns(headline))

@@ -1,6 +1,5 @@
 """What a run is for: its loss, what is counted and which count stands in the first line, how a test is predicted."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,32 +13,7 @@ from tools.config import BadInput, DataConfig, TrainConfig
 from tools.inference import Inference, SlidingWindow, whole
 from tools.losses import PixelLoss, VolumeLoss
 from tools.metrics import DiceTally, MeanLoss, PixelTally, RankTally, Tally
-
-
-@dataclass(frozen=True)
-class Headline:
-    """A metric: its key in the results, its name, a shorter one for tables, and whether it is in per cent."""
-
-    key: str
-    name: str
-    short: str
-    per_cent: bool = True
-
-    def number(self, value: float, digits: int = 2) -> str:
-        """Return a value with so many digits of a per cent."""
-        return f"{value:.{digits if self.per_cent else digits + 2}f}"
-
-    def text(self, value: float, digits: int) -> str:
-        """Return a value as people read it."""
-        if math.isnan(value):
-            return "undefined"  # no class occurs that it could be of
-        return self.number(value, digits) + (" %" if self.per_cent else "")
-
-
-TOP1 = Headline("top1", "accuracy", "top-1")
-AUC = Headline("auc", "AUC", "AUC", per_cent=False)
-MIOU = Headline("miou", "mIoU", "mIoU")
-DICE = Headline("mean_dice", "mean Dice", "Dice", per_cent=False)
+from tools.scores import AUC, DICE, MIOU, TOP1, Score
 
 
 @dataclass(frozen=True)
@@ -54,7 +28,7 @@ class Task:
         inference: how a test batch is predicted.
     """
 
-    headline: Headline = TOP1
+    headline: Score = TOP1
     criterion: nn.Module = nn.CrossEntropyLoss()
     loss: nn.Module = nn.CrossEntropyLoss()
     tally: Callable[[bool], MeanLoss] = lambda training: Tally()

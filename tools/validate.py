@@ -64,8 +64,9 @@ from tools.recheck import (
 from tools.report import Parser, headline_lines, program, result_lines
 from tools.results import circumstances, evaluation, write_results
 from tools.samples import read_part
+from tools.scores import Score
 from tools.steps import recorded, save_table, step_lines, steps_table
-from tools.tasks import Headline, Task, build_task
+from tools.tasks import Task, build_task
 from tools.volumes import Preprocessing
 
 HERE = Path()
@@ -212,7 +213,7 @@ class Measurements:
         if arguments.scales or arguments.flip:
             scales = arguments.scales or [1.0]
             self.with_distances = self.task = averaged(self.with_distances, config, scales, arguments.flip)
-        self.headline: Headline = self.task.headline
+        self.headline: Score = self.task.headline
         self.watch = partial(tqdm, leave=False, disable=not (config.run.progress and process.is_main))
         self.place = (process.device, process.world_size)
 
@@ -292,8 +293,7 @@ def evaluate_split(arguments: argparse.Namespace, measured: Measurements) -> Non
         title = f"{model.pretrained_cfg['architecture']} of {place.name} on {config.data.name}"
     print("\n".join([f"{title}, {model.deq.solver}", *split_lines(config.data)]))
     lines = headline_lines(headline, result, twice, model.deq.solver.max_steps, digits=2)
-    top5 = f", top-5 {result['top5']:.2f} %" if "top5" in result else ""
-    print("\n".join([f"{lines[0]}{top5}, loss {result['loss']:.4f}", *lines[1:], *result_lines(result)]))
+    print("\n".join([f"{lines[0]}, loss {result['loss']:.4f}", *lines[1:], *result_lines(result)]))
     release, here = arguments.release, circumstances(*measured.place)
     words = [*(release.card["evaluation"].get("settings", []) if release else []), *split_overrides(sys.argv[1:])[0]]
     settings = evaluation_settings(words)
