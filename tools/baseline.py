@@ -27,7 +27,7 @@ from mdeq import Equilibrium
 from tools import build, volume_data
 from tools.batches import evaluated_split, seed_everything
 from tools.checkpoint import check_folder, make_folder
-from tools.config import BadInput, DEQConfig, TrainConfig, load_config, split_overrides
+from tools.config import BadInput, DEQConfig, TrainConfig, first_line, load_config, split_overrides
 from tools.engine import Trainer, evaluate, train_epoch
 from tools.optim import build_optimizer, build_scheduler
 from tools.recheck import DATA_PLACES, evaluated_config, put_into_card, read_release
@@ -100,7 +100,7 @@ def build_net(
         net = timm.create_model(name, num_classes=num_classes, in_chans=size[0], **options)
         net.eval()(torch.zeros(1, *size))
     except (RuntimeError, TypeError, ValueError, AssertionError, AttributeError) as error:
-        raise BadInput(f"--net {name}: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
+        raise BadInput(f"--net {name}: {first_line(error)}") from None
     if small_images:
         first = next((m for m in net.modules() if isinstance(m, nn.Conv2d)), None)
         if first is None or not isinstance(getattr(net, "maxpool", None), nn.Module):

@@ -18,7 +18,7 @@ import mdeq
 from tools import volume_data
 from tools.batches import Batches, ImageSpec, Process
 from tools.checkpoint import load_weights, read_json
-from tools.config import ARRAYS, BadInput, DataConfig, ModelConfig, RunConfig, TrainConfig, nearest
+from tools.config import ARRAYS, BadInput, DataConfig, ModelConfig, RunConfig, TrainConfig, first_line, nearest
 from tools.data import build_batches
 from tools.known_data import combined_licence, dataset
 from tools.tasks import check_task
@@ -118,7 +118,7 @@ def known_weights(name: str) -> str:
 
 def _reason(error: Exception) -> str:
     """Return the first line of an error, with the nearest argument where an unknown one was given."""
-    text = (str(error).splitlines() or [type(error).__name__])[0]
+    text = first_line(error)
     unknown = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
     if unknown is None or not hasattr(mdeq, unknown[1]):
         return text

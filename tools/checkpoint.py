@@ -19,7 +19,7 @@ from timm.models._hub import save_config_for_hf  # the half of save_for_hf that 
 from torch import Tensor, nn
 
 import mdeq
-from tools.config import BadInput
+from tools.config import BadInput, first_line
 
 STATE_FILE = "checkpoint.pt"
 WEIGHTS_FILE = "model.safetensors"
@@ -68,7 +68,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch and safetensors have their own words for it
         reasons = (getattr(e, "strerror", None) for e in (error, error.__context__))
-        reason = next(filter(None, reasons), str(error).partition("\n")[0])
+        reason = next(filter(None, reasons), first_line(error))
         raise BadInput(f"cannot write {path}: {reason}") from None
 
 
@@ -137,11 +137,7 @@ def load_state(path: Path) -> dict[str, Any]:
 
 def sha256(path: Path) -> str:
     """Return the sha256 of a file in hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -166,7 +162,14 @@ def export(model: nn.Module, folder: Path, record: dict[str, Any] | None = None)
 
     What `record` says of the data, such as label names and preprocessing, is added to config.json.
     """
-    write_atomically(folder / "config.json", lambda path: save_config_for_hf(model, str(path), record))
+
+    def write_config(path: Path) -> None:
+        save_config_for_hf(model, str(path), record)
+        config = read_json(path)
+        config.get("model_args", {}).pop("num_classes", None)  # it has it outside too; transformers would pass it twice
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8", newline="\n")
+
+    write_atomically(folder / "config.json", write_config)
     weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(weights, path, metadata=FORMAT))
     return folder / WEIGHTS_FILE
@@ -243,7 +246,7 @@ def load_weights(model: nn.Module, path: str | Path, *, classifier: str, new_cla
     except ValueError as error:
         raise BadInput(f"{path}: {error}") from None
     except (AttributeError, LookupError, RuntimeError, TypeError) as error:  # shapes that no checkpoint has
-        raise BadInput(f"{path} is not an MDEQ checkpoint: {str(error).partition(chr(10))[0]}") from None
+        raise BadInput(f"{path} is not an MDEQ checkpoint: {first_line(error)}") from None
     own = model.state_dict()
     if new_classifier and _of_another_kind(weights, own):
         try:

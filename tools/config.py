@@ -6,6 +6,7 @@ import importlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,11 @@ ARRAYS = ("digits", "cifar10")
 
 class BadInput(Exception):
     """Something that the user has to change, said in one line. Programs print it and exit with code 2."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error says, in one line; its type where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def optional(module: str, extra: str, package: str | None = None) -> Any:
@@ -233,7 +239,7 @@ def _checked(config: Any) -> TrainConfig:
     try:
         result = OmegaConf.to_object(config)
     except (OmegaConfBaseException, ValueError, TypeError) as error:
-        raise BadInput(f"config: {str(error).splitlines()[0]}") from None
+        raise BadInput(f"config: {first_line(error)}") from None
     _check(result)
     for key in _PATHS:
         section, _, name = key.partition(".")
@@ -262,7 +268,7 @@ def _merge(config: Any, read: Any, origin: str) -> Any:
         raise BadInput(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
     except (OmegaConfBaseException, ValueError, TypeError, OSError) as error:
         key = getattr(error, "full_key", None)
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise BadInput(f"{origin}: {f'{key}: ' if key else ''}{reason}") from None
 
 
@@ -292,10 +298,7 @@ def _check_keys(update: dict[Any, Any], origin: str, schema: type = TrainConfig,
 
 def _check(config: TrainConfig) -> None:
     def value(key: str) -> Any:
-        node: Any = config
-        for part in key.split("."):
-            node = getattr(node, part)
-        return node
+        return attrgetter(key)(config)
 
     for key, choices in _CHOICES.items():
         if value(key) not in choices:

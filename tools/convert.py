@@ -17,14 +17,12 @@ rounded to bfloat16, half the size. The config.yaml of a run is copied, so that 
 """
 
 import argparse
-import json
 import os
 import re
 import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -47,7 +45,6 @@ from tools.checkpoint import (
     run_of,
     sha256,
     write_atomically,
-    write_text,
 )
 from tools.config import BadInput
 from tools.pretrained import config_beside, load_checkpoint
@@ -95,15 +92,6 @@ def inflated(model: nn.Module) -> nn.Module:
     volumes.load_state_dict(mdeq.inflate(model.state_dict(), volumes))
     volumes.pretrained_cfg.update(model.pretrained_cfg)
     return volumes
-
-
-def write(model: nn.Module, folder: Path, record: dict[str, Any]) -> None:
-    """Write weights and configuration; without the argument that transformers would pass twice."""
-    export(model, folder, record)
-    path = folder / "config.json"
-    config = read_json(path)
-    config.get("model_args", {}).pop("num_classes", None)  # config.json has it outside of them as well
-    write_text(path, json.dumps(config, indent=2) + "\n")
 
 
 @torch.no_grad()
@@ -156,7 +144,7 @@ def main() -> None:
     temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
         config = config_beside(arguments.checkpoint)
-        write(model, temporary, {key: config[key] for key in DATA_KEYS if key in config})
+        export(model, temporary, {key: config[key] for key in DATA_KEYS if key in config})
         if arguments.bf16:
             narrow_file(temporary / WEIGHTS_FILE)
         same_model = (arguments.bf16 or arguments.rescale) and not arguments.inflate

@@ -28,7 +28,7 @@ from tools.batches import (
     reads_training_split,
     require_augment,
 )
-from tools.config import BadInput, DataConfig
+from tools.config import BadInput, DataConfig, first_line
 
 CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -137,7 +137,7 @@ def read_cifar10(root: Path, train: bool, limit: int | None = None, download: bo
     try:
         dataset = CIFAR10(str(root), train=train, download=download)
     except (RuntimeError, OSError) as error:
-        raise BadInput(f"cannot read CIFAR-10 in {root}: {str(error).splitlines()[0]}") from None
+        raise BadInput(f"cannot read CIFAR-10 in {root}: {first_line(error)}") from None
     images = torch.from_numpy(dataset.data[:limit]).permute(0, 3, 1, 2).contiguous()
     return Arrays(images, torch.tensor(dataset.targets[:limit]))
 

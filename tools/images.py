@@ -8,7 +8,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from tools.config import BadInput
+from tools.config import BadInput, first_line
 
 Source = Path | tuple[str, bytes]
 """A file, or the name and the content of one that lies in an archive."""
@@ -32,7 +32,7 @@ def _open(source: Source) -> Image.Image:
         raise BadInput(f"cannot read image {name_of(source)}: it is not an image") from None
     # What Pillow raises for a damaged file depends on where it is damaged.
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise BadInput(f"cannot read image {name_of(source)}: {reason}") from None
 
 

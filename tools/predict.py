@@ -20,12 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tqdm import tqdm
 
-from tools.build import find_device
 from tools.checkpoint import check_folder, make_folder, write_atomically
 from tools.config import BadInput
 from tools.inputs import add_input_arguments, check_size, input_files
 from tools.predictions import Result, as_csv, as_json, printed
-from tools.predictors import Predictor, Sample, Settings
+from tools.predictors import Predictor, Sample, settings_of
 from tools.pretrained import load_trained
 from tools.report import Parser, program
 
@@ -51,22 +50,6 @@ def parse_arguments() -> argparse.Namespace:
     check_size(arguments.size)
     check_folder(arguments.out)
     return arguments
-
-
-def settings_of(arguments: argparse.Namespace) -> Settings:
-    size = arguments.size
-    return Settings(
-        out=arguments.out,
-        topk=arguments.topk,
-        batch_size=arguments.batch_size,
-        size=None if size is None else (size[0], size[-1]),
-        patch=None if arguments.patch is None else tuple(arguments.patch),
-        whole=arguments.whole,
-        overlap=arguments.overlap,
-        orientation=arguments.orientation,
-        solver_steps=arguments.solver_steps,
-        device=find_device(arguments.device, "--device"),
-    )
 
 
 def output_names(files: Sequence[Path]) -> list[str]:
@@ -130,7 +113,8 @@ def save_tables(results: Sequence[Result], predictor: Predictor, model: str) -> 
 
 def main() -> None:
     arguments = parse_arguments()
-    settings = settings_of(arguments)
+    more = {name: getattr(arguments, name) for name in ("topk", "batch_size", "overlap", "solver_steps")}
+    settings = settings_of(arguments, **more)
     predictor = Predictor(load_trained(arguments.model), settings)
     files = input_files(arguments.input, predictor.suffixes, arguments.out)
     results: list[Result] = []

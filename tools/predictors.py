@@ -1,9 +1,8 @@
 """What is read, predicted and written for one input of tools/predict.py: image or volume, class or label map."""
 
+import argparse
 import dataclasses
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,8 @@ from torchvision.transforms import v2
 import mdeq
 from tools import images, pictures, volumes
 from tools.batches import MIN_SIZE, memory_for
-from tools.build import image_spec
-from tools.checkpoint import write_atomically
+from tools.build import find_device, image_spec
+from tools.checkpoint import make_folder, write_atomically
 from tools.config import BadInput
 from tools.inference import Inference, SlidingWindow, whole
 from tools.pictures import Colour, contact_sheet, framed, indexed, overlaid
@@ -47,6 +46,20 @@ class Settings:
     orientation: str | None = None
     solver_steps: int | None = None
     device: torch.device = torch.device("cpu")
+
+
+def settings_of(arguments: argparse.Namespace, **more: Any) -> Settings:
+    """Return settings of the arguments that predict.py and visualize.py share, and more."""
+    size, patch = arguments.size, arguments.patch
+    return Settings(
+        out=arguments.out,
+        size=None if size is None else (size[0], size[-1]),
+        patch=None if patch is None else tuple(patch),
+        whole=arguments.whole,
+        orientation=arguments.orientation,
+        device=find_device(arguments.device, "--device"),
+        **more,
+    )
 
 
 @dataclass(frozen=True)
@@ -261,25 +274,11 @@ class Predictor:
 
     def _written(self, result: Result, files: dict[str, tuple[str, Callable[[Path], Any]]]) -> Result:
         """Write files into the output folder, each whole or not at all."""
+        make_folder(self.settings.out)
         for name, write in files.values():
-            _write(self.settings.out / name, write)
+            write_atomically(self.settings.out / name, write)
         return dataclasses.replace(result, outputs={kind: name for kind, (name, _) in files.items()})
 
 
 def _png(image: Image.Image) -> Callable[[Path], None]:
     return lambda path: image.save(path, "PNG")
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Have a file written under its own name, which libraries tell the format by, then put it in place.
-
-    Raises:
-        BadInput: where nothing can be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".predict.") as folder:
-            write(Path(folder) / path.name)
-            write_atomically(path, lambda place: os.replace(Path(folder) / path.name, place))
-    except OSError as error:
-        raise BadInput(f"cannot write {path}: {error.strerror or error}") from None

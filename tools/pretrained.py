@@ -15,7 +15,7 @@ from torch import nn
 import mdeq
 from tools.build import build_model, data_record, known_model, renew_cfg
 from tools.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_json, read_weights, run_of
-from tools.config import BadInput, ModelConfig, load_config, nearest
+from tools.config import BadInput, ModelConfig, first_line, load_config, nearest
 from tools.known_data import DATASETS
 from tools.segmentation_data import CITYSCAPES_CLASSES
 
@@ -54,8 +54,6 @@ def load_trained(name: str) -> Trained:
     else:
         model = build_model(ModelConfig(name=known_model(name), pretrained=True), None, for_training=False)
         config = recorded_config(name)
-    if not isinstance(model, mdeq.MDEQ | mdeq.MDEQSegmenter):
-        raise BadInput(f"{name} is a {type(model).__name__}, which is not a model of this package")
     if model.num_classes < 1:
         raise BadInput(f"{name} has no classes to predict")
     return Trained(model.eval(), config, _label_names(model, config))
@@ -72,8 +70,7 @@ def recorded_config(name: str) -> dict[str, Any]:
     if source == "hf-hub":
         return read_json(mdeq.hub_config(place))
     if source == "local-dir":
-        path = Path(place) / "config.json"
-        return read_json(path) if path.is_file() else {}
+        return config_beside(Path(place))
     tagged = [release for key, release in mdeq.RELEASES.items() if name in (key, key.partition(".")[0])]
     return dict(tagged[0].config) if tagged else {}
 
@@ -109,7 +106,7 @@ def load_checkpoint(path: Path, name: str | None) -> tuple[nn.Module, str]:
             model.pretrained_cfg["label_names"] = None
         return model, layout
     except (ValueError, RuntimeError, TypeError, OSError, SafetensorError) as error:
-        raise BadInput(f"{path}: {str(error).splitlines()[0]}") from None
+        raise BadInput(f"{path}: {first_line(error)}") from None
 
 
 def config_beside(checkpoint: Path) -> dict[str, Any]:
@@ -119,18 +116,14 @@ def config_beside(checkpoint: Path) -> dict[str, Any]:
 
 
 def _from_path(path: Path) -> tuple[nn.Module, dict[str, Any]]:
-    folder = run_of(path)
     if not path.exists():
         raise BadInput(f"no checkpoint {path}")
-    if (folder / "config.json").is_file():
-        config = read_json(folder / "config.json")
-        if config.get("architecture") not in mdeq.list_models():
-            raise BadInput(f"{folder} holds {config.get('architecture')}, which is not a model of this package")
+    folder, config = run_of(path), config_beside(path)
+    if config:
         weights = path / WEIGHTS_FILE if path.is_dir() else path
-        source = ModelConfig(name=f"local-dir:{folder}", checkpoint=str(weights))
-        if not weights.exists():  # timm knows other names of the file
-            source = ModelConfig(name=f"local-dir:{folder}", pretrained=True)
-        return build_model(source, None, for_training=False), config
+        # timm knows other names of the file
+        where: dict[str, Any] = dict(checkpoint=str(weights)) if weights.exists() else dict(pretrained=True)
+        return build_model(ModelConfig(name=f"local-dir:{folder}", **where), None, for_training=False), config
     if not (folder / CONFIG_FILE).is_file():
         return load_checkpoint(path, None)[0], {}
     run = load_config(folder / CONFIG_FILE)

@@ -14,9 +14,7 @@ Weights that are neither are looked for in DIR/ARCHITECTURE.TAG.
 import argparse
 import dataclasses
 import json
-import shutil
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import timm
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 import mdeq
@@ -41,7 +39,7 @@ from tools.checkpoint import (
     write_atomically,
     write_text,
 )
-from tools.config import BadInput, TrainConfig, config_yaml, load_config, parse_config
+from tools.config import BadInput, TrainConfig, config_yaml, first_line, load_config, parse_config
 from tools.known_data import combined_licence, dataset
 from tools.recheck import put_into_card, read_release, solver_of_record
 from tools.report import Parser, program
@@ -299,7 +297,7 @@ def checked_weights(weights: Path, config: Mapping[str, Any]) -> Path:
         model = timm.create_model(config["architecture"], **args)
         model.load_state_dict(read_weights(weights))
     except (RuntimeError, ValueError, TypeError) as error:
-        raise BadInput(f"{weights} does not fit its config.json: {str(error).splitlines()[0]}") from None
+        raise BadInput(f"{weights} does not fit its config.json: {first_line(error)}") from None
     return weights
 
 
@@ -398,18 +396,17 @@ def push(content: Publication, private: bool) -> str:
         BadInput: without a token, permission or connection.
     """
     api = HfApi(library_name="mdeq-vision", library_version=mdeq.__version__)
-    with tempfile.TemporaryDirectory() as temporary:
-        for name, text in content.texts.items():
-            (Path(temporary) / name).write_text(text, encoding="utf-8", newline="\n")
-        shutil.copyfile(content.weights, Path(temporary) / WEIGHTS_FILE)
-        try:
-            with mdeq.hub_errors(content.repo):
-                api.create_repo(content.repo, private=private, exist_ok=True)
-                commit = api.upload_folder(
-                    repo_id=content.repo, folder_path=temporary, commit_message=f"mdeq-vision {mdeq.__version__}"
-                )
-        except (mdeq.WeightsError, ValueError, OSError) as error:
-            raise BadInput(str(error).splitlines()[0]) from None
+    files = {**{name: text.encode() for name, text in content.texts.items()}, WEIGHTS_FILE: content.weights}
+    try:
+        with mdeq.hub_errors(content.repo):
+            api.create_repo(content.repo, private=private, exist_ok=True)
+            commit = api.create_commit(
+                content.repo,
+                [CommitOperationAdd(name, file) for name, file in files.items()],
+                commit_message=f"mdeq-vision {mdeq.__version__}",
+            )
+    except (mdeq.WeightsError, ValueError, OSError) as error:
+        raise BadInput(first_line(error)) from None
     return commit.oid
 
 

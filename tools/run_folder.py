@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from tools.checkpoint import STATE_FILE, WEIGHTS_FILE, check_folder, load_state, make_folder
-from tools.config import BadInput, TrainConfig, load_config, parse_config
+from tools.config import DEFAULT_CONFIG, BadInput, TrainConfig, load_config, parse_config
 
 RUNS = Path("runs")
 LOCK_FILE = ".lock"
@@ -31,41 +31,42 @@ class Plan:
 
     Attributes:
         config: its settings.
+        name: of a new folder in runs/, with a number where it is taken.
         folder: where it lies; None for a new folder in runs/.
         state: what to go on from; None for a new run.
     """
 
     config: TrainConfig
+    name: str
     folder: Path | None
     state: dict[str, Any] | None = None
 
 
-def plan(path: Path | None, default: Path, overrides: Sequence[str]) -> Plan:
+def plan(path: Path | None, overrides: Sequence[str]) -> Plan:
     """Return the plan of a config file and `key=value` words.
 
     A run that goes on keeps the settings in its checkpoint; a config file and words are held against them.
 
     Args:
-        path: the config file; None if none was given.
-        default: the config file of a new run without one.
+        path: the config file; None if none was given, a new run is then that of digits.
         overrides: the words.
 
     Raises:
         BadInput: for a bad setting, nothing to resume from, or settings of another run.
     """
-    config = load_config(path or default, overrides)
+    config, name = load_config(path or DEFAULT_CONFIG, overrides), _run_name(path or DEFAULT_CONFIG)
     folder = None if config.run.out_dir is None else Path(config.run.out_dir)
     if not config.run.resume:
-        return Plan(config, folder)
+        return Plan(config, name, folder)
     if folder is None:
-        folder = _newest(run_name(path or default))
+        folder = _newest(name)
     if not (folder / STATE_FILE).exists():
         raise BadInput(f"run.resume=true, but {folder} holds no {STATE_FILE}; leave it out to start a new run")
     state = load_state(folder / STATE_FILE)
-    return Plan(_resumed(state, folder, path, overrides), folder, state)
+    return Plan(_resumed(state, folder, path, overrides), name, folder, state)
 
 
-def run_name(path: Path) -> str:
+def _run_name(path: Path) -> str:
     """Return the name of the runs of a config file."""
     path = path.resolve()
     return f"{path.parent.name}_{path.stem}"
@@ -124,24 +125,23 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def claimed(plan: Plan, name: str, *, is_main: bool) -> Iterator[Path]:
+def claimed(plan: Plan, *, is_main: bool) -> Iterator[Path]:
     """Hold the folder of a run as long as it goes on, so that no other run writes there; one left empty is removed.
 
     Args:
         plan: what the run starts from.
-        name: of a new folder in runs/, with a number where it is taken.
         is_main: whether this process is the one that writes; others only get to know the folder.
 
     Raises:
         BadInput: for a folder that holds another run, that another process writes to, or that cannot be written to.
     """
     if not is_main:
-        yield plan.folder or RUNS / name
+        yield plan.folder or RUNS / plan.name
         return
     if plan.folder is not None:
         check_folder(plan.folder)
     made = [place for place in (plan.folder or RUNS, *(plan.folder or RUNS).parents) if not place.exists()]
-    folder = plan.folder or _new(name)
+    folder = plan.folder or _new(plan.name)
     if plan.folder is None:
         made.insert(0, folder)
     try:

@@ -39,17 +39,16 @@ from tools.checkpoint import (
     save_state,
     write_text,
 )
-from tools.config import DEFAULT_CONFIG, BadInput, TrainConfig, config_yaml, parse_config, split_overrides
+from tools.config import BadInput, TrainConfig, config_yaml, first_line, parse_config, split_overrides
 from tools.engine import Diverged, Trainer, evaluate, train_epoch
 from tools.optim import build_mixup, build_optimizer, build_scheduler
 from tools.report import Parser, RunLog, headline_lines, program, result_lines
 from tools.results import circumstances, command, commit, evaluation, write_results
-from tools.run_folder import Plan, claimed, plan, run_name
+from tools.run_folder import Plan, claimed, plan
 from tools.tasks import build_task, check_task
 
 
-def parse_arguments() -> tuple[Path, Plan]:
-    """Return the config file whose name a new folder gets, and what to start from."""
+def parse_arguments() -> Plan:
     parser = Parser(description=__doc__)
     parser.add_argument("config", nargs="?", type=Path, help="YAML file; default: digits")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file")
@@ -57,7 +56,7 @@ def parse_arguments() -> tuple[Path, Plan]:
     arguments = parser.parse_args(rest)
     if arguments.overrides:
         raise BadInput(f"expected key=value, got {arguments.overrides[0]!r}")
-    return arguments.config or DEFAULT_CONFIG, plan(arguments.config, DEFAULT_CONFIG, overrides)
+    return plan(arguments.config, overrides)
 
 
 class Run:
@@ -249,7 +248,7 @@ class Run:
                 self.command += f"\n{command(resumed=True)}"
             self.earlier = None if (minutes := state.get("minutes")) is None else float(minutes)
         except (RuntimeError, ValueError, AttributeError, TypeError, LookupError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise BadInput(f"{origin} is damaged, or from another model: {reason}") from None
         for number in (self.epoch, self.batch, trainer.num_steps, trainer.bad_steps, trainer.bad_in_a_row):
             if type(number) is not int or number < 0:
@@ -395,9 +394,9 @@ def _peak_resident_mib() -> float:
 
 
 def main() -> None:
-    path, start = parse_arguments()
+    start = parse_arguments()
     process = build.start_process(start.config.run)
-    with claimed(start, run_name(path), is_main=process.is_main) as folder:
+    with claimed(start, is_main=process.is_main) as folder:
         run = Run(start.config, folder, process, start.state)
         if process.is_main:
             count = sum(p.numel() for p in run.model.parameters() if p.requires_grad)

@@ -22,13 +22,12 @@ from tqdm import tqdm
 
 import mdeq
 from tools.batches import VOID, Process, memory_for
-from tools.build import find_device
 from tools.checkpoint import check_folder, make_folder, write_atomically, write_text
 from tools.config import BadInput, split_overrides
 from tools.gallery import CAPTIONS, NEEDS_DATA, DataStudy, Subject
 from tools.inputs import add_input_arguments, check_size, input_files
 from tools.page import Picture, page
-from tools.predictors import Predictor, Sample, Settings
+from tools.predictors import Predictor, Sample, settings_of
 from tools.pretrained import load_trained
 from tools.report import Parser, program
 from tools.results import circumstances
@@ -78,18 +77,6 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         raise BadInput(f"settings such as {overrides[0]} need --data")
     check_folder(arguments.out)
     return arguments, overrides
-
-
-def settings_of(arguments: argparse.Namespace) -> Settings:
-    size = arguments.size
-    return Settings(
-        out=arguments.out,
-        size=None if size is None else (size[0], size[-1]),
-        patch=None if arguments.patch is None else tuple(arguments.patch),
-        whole=arguments.whole,
-        orientation=arguments.orientation,
-        device=find_device(arguments.device, "--device"),
-    )
 
 
 def watch(things: Iterable[Any], text: str) -> Iterable[Any]:

@@ -26,7 +26,7 @@ from tools.batches import (
     require_augment,
     split_name,
 )
-from tools.config import BadInput, DataConfig, optional
+from tools.config import BadInput, DataConfig, first_line, optional
 from tools.nifti_data import Pick, read_nifti
 from tools.volumes import Preprocessing, checked_finite, checked_labels, normalised, padded
 
@@ -81,7 +81,7 @@ def _npz(root: Path, pattern: str) -> Iterator[Any]:
         try:
             arrays = np.load(file, allow_pickle=False)
         except _DAMAGED as error:
-            raise BadInput(f"cannot read {files[0]}: {str(error).splitlines()[0]}") from None
+            raise BadInput(f"cannot read {files[0]}: {first_line(error)}") from None
         if not isinstance(arrays, np.lib.npyio.NpzFile):
             raise BadInput(f"cannot read {files[0]}: it is not an npz file")
         yield arrays

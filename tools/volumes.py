@@ -10,6 +10,7 @@ save_labels(path, labels, volume)
 """
 
 import dataclasses
+import gzip
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tools.config import BadInput, optional
+from tools.config import BadInput, first_line, optional
 
 NORMALISATIONS = ("zscore", "minmax", "none")
 ORIENTATIONS = ("RAS", "none")
@@ -101,12 +102,15 @@ def _open(path: Path) -> tuple[Any, np.ndarray]:
     nibabel = optional("nibabel", "volumes")
     try:
         file = nibabel.load(path)
-        return file, np.asanyarray(file.dataobj)
+        data = np.asanyarray(file.dataobj)
     except FileNotFoundError:
         raise BadInput(f"no volume {path}") from None
     except Exception as error:  # what a damaged file raises depends on where it is damaged
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise BadInput(f"cannot read volume {path}: {reason}") from None
+    while data.ndim > 3 and data.shape[-1] == 1:
+        data = data[..., 0]
+    return file, data
 
 
 def load_volume(path: str | Path, in_chans: int = 1) -> Volume:
@@ -117,8 +121,6 @@ def load_volume(path: str | Path, in_chans: int = 1) -> Volume:
     """
     path = Path(path)
     file, data = _open(path)
-    while data.ndim > 3 and data.shape[-1] == 1:
-        data = data[..., 0]
     if data.dtype.kind not in "biuf":
         raise BadInput(f"{path} has RGB or complex voxels ({data.dtype}); expected one number each")
     if not np.isfinite(file.affine).all():
@@ -164,8 +166,6 @@ def load_labels(path: str | Path, like: Volume, num_classes: int) -> Tensor:
     """
     path = Path(path)
     file, data = _open(path)
-    while data.ndim > 3 and data.shape[-1] == 1:
-        data = data[..., 0]
     if data.shape != like.shape:
         raise BadInput(f"{path} has the shape {data.shape}, but its image {like.name} has {like.shape}")
     if like.has_affine and not np.allclose(file.affine, like.affine, atol=1e-2 * np.abs(like.affine[:3, :3]).max()):
@@ -301,7 +301,7 @@ def restore(scores: Tensor, volume: Volume, preprocessing: Preprocessing) -> Ten
 
 
 def save_labels(path: Path, labels: Tensor, volume: Volume) -> None:
-    """Write labels as a NIfTI file that lies where their volume does: its sform, its qform and its units.
+    """Write labels as a .nii.gz file that lies where their volume does: its sform, its qform and its units.
 
     They may differ, a file may have one or none of them, and the one that does not count may be damaged.
     """
@@ -311,7 +311,7 @@ def save_labels(path: Path, labels: Tensor, volume: Volume) -> None:
         for name in PLACE:
             image.header[name] = volume.header[name]
         image.header["pixdim"][:4] = volume.header["pixdim"][:4]
-    nibabel.save(image, path)
+    path.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
 
 
 def padding(shape: Sequence[int], size: Sequence[int]) -> list[tuple[int, int]]:
