@@ -27,7 +27,7 @@ from mdeq import Equilibrium
 from tools import build, volume_data
 from tools.batches import evaluated_split, seed_everything
 from tools.checkpoint import check_folder, make_folder
-from tools.config import BadInput, DEQConfig, TrainConfig, first_line, load_config, split_overrides
+from tools.config import BadInput, DEQConfig, TrainConfig, first_line, load_config
 from tools.engine import Trainer, evaluate, train_epoch
 from tools.optim import build_optimizer, build_scheduler
 from tools.recheck import DATA_PLACES, evaluated_config, put_into_card, read_release
@@ -57,16 +57,12 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainConfig, TrainConfig]:
     parser.add_argument("--small-images", action="store_true", help="use a stem that keeps the size, for 32x32 images")
     parser.add_argument("--out", type=Path, default=Path("runs") / "baseline", help="folder for baseline.json")
     parser.add_argument("--record", type=Path, metavar="FILE", help="record in mdeq/weights/ to add the result to")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the config")
-    overrides, rest = split_overrides(sys.argv[1:])
-    arguments = parser.parse_args(rest)
-    if arguments.overrides:
-        raise BadInput(f"expected key=value, got {arguments.overrides[0]}")
+    arguments = parser.parse_with_settings()
     check_folder(arguments.out)
-    config = load_config(arguments.config, overrides)
+    config = load_config(arguments.config, arguments.overrides)
     if config.task != "classification" or config.data.mixup or config.data.cutmix or config.optim.ema_decay:
         raise BadInput("a baseline is for image classification, without mixup, cutmix or optim.ema_decay")
-    if any(word.startswith("run.max_minutes=") for word in overrides):
+    if any(word.startswith("run.max_minutes=") for word in arguments.overrides):
         raise BadInput("a baseline is trained to the end; leave out run.max_minutes")
     if config.data.name in volume_data.NAMES:
         raise BadInput(f"a baseline is for image classification, but {config.data.name} has volumes")

@@ -34,7 +34,7 @@ from tools.comparison import NEED_WEIGHTS, PARTS, Bench
 from tools.config import BadInput, optional
 from tools.contenders import parse_case
 from tools.peak import check_measurable
-from tools.report import Parser, program
+from tools.report import Parser, check_at_least, program
 from tools.results import circumstances, write_json
 from tools.timings import plot, save_table, table
 
@@ -75,11 +75,7 @@ def checked(arguments: argparse.Namespace) -> Bench:
     Raises:
         BadInput: for a setting that is out of range, an unknown model or a missing package.
     """
-    for name in ("steps", "check_every", "repeats"):
-        if getattr(arguments, name) < 1:
-            raise BadInput(f"--{name.replace('_', '-')} must be >= 1, got {getattr(arguments, name)}")
-    if arguments.threads is not None and arguments.threads < 1:
-        raise BadInput(f"--threads must be >= 1, got {arguments.threads}")
+    check_at_least(1, arguments, "steps", "check_every", "repeats", "threads")
     tol = (1e-2 if arguments.bf16 else 1e-3) if arguments.tol is None else arguments.tol  # bfloat16's eps: 8e-3
     if not 0 < tol < 1:
         raise BadInput(f"--tol must be in (0, 1), got {tol}")

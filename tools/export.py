@@ -32,7 +32,7 @@ from tools.build import build_model
 from tools.checkpoint import check_folder, make_folder, write_atomically
 from tools.config import BadInput, ModelConfig
 from tools.pretrained import Trained, load_trained
-from tools.report import Parser, program
+from tools.report import Parser, check_at_least, program
 
 FORMATS = ("onnx", "pt2")
 AXES = ("depth", "height", "width")
@@ -50,9 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1, help="batch size, unless dynamic")
     parser.add_argument("--dynamic", nargs="+", choices=("batch", "size"), default=[], help="what to leave dynamic")
     arguments = parser.parse_args()
-    for name in ("steps", "batch"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            raise BadInput(f"--{name} must be >= 1, got {getattr(arguments, name)}")
+    check_at_least(1, arguments, "steps", "batch")
     suffix = arguments.out.suffix.removeprefix(".")
     if suffix in FORMATS and not arguments.out.is_dir():
         if arguments.format not in (None, [suffix]):

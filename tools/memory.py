@@ -30,10 +30,11 @@ from tqdm import tqdm
 
 from mdeq import Anderson, Broyden, ImplicitGradient, PhantomGradient, ReversibleGradient
 from tools import peak
+from tools.batches import MIN_SIZE
 from tools.build import find_device, known_weights
 from tools.checkpoint import check_folder, write_atomically
 from tools.config import BadInput
-from tools.report import Parser, program
+from tools.report import Parser, check_at_least, program
 from tools.timings import save_table
 
 
@@ -187,13 +188,10 @@ def main() -> None:
     known_weights(arguments.model)
     check_folder(arguments.out)
     device = str(find_device(arguments.device, "--device"))
-    if arguments.batch_size < 1 or not 0 < arguments.limit_gib < math.inf:
-        raise BadInput(
-            f"--batch-size must be >= 1 and --limit-gib above 0, got {arguments.batch_size} and {arguments.limit_gib:g}"
-        )
-    for name, smallest in (("sides", 16), ("steps", 1)):
-        if min(getattr(arguments, name)) < smallest:
-            raise BadInput(f"--{name} must be >= {smallest}, got {min(getattr(arguments, name))}")
+    check_at_least(1, arguments, "batch_size", "steps")
+    check_at_least(MIN_SIZE, arguments, "sides")
+    if not 0 < arguments.limit_gib < math.inf:
+        raise BadInput(f"--limit-gib must be above 0, got {arguments.limit_gib:g}")
     peak.check_measurable(device)
     common = dict(batch=arguments.batch_size, device=device, limit_gib=arguments.limit_gib)
     sides, steps = sorted(set(arguments.sides)), sorted(set(arguments.steps))

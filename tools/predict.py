@@ -26,7 +26,7 @@ from tools.inputs import add_input_arguments, check_size, input_files
 from tools.predictions import Result, as_csv, as_json, printed
 from tools.predictors import Predictor, Sample, settings_of
 from tools.pretrained import load_trained
-from tools.report import Parser, program
+from tools.report import Parser, check_at_least, program
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -41,10 +41,7 @@ def parse_arguments() -> argparse.Namespace:
         "--overlap", type=float, default=0.5, help="share of a window that its neighbour covers (default: 0.5)"
     )
     arguments = parser.parse_args()
-    for name in ("topk", "solver_steps", "batch_size"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise BadInput(f"--{name.replace('_', '-')} must be >= 1, got {value}")
+    check_at_least(1, arguments, "topk", "solver_steps", "batch_size")
     if not 0 <= arguments.overlap < 1:
         raise BadInput(f"--overlap must be >= 0 and < 1, got {arguments.overlap:g}")
     check_size(arguments.size)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mdeq import SolveStatus, WeightsError
-from tools.config import BadInput, RunConfig, optional
+from tools.config import BadInput, RunConfig, optional, split_overrides
 from tools.scores import CLASS_SCORES, SCORES, UNDEFINED, Score
 from tools.tables import write_csv
 
@@ -114,6 +114,25 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise BadInput(f"{message}; see --help")
+
+    def parse_with_settings(self) -> argparse.Namespace:
+        """Return the arguments of the command line; `overrides` are its `key=value` words."""
+        self.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the config")
+        overrides, rest = split_overrides(sys.argv[1:])
+        arguments = self.parse_args(rest)
+        if arguments.overrides:
+            raise BadInput(f"expected key=value, got {arguments.overrides[0]!r}")
+        arguments.overrides = overrides
+        return arguments
+
+
+def check_at_least(least: int, arguments: argparse.Namespace, *names: str) -> None:
+    """Raise BadInput for an argument, or one of several numbers of one, below the least; None is passed over."""
+    for name in names:
+        value = getattr(arguments, name)
+        lowest = min(value) if isinstance(value, list) else value
+        if lowest is not None and lowest < least:
+            raise BadInput(f"--{name.replace('_', '-')} must be >= {least}, got {lowest}")
 
 
 def keep_freed_memory() -> None:

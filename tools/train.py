@@ -39,7 +39,7 @@ from tools.checkpoint import (
     save_state,
     write_text,
 )
-from tools.config import BadInput, TrainConfig, config_yaml, first_line, parse_config, split_overrides
+from tools.config import BadInput, TrainConfig, config_yaml, first_line, parse_config
 from tools.engine import Diverged, Trainer, evaluate, train_epoch
 from tools.optim import build_mixup, build_optimizer, build_scheduler
 from tools.report import Parser, RunLog, headline_lines, program, result_lines
@@ -51,12 +51,8 @@ from tools.tasks import build_task, check_task
 def parse_arguments() -> Plan:
     parser = Parser(description=__doc__)
     parser.add_argument("config", nargs="?", type=Path, help="YAML file; default: digits")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file")
-    overrides, rest = split_overrides(sys.argv[1:])
-    arguments = parser.parse_args(rest)
-    if arguments.overrides:
-        raise BadInput(f"expected key=value, got {arguments.overrides[0]!r}")
-    return plan(arguments.config, overrides)
+    arguments = parser.parse_with_settings()
+    return plan(arguments.config, arguments.overrides)
 
 
 class Run:

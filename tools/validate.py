@@ -42,7 +42,7 @@ from tools.checkpoint import (
     make_folder,
     run_of,
 )
-from tools.config import BadInput, DataConfig, TrainConfig, load_config, split_overrides
+from tools.config import BadInput, DataConfig, TrainConfig, load_config
 from tools.engine import evaluate
 from tools.inference import MultiScale
 from tools.metrics import gather
@@ -61,7 +61,7 @@ from tools.recheck import (
     renew_record,
     unkept,
 )
-from tools.report import Parser, headline_lines, program, result_lines
+from tools.report import Parser, check_at_least, headline_lines, program, result_lines
 from tools.results import circumstances, evaluation, write_results
 from tools.samples import read_part
 from tools.scores import Score
@@ -103,22 +103,17 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
     )
     parser.add_argument("--renew", action="store_true", help="with --record FILE: put this evaluation into it instead")
     parser.add_argument("--twice", action="store_true", help="with --record FILE: compare at twice the steps too")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the config")
-    overrides, rest = split_overrides(sys.argv[1:])
-    arguments = parser.parse_args(rest)
-    check_arguments(arguments, overrides)
+    arguments = parser.parse_with_settings()
+    check_arguments(arguments)
     arguments.release = None if arguments.record in (None, HERE) else read_release(arguments.record)
     if arguments.release is not None:
-        return arguments, release_config(arguments.release, overrides, renew=arguments.renew)
-    return arguments, evaluation_config(arguments, overrides)
+        return arguments, release_config(arguments.release, arguments.overrides, renew=arguments.renew)
+    return arguments, evaluation_config(arguments)
 
 
-def check_arguments(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+def check_arguments(arguments: argparse.Namespace) -> None:
     """Raise BadInput where arguments do not go together."""
-    if arguments.overrides:
-        raise BadInput(f"expected key=value, got {arguments.overrides[0]}")
-    if arguments.steps is not None and min(arguments.steps) < 1:
-        raise BadInput(f"--steps must be >= 1, got {min(arguments.steps)}")
+    check_at_least(1, arguments, "steps")
     if arguments.samples is not None and (arguments.steps is None or arguments.samples < 1):
         raise BadInput("--samples needs --steps and must be >= 1")
     if arguments.out is not None:
@@ -131,18 +126,18 @@ def check_arguments(arguments: argparse.Namespace, overrides: Sequence[str]) -> 
     given = [name for name in NOT_OF_A_RECORD if getattr(arguments, name)]
     if of_release and given:
         raise BadInput(f"--record {arguments.record} already says what to evaluate and how; leave out --{given[0]}")
-    changed = [*(f"--{name}" for name in ("scales", "flip") if name in given), *unkept(overrides)]
+    changed = [*(f"--{name}" for name in ("scales", "flip") if name in given), *unkept(arguments.overrides)]
     if arguments.record == HERE and changed:
         raise BadInput(f"--record keeps settings of the data and the solver only; leave out {changed[0]}")
 
 
-def evaluation_config(arguments: argparse.Namespace, overrides: Sequence[str]) -> TrainConfig:
+def evaluation_config(arguments: argparse.Namespace) -> TrainConfig:
     """Return the settings of an evaluation: those of a config, of the run of a checkpoint, or of a release's record.
 
     Raises:
         BadInput: if none of the three is given, or the checkpoint is not there.
     """
-    path, checkpoint = arguments.config, arguments.checkpoint
+    path, checkpoint, overrides = arguments.config, arguments.checkpoint, arguments.overrides
     if checkpoint is not None:
         if not checkpoint.exists():
             raise BadInput(f"no checkpoint {checkpoint}")
@@ -206,7 +201,7 @@ class Measurements:
         self.arguments, self.config = arguments, config
         self.process = process = build.start_process(config.run)
         # a number of classes that a run saved says nothing of these data
-        self.subset = any(word.startswith("data.num_classes=") for word in sys.argv)
+        self.subset = any(word.startswith("data.num_classes=") for word in arguments.overrides)
         self.model, self.batches = build.build_evaluation(config, process, subset=self.subset)
         self.task = build_task(config, self.model, self.batches, process)
         self.with_distances = build_task(config, self.model, self.batches, process, distances=True)
@@ -295,7 +290,7 @@ def evaluate_split(arguments: argparse.Namespace, measured: Measurements) -> Non
     lines = headline_lines(headline, result, twice, model.deq.solver.max_steps, digits=2)
     print("\n".join([f"{lines[0]}, loss {result['loss']:.4f}", *lines[1:], *result_lines(result)]))
     release, here = arguments.release, circumstances(*measured.place)
-    words = [*(release.card["evaluation"].get("settings", []) if release else []), *split_overrides(sys.argv[1:])[0]]
+    words = [*(release.card["evaluation"].get("settings", []) if release else []), *arguments.overrides]
     settings = evaluation_settings(words)
     note = getattr(measured.batches, "note", "")
     record = partial(

@@ -29,7 +29,7 @@ from tools.inputs import add_input_arguments, check_size, input_files
 from tools.page import Picture, page
 from tools.predictors import Predictor, Sample, settings_of
 from tools.pretrained import load_trained
-from tools.report import Parser, program
+from tools.report import Parser, check_at_least, program
 from tools.results import circumstances
 from tools.samples import data_config, read_part
 from tools.volumes import padded, prepared_spacing, unpadded
@@ -64,12 +64,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     )
     overrides, rest = split_overrides(sys.argv[1:])
     arguments = parser.parse_intermixed_args(rest)  # inputs may follow the options
-    for name in ("data", "most_steps"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise BadInput(f"--{name.replace('_', '-')} must be >= 1, got {value}")
-    if min(arguments.steps) < 1:
-        raise BadInput(f"--steps must be >= 1, got {min(arguments.steps)}")
+    check_at_least(1, arguments, "data", "most_steps", "steps")
     check_size(arguments.size)
     if not arguments.input and arguments.data is None:
         raise BadInput("nothing to look at: give an image or a volume, or --data")

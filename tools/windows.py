@@ -21,7 +21,7 @@ from tqdm import tqdm
 from mdeq import WarmStart
 from tools.build import build_evaluation, start_process
 from tools.checkpoint import CONFIG_FILE, run_of
-from tools.config import BadInput, TrainConfig, load_config, optional, split_overrides
+from tools.config import BadInput, TrainConfig, load_config, optional
 from tools.inference import SlidingWindow
 from tools.recheck import read_release, release_config
 from tools.report import Parser, program
@@ -34,8 +34,8 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
     parser.add_argument("--window", type=int, default=32, help="side of a window, at least 16")
     parser.add_argument("--overlap", type=float, default=0.5, help="share of a side, in [0, 1)")
     parser.add_argument("--count", type=int, default=20, help="how many inputs of the split")
-    overrides, rest = split_overrides(sys.argv[1:])
-    arguments = parser.parse_args(rest)
+    arguments = parser.parse_with_settings()
+    overrides = arguments.overrides
     if arguments.window < 16 or not 0 <= arguments.overlap < 1 or arguments.count < 1:
         raise BadInput("--window must be >= 16, --overlap in [0, 1), --count >= 1")
     if (arguments.checkpoint is None) == (arguments.record is None):
