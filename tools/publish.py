@@ -31,7 +31,6 @@ import mdeq
 from tools.card import model_card, releases_table
 from tools.checkpoint import (
     CONFIG_FILE,
-    STEPS_FILE,
     WEIGHTS_FILE,
     read_json,
     read_weights,
@@ -44,7 +43,6 @@ from tools.known_data import combined_licence, dataset
 from tools.recheck import put_into_card, read_release, solver_of_record
 from tools.report import Parser, program
 from tools.results import ROOT, read_results, write_json
-from tools.steps import read_table
 
 RELEASES_FOLDER = ROOT / "mdeq" / "weights"
 TABLE_START, TABLE_END = "<!-- tools/publish.py --readme -->", "<!-- end of the table -->"
@@ -149,15 +147,15 @@ def record_of(
     measured = results.get("steps_by", {}).get("settings")
     if measured is not None and measured != results["evaluation"].get("settings", []):
         raise BadInput(
-            f"{run / STEPS_FILE} was measured with other data settings ({' '.join(measured) or 'none'}) than "
+            f"the steps of {run} were measured with other data settings ({' '.join(measured) or 'none'}) than "
             "results.json; run tools/validate.py --record with --steps, which measures both"
         )
     return {
         "data": config.data.name,
+        "steps": [],
         **results,
         "stages": [] if stage is None else _stages(stage, run),
         "seeds": _with_seeds(run, load_config(run / CONFIG_FILE), results["evaluation"], [_seed(results)], seeds),
-        "steps": read_table(run / STEPS_FILE) if (run / STEPS_FILE).exists() else [],
         "notes": list(notes),
         "config": config_yaml(config),
     }

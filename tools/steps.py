@@ -1,6 +1,5 @@
 """Accuracy against the number of solver steps, beside that of the explicit twin: the same f applied as often."""
 
-import csv
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -88,18 +87,6 @@ def steps_figure(rows: Sequence[Row], title: str, headline: Score) -> Figure:
 def recorded(rows: Sequence[Row], made: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a record says of accuracy against steps; nothing without rows."""
     return {"steps": [dict(row) for row in rows], "steps_by": dict(made)} if rows else {}
-
-
-def read_table(path: Path) -> list[Row]:
-    """Return the rows of a steps.csv."""
-    with open(path, newline="", encoding="utf-8") as file:
-        return [{key: _value(key, text) for key, text in row.items()} for row in csv.DictReader(file)]
-
-
-def _value(column: str, text: str) -> float | int | str:
-    if text == ALL:
-        return text
-    return int(text) if column in ("steps", "samples") else float(text)
 
 
 def save_table(rows: Sequence[Row], folder: Path, title: str, headline: Score) -> None:

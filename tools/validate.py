@@ -309,7 +309,7 @@ def evaluate_split(arguments: argparse.Namespace, measured: Measurements) -> Non
         print("\n".join(step_lines(rows, headline)))
         save_table(rows, folder, title, headline)
         if (folder / RESULTS_FILE).exists():
-            write_results(folder, steps_by=here | {"settings": settings})
+            write_results(folder, **recorded(rows, here | {"settings": settings}))
         print(f"saved: {folder / STEPS_FILE}, {folder / STEPS_PICTURE}")
 
 
