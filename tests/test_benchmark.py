@@ -21,7 +21,7 @@ from tools.comparison import Bench
 from tools.config import BadInput
 from tools.contenders import Clocked, TorchDEQ, Twin, parse_case, residual, resnet_like, solvers
 from tools.report import keep_freed_memory
-from tools.timings import plot, quartiles, reference, table, take_turns, timing_rows
+from tools.timings import plot, reference, spread, table, take_turns, timing_rows
 
 CPU = torch.device("cpu")
 
@@ -158,8 +158,8 @@ def test_namesakes() -> None:
 
 
 def test_quartiles_and_table() -> None:
-    assert quartiles([3.0]) == (3.0, 3.0, 3.0)
-    assert quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 3.0, 4.0)
+    assert spread("x", [3.0]) == {"x": 3.0, "x_low": 3.0, "x_high": 3.0}
+    assert spread("x", [1.0, 2.0, 3.0, 4.0, 5.0]) == {"x": 3.0, "x_low": 2.0, "x_high": 4.0}
     assert list(table([{"name": "a", "x": 1.0}, {"name": "bc", "y": 12345.678}])) == [
         "name  x          y",
         "a     1",

@@ -46,7 +46,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run of test_mdeq with its table over steps."""
     folder = tmp_path_factory.mktemp("hub") / "run"
     train(folder, *WORDS, "model.kwargs.channels=[4,4,8,8]", "model.kwargs.head_channels=[4,4,4,4]").ok()
-    (folder / "steps.csv").write_text("steps,top1,residual_mean,evaluations,twin_top1\n1,40,0.5,2,39\n2,50,0.25,3,45\n")
+    names = ("steps", "top1", "residual_mean", "evaluations", "twin_top1")
+    rows = [(1, 40.0, 0.5, 2.0, 39.0), (2, 50.0, 0.25, 3.0, 45.0)]
+    results = json.loads((folder / "results.json").read_text())
+    results["steps"] = [dict(zip(names, row)) for row in rows]
+    (folder / "results.json").write_text(json.dumps(results))
     return folder
 
 
@@ -337,7 +341,6 @@ def test_card_of_a_stopped_run(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "run")
     record = json.loads((tmp_path / "run" / "results.json").read_text())
     (tmp_path / "run" / "results.json").write_text(json.dumps({"evaluation": record["evaluation"]}))
-    (tmp_path / "run" / "steps.csv").unlink()
     card = tools_publish().publication(tmp_path / "run", "org/test_mdeq.digits").texts["README.md"]
     assert "Seed 0, 1 epochs; time and hardware were not recorded." in card
     assert "The metric against the number of solver steps was not measured." in card

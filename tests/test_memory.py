@@ -59,7 +59,7 @@ def test_table_and_plot(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
         ("--model mdeq_tiny", "did you mean"),
         ("--device foo", "--device"),
         ("--device cuda:99", "device cuda:99 is not available"),
-        ("--limit-gib 0", "--limit-gib above 0"),
+        ("--limit-gib 0", "--limit-gib must be above 0"),
         ("--batch-size 0", "--batch-size must be >= 1"),
         ("--sides 8", "--sides must be >= 16"),
     ],

@@ -26,7 +26,7 @@ from tools.config import BadInput
 from tools.inference import whole
 from tools.predict import output_names
 from tools.predictions import solve_record
-from tools.predictors import _write
+from tools.checkpoint import write_atomically
 from tools.pretrained import _label_names, load_trained
 
 RECORD = {"spacing": None, "orientation": "RAS", "normalise": "zscore", "patch_size": [24, 16, 16]}
@@ -558,7 +558,7 @@ def test_files_are_replaced_whole(tmp_path: Path) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(BadInput, match=r"cannot write .*labels.nii.gz: No space left on device"):
-        _write(path, fail)
+        write_atomically(path, fail)
     assert path.read_text() == "before"
     _write(path, lambda place: place.write_text(place.name))
     assert path.read_text() == "labels.nii.gz"  # libraries tell the format by the name

@@ -101,8 +101,8 @@ def test_a_state_that_makes_no_sense(entry: str, value: Any, stopped: Path, tmp_
 
 def test_two_new_runs_get_two_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    plan = Plan(load_config(TINY), None)
-    with claimed(plan, "x", is_main=True) as first, claimed(plan, "x", is_main=True) as second:
+    plan = Plan(load_config(TINY), "x", None)
+    with claimed(plan, is_main=True) as first, claimed(plan, is_main=True) as second:
         assert [str(first), str(second)] == ["runs/x", "runs/x-2"]
         (second / "log.csv").touch()
     assert [path.name for path in Path("runs").iterdir()] == ["x-2"]  # nothing was written to the first

@@ -98,7 +98,7 @@ def test_segmenter_is_validated(segmented: tuple[Path, str], tmp_path: Path) -> 
     assert [row["steps"] for row in table] == ["1", "2"]
     assert float(table[1]["mean_dice"]) == dice
     assert "twin Dice" in out
-    assert "mean HD95 (mm)" in out
+    assert "mean HD95" in out
     assert printed.splitlines()[-1].startswith("checkpoint")
 
 

@@ -23,7 +23,7 @@ from tools.batches import evaluated_split
 from tools.card import model_card, steps_table
 from tools.engine import evaluate
 from tools.recheck import evaluated_config
-from tools.steps import columns, read_table, save_table
+from tools.steps import columns, save_table
 from tools.tasks import TOP1
 
 # timm's readers leave it to the garbage collector to close an image file.

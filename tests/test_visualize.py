@@ -31,7 +31,7 @@ from tools.pretrained import load_trained
 from tools.samples import Part
 from tools.steps import steps_figure
 from tools.studies import Snapshot
-from tools.tasks import Headline
+from tools.scores import TOP1
 
 SOLVER = {"name": "broyden", "max_steps": 3, "tol": 0.5}
 TINY: dict[str, Any] = dict(channels=(4, 8), num_groups=2, expansion=1, solver=SOLVER)
@@ -292,7 +292,7 @@ def test_residuals_within_a_decade_can_be_read() -> None:
         {"steps": n, "top1": 50.0, "residual_mean": 0.4 / n, "twin_top1": 50.0, "twin_residual_mean": 0.4 / n}
         for n in (1, 2, 3)
     ]
-    figure = steps_figure(rows, "title", Headline("top1", "accuracy", "top-1", per_cent=True))
+    figure = steps_figure(rows, "title", TOP1)
     figure.draw_without_rendering()
     axis = figure.axes[1].yaxis
     low, high = axis.get_view_interval()

@@ -120,9 +120,9 @@ def roofline(bench: Bench, cases: Sequence[str]) -> list[Row]:
 def exponent(values: Sequence[float], costs: Sequence[float]) -> float:
     """Return the slope of log cost against log value, by least squares: 1 where growth is linear.
 
-    It is nan where a cost was too small to be measured.
+    It is nan where a cost was too small to be measured, or there is one value alone.
     """
-    if not all(cost > 0 for cost in costs):
+    if len(set(values)) < 2 or not all(cost > 0 for cost in costs):
         return math.nan
     return statistics.linear_regression(list(map(math.log, values)), list(map(math.log, costs))).slope
 
