@@ -296,7 +296,7 @@ def test_checkpoint_of_another_architecture(trained: Path, tmp_path: Path) -> No
     words = ["model.kwargs.num_features=20", f"model.checkpoint={weights}"]
     assert "does not fit" in train(tmp_path / "run", *words).refusal()
     assert not (tmp_path / "run").exists()
-    line = validate("--model", "mdeq_tiny_cifar", "--checkpoint", weights, "run.threads=1").refusal()
+    line = validate("--model", "mdeq_tiny_cifar", "--checkpoint", weights, "data.name=digits").refusal()
     assert "weights.safetensors" in line
     save_file({"x": torch.zeros(3)}, tmp_path / "x.safetensors")
     words = ["--config", str(trained / "config.yaml"), "--checkpoint", str(tmp_path / "x.safetensors")]

@@ -221,8 +221,9 @@ def test_timm_loads_the_folder(words: list[str], tmp_path: Path) -> None:
     assert model.num_classes == run.model.num_classes
     x = torch.randn(4, run.model.in_chans, 16, 16)
     with torch.no_grad():
-        expected = run.final_model.eval()(x.to(run.dtype))
-        assert (model(x).double() - expected.double()).abs().max() < (1e-6 if run.dtype == torch.float64 else 1e-12)
+        expected = run.final_model.eval()(x.to(next(run.model.parameters()).dtype))
+        close = 1e-6 if expected.dtype == torch.float64 else 1e-12
+        assert (model(x).double() - expected.double()).abs().max() < close
 
 
 def test_progress_bar(tmp_path: Path) -> None:

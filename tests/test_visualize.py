@@ -29,9 +29,9 @@ from tools.pictures import label_colours
 from tools.predictors import Predictor, Settings
 from tools.pretrained import load_trained
 from tools.samples import Part
+from tools.scores import TOP1
 from tools.steps import steps_figure
 from tools.studies import Snapshot
-from tools.scores import TOP1
 
 SOLVER = {"name": "broyden", "max_steps": 3, "tol": 0.5}
 TINY: dict[str, Any] = dict(channels=(4, 8), num_groups=2, expansion=1, solver=SOLVER)

@@ -71,8 +71,13 @@ def recorded_config(name: str) -> dict[str, Any]:
         return read_json(mdeq.hub_config(place))
     if source == "local-dir":
         return config_beside(Path(place))
-    tagged = [release for key, release in mdeq.RELEASES.items() if name in (key, key.partition(".")[0])]
-    return dict(tagged[0].config) if tagged else {}
+    release = release_of(name)
+    return {} if release is None else dict(release.config)
+
+
+def release_of(name: str) -> mdeq.Release | None:
+    """Return the release of `architecture.tag`; of an architecture alone, the one whose weights timm takes."""
+    return next((r for key, r in mdeq.RELEASES.items() if name in (key, key.partition(".")[0])), None)
 
 
 def load_checkpoint(path: Path, name: str | None) -> tuple[nn.Module, str]:

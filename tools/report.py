@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from mdeq import SolveStatus, WeightsError
 from tools.config import BadInput, RunConfig, optional, split_overrides
-from tools.scores import CLASS_SCORES, SCORES, UNDEFINED, Score
+from tools.scores import CLASS_SCORES, SCORES, TOP5, UNDEFINED, Score
 from tools.tables import write_csv
 
 METRICS = [
@@ -35,8 +35,8 @@ def headline_lines(
 
 def score_lines(headline: Score, result: dict[str, float]) -> list[str]:
     """Return the scores beside the headline's: those of the whole split in one line, those of the classes in others."""
-    others = [f"{s.name} {s.text(result[s.key], 1)}" for s in SCORES.values() if s.key in result and s != headline]
-    lines = [", ".join(others)] if others else []
+    others = [s for s in SCORES.values() if s.key in result and s not in (headline, TOP5)]
+    lines = [", ".join(f"{s.name} {s.text(result[s.key], 1)}" for s in others)] if others else []
     for score in CLASS_SCORES:
         shown = [f"{label} {score.text(value, 1)}" for label, value in score.by_class(result).items()]
         lines += [f"{score.name}: {', '.join(shown)}"] if shown else []

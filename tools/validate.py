@@ -28,7 +28,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from tqdm import tqdm
 
-import mdeq
 from tools import build, segmentation_data, volume_data
 from tools.batches import Batches, split_lines
 from tools.checkpoint import (
@@ -46,7 +45,7 @@ from tools.config import BadInput, DataConfig, TrainConfig, load_config
 from tools.engine import evaluate
 from tools.inference import MultiScale
 from tools.metrics import gather
-from tools.pretrained import recorded_config
+from tools.pretrained import recorded_config, release_of
 from tools.recheck import (
     check_place,
     compared,
@@ -64,7 +63,7 @@ from tools.recheck import (
 from tools.report import Parser, check_at_least, headline_lines, program, result_lines
 from tools.results import circumstances, evaluation, write_results
 from tools.samples import read_part
-from tools.scores import Score
+from tools.scores import TOP5, Score
 from tools.steps import recorded, save_table, step_lines, steps_table
 from tools.tasks import Task, build_task
 from tools.volumes import Preprocessing
@@ -145,8 +144,12 @@ def evaluation_config(arguments: argparse.Namespace) -> TrainConfig:
         path = path or (beside if beside.exists() else None)
     if path is None and arguments.model is None:
         raise BadInput(f"nothing to evaluate: give --checkpoint with a {CONFIG_FILE} beside it, --config or --model")
-    release = None if path is not None or checkpoint is not None else mdeq.RELEASES.get(arguments.model)
-    if release is not None and not any(word.startswith("data.name=") for word in overrides):
+    says_data = path is not None or any(word.startswith("data.name=") for word in overrides)
+    release = None if says_data or checkpoint is not None else release_of(arguments.model)
+    if not says_data and release is None:
+        name = build.known_weights(arguments.model)
+        raise BadInput(f"cannot tell which data {name} is for; set data.name=NAME")
+    if release is not None:
         trained = evaluated_config(release.card, release.name)
         base = TrainConfig(task=trained.task, data=trained.data)
         config = check_place(load_config(None, overrides, base=base))
@@ -288,7 +291,8 @@ def evaluate_split(arguments: argparse.Namespace, measured: Measurements) -> Non
         title = f"{model.pretrained_cfg['architecture']} of {place.name} on {config.data.name}"
     print("\n".join([f"{title}, {model.deq.solver}", *split_lines(config.data)]))
     lines = headline_lines(headline, result, twice, model.deq.solver.max_steps, digits=2)
-    print("\n".join([f"{lines[0]}, loss {result['loss']:.4f}", *lines[1:], *result_lines(result)]))
+    top5 = f", {TOP5.short} {TOP5.text(result[TOP5.key], 2)}" if TOP5.key in result else ""
+    print("\n".join([f"{lines[0]}{top5}, loss {result['loss']:.4f}", *lines[1:], *result_lines(result)]))
     release, here = arguments.release, circumstances(*measured.place)
     words = [*(release.card["evaluation"].get("settings", []) if release else []), *arguments.overrides]
     settings = evaluation_settings(words)
