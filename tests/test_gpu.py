@@ -154,10 +154,11 @@ def test_captured_model_keeps_its_weights() -> None:
         captured(x)
 
 
-def test_a_step_waits_once_for_the_device() -> None:
+@pytest.mark.parametrize("solver", [mdeq.Broyden, mdeq.Anderson])
+def test_a_step_waits_once_for_the_device(solver: type[mdeq.FixedPointSolver]) -> None:
     model = official_model(torch.float32).cuda().eval()
     x = torch.randn(2, 3, 32, 32, device="cuda")
-    solver = mdeq.Broyden(max_steps=6, tol=0.0)
+    solver = solver(max_steps=6, tol=0.0)
     with torch.no_grad():
         model(x, solver=solver)  # libraries set themselves up
         for every, waits in ((1, 7), (6, 2)):

@@ -69,7 +69,10 @@ def start_process(run: RunConfig) -> Process:
         torch.set_num_threads(run.threads)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
-        return Process(device=find_device(run.device, "run.device"))
+        device = find_device(run.device, "run.device")
+        if device.type == "cuda":  # what names no device, as pinned memory does, is not to wake the first one
+            torch.cuda.set_device(device)
+        return Process(device=device)
     if "RANK" not in os.environ:
         raise BadInput(f"WORLD_SIZE={world} without RANK: start several processes with torchrun, or unset WORLD_SIZE")
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))

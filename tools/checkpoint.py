@@ -74,7 +74,8 @@ def writing(path: Path) -> Iterator[None]:
 
 def clear_leftovers(folder: Path) -> None:
     """Remove the half-written files that a kill left in a run's folder."""
-    for name in (STATE_FILE, WEIGHTS_FILE, CONFIG_FILE, RESULTS_FILE, "config.json", "log.csv"):
+    names = (STATE_FILE, WEIGHTS_FILE, CONFIG_FILE, RESULTS_FILE, STEPS_FILE, STEPS_PICTURE, "config.json", "log.csv")
+    for name in names:
         for path in folder.glob(f".{name}.*"):
             path.unlink()
 

@@ -155,7 +155,8 @@ class PixelTally(MeanLoss):
         super().__init__()
         metrics = optional("torchmetrics.classification", "seg")
         count, self.class_names, self.ignored = len(class_names), class_names, ignored
-        self.confusion = metrics.MulticlassConfusionMatrix(count, ignore_index=ignored, sync_on_compute=False)
+        options = dict(sync_on_compute=False, validate_args=False)  # labels are checked when they are read
+        self.confusion = metrics.MulticlassConfusionMatrix(count, ignore_index=ignored, **options)
         self.confusion.to(process.device)
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:

@@ -296,7 +296,7 @@ def read_batches(
     Raises:
         BadInput: for data that are missing or do not belong together, or settings that are not for masks.
     """
-    _check(config, process)
+    _check(config, process, training)
     root, split = Path(config.root), split_name(config, training)
     if not root.exists():
         raise BadInput(f"no data in {root}; set data.root")
@@ -314,11 +314,12 @@ def read_batches(
     return batches, len(data.class_names)
 
 
-def _check(config: DataConfig, process: Process) -> None:
+def _check(config: DataConfig, process: Process, training: bool) -> None:
     if not 0 <= config.ignore_index <= 255:
         raise BadInput(f"data.ignore_index must be a mask value from 0 to 255, got {config.ignore_index}")
     require_augment(config, "none", "flip", "scale_flip", jittered=["flip", "scale_flip"])
-    if config.patch_size is None and (config.augment == "scale_flip" or config.batch_size > process.world_size):
+    many = config.augment == "scale_flip" or config.batch_size > process.world_size
+    if training and many and config.patch_size is None:
         raise BadInput(f"data.patch_size must be set for {config.name}: the size (H, W) of the training crops")
     if config.patch_size is not None and (len(config.patch_size) != 2 or min(config.patch_size) < 16):
         raise BadInput(f"data.patch_size must be two numbers of pixels >= 16, got {config.patch_size}")

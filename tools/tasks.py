@@ -63,11 +63,12 @@ def build_task(
     names = names + tuple(str(k) for k in range(len(names), model.num_classes))
     windows = SlidingWindow(tuple(config.data.patch_size or ()), config.data.overlap, config.data.batch_size)
     inference = windows if config.data.inference == "sliding" else whole
-    pixels = PixelLoss(VOID, loss.class_weights, loss.ohem_threshold, loss.ohem_min_kept, smoothing)
     if loss.name == "dice_ce":
         criterion, test = VolumeLoss(VOID, loss.class_weights, smoothing), VolumeLoss(VOID)
     else:
-        criterion, test = pixels, PixelLoss(VOID)
+        criterion = PixelLoss(VOID, loss.class_weights, loss.ohem_threshold, loss.ohem_min_kept, smoothing)
+        test = PixelLoss(VOID)
+    criterion.to(process.device)
     if config.data.name in volume_data.NAMES:
         spacings = batches.spacings if distances else None
         return Task(DICE, criterion, test, lambda training: DiceTally(names, VOID, spacings), inference)

@@ -121,6 +121,7 @@ class Run:
             nn.SyncBatchNorm.convert_sync_batchnorm(model)  # before anything holds on to the batch norms it replaces
         frozen = build.freeze(model, config.model)
         if config.run.compile:
+            torch._dynamo.config.optimize_ddp = False  # it would cut the cell in two where buckets of gradients end
             mdeq.compile_cell(model)
         optimizer = build_optimizer(optim, model)
         scheduler = build_scheduler(optim, optimizer, config.run.epochs, len(self.train_batches))

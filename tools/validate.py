@@ -203,6 +203,7 @@ class Measurements:
     def __init__(self, arguments: argparse.Namespace, config: TrainConfig) -> None:
         self.arguments, self.config = arguments, config
         self.process = process = build.start_process(config.run)
+        torch.backends.cudnn.allow_tf32 = False  # no residual goes below 2e-4 with it: float32 is to mean float32
         # a number of classes that a run saved says nothing of these data
         self.subset = any(word.startswith("data.num_classes=") for word in arguments.overrides)
         self.model, self.batches = build.build_evaluation(config, process, subset=self.subset)
