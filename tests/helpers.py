@@ -38,7 +38,7 @@ from tools.config import TrainConfig, load_config
 from tools.data import CIFAR_CLASSES
 from tools.engine import Trainer
 from tools.metrics import SolveLog, Tally
-from tools.report import program
+from tools.program import program
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = Path(__file__).parent / "data" / "tiny.yaml"

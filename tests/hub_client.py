@@ -21,7 +21,7 @@ import timm
 
 import mdeq
 import tools.publish
-from tools.report import program
+from tools.program import program
 
 ROOM = 20_000  # bytes of the largest file on the full disk
 

@@ -20,7 +20,7 @@ from tools import comparison, scaling
 from tools.comparison import Bench
 from tools.config import BadInput
 from tools.contenders import Clocked, TorchDEQ, Twin, parse_case, residual, resnet_like, solvers
-from tools.report import keep_freed_memory
+from tools.program import keep_freed_memory
 from tools.timings import plot, reference, spread, table, take_turns, timing_rows
 
 CPU = torch.device("cpu")

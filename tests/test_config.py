@@ -10,7 +10,7 @@ from timm.optim import list_optimizers
 
 import mdeq
 from tools.config import DEFAULT_CONFIG, BadInput, TrainConfig, config_yaml, load_config, split_overrides
-from tools.report import program
+from tools.program import program
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 

@@ -6,7 +6,7 @@ Programs, each with `--help`:
     benchmark, memory, windows, baseline    measurements
 Settings:
     config                                  every key of a config and of the command line, with its default
-    inputs, report                          arguments that programs share; what they print, log and refuse
+    program, inputs                         how every program begins and ends; arguments that some share
 Data:
     batches                                 what a data set gives to a loop
     data                                    digits, CIFAR-10; from a config to the batches of a split
@@ -20,7 +20,7 @@ Training and evaluation:
     engine, optim                           the loops; optimiser, schedule and mixing of images
     run_folder, checkpoint                  a run's folder, claimed once; its files, written whole
 Records:
-    scores                                  what is scored, and what it is called
+    scores, report                          what is scored, and what it is called; result lines and logs
     results, recheck, card                  what a run reached; the same from its weights again; the model card
     steps, tables                           accuracy against steps; CSV files
 Predictions and pictures:

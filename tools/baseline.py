@@ -30,8 +30,8 @@ from tools.checkpoint import check_folder, make_folder
 from tools.config import BadInput, DEQConfig, TrainConfig, first_line, load_config
 from tools.engine import Trainer, evaluate, train_epoch
 from tools.optim import build_optimizer, build_scheduler
+from tools.program import Parser, program
 from tools.recheck import DATA_PLACES, evaluated_config, put_into_card, read_release
-from tools.report import Parser, program
 from tools.results import circumstances, write_json
 from tools.tasks import build_task
 

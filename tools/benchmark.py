@@ -34,7 +34,7 @@ from tools.comparison import NEED_WEIGHTS, PARTS, Bench
 from tools.config import BadInput, optional
 from tools.contenders import parse_case
 from tools.peak import check_measurable
-from tools.report import Parser, check_at_least, program
+from tools.program import Parser, check_at_least, program
 from tools.results import circumstances, write_json
 from tools.timings import plot, save_table, table
 

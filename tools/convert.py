@@ -48,7 +48,7 @@ from tools.checkpoint import (
 )
 from tools.config import BadInput
 from tools.pretrained import config_beside, load_checkpoint
-from tools.report import Parser, program
+from tools.program import Parser, program
 from tools.results import read_results, write_results
 
 OFFICIAL = {

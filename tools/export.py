@@ -32,7 +32,7 @@ from tools.build import build_model
 from tools.checkpoint import check_folder, make_folder, write_atomically
 from tools.config import BadInput, ModelConfig
 from tools.pretrained import Trained, load_trained
-from tools.report import Parser, check_at_least, program
+from tools.program import Parser, check_at_least, program
 
 FORMATS = ("onnx", "pt2")
 AXES = ("depth", "height", "width")

@@ -34,7 +34,7 @@ from tools.batches import MIN_SIZE
 from tools.build import find_device, known_weights
 from tools.checkpoint import check_folder, write_atomically
 from tools.config import BadInput
-from tools.report import Parser, check_at_least, program
+from tools.program import Parser, check_at_least, program
 from tools.timings import save_table
 
 

@@ -26,7 +26,7 @@ from tools.inputs import add_input_arguments, check_size, input_files
 from tools.predictions import Result, as_csv, as_json, printed
 from tools.predictors import Predictor, Sample, settings_of
 from tools.pretrained import load_trained
-from tools.report import Parser, check_at_least, program
+from tools.program import Parser, check_at_least, program
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -40,8 +40,8 @@ from tools.checkpoint import (
 )
 from tools.config import BadInput, TrainConfig, config_yaml, first_line, load_config, parse_config
 from tools.known_data import combined_licence, dataset
+from tools.program import Parser, program
 from tools.recheck import put_into_card, read_release, solver_of_record
-from tools.report import Parser, program
 from tools.results import ROOT, read_results, write_json
 
 RELEASES_FOLDER = ROOT / "mdeq" / "weights"

@@ -42,7 +42,8 @@ from tools.checkpoint import (
 from tools.config import BadInput, TrainConfig, config_yaml, first_line, parse_config
 from tools.engine import Diverged, Trainer, evaluate, train_epoch
 from tools.optim import build_mixup, build_optimizer, build_scheduler
-from tools.report import Parser, RunLog, headline_lines, program, result_lines
+from tools.program import Parser, program
+from tools.report import RunLog, headline_lines, result_lines
 from tools.results import circumstances, command, commit, evaluation, write_results
 from tools.run_folder import Plan, claimed, plan
 from tools.tasks import build_task, check_task

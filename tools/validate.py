@@ -46,6 +46,7 @@ from tools.engine import evaluate
 from tools.inference import MultiScale
 from tools.metrics import gather
 from tools.pretrained import recorded_config, release_of
+from tools.program import Parser, check_at_least, program
 from tools.recheck import (
     check_place,
     compared,
@@ -60,7 +61,7 @@ from tools.recheck import (
     renew_record,
     unkept,
 )
-from tools.report import Parser, check_at_least, headline_lines, program, result_lines
+from tools.report import headline_lines, result_lines
 from tools.results import circumstances, evaluation, write_results
 from tools.samples import read_part
 from tools.scores import TOP5, Score

@@ -29,7 +29,7 @@ from tools.inputs import add_input_arguments, check_size, input_files
 from tools.page import Picture, page
 from tools.predictors import Predictor, Sample, settings_of
 from tools.pretrained import load_trained
-from tools.report import Parser, check_at_least, program
+from tools.program import Parser, check_at_least, program
 from tools.results import circumstances
 from tools.samples import data_config, read_part
 from tools.volumes import padded, prepared_spacing, unpadded

@@ -23,8 +23,8 @@ from tools.build import build_evaluation, start_process
 from tools.checkpoint import CONFIG_FILE, run_of
 from tools.config import BadInput, TrainConfig, load_config, optional
 from tools.inference import SlidingWindow
+from tools.program import Parser, program
 from tools.recheck import read_release, release_config
-from tools.report import Parser, program
 
 
 def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:

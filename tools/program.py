@@ -1,0 +1,79 @@
+"""How every program begins and ends: its command line, the memory it keeps, and its last line after bad input."""
+
+import argparse
+import ctypes
+import io
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import NoReturn
+
+from mdeq import WeightsError
+from tools.config import BadInput, split_overrides
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of a program's words whose complaints are bad input: one line, as any other."""
+
+    def __init__(self, *, description: str | None) -> None:
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        raise BadInput(f"{message}; see --help")
+
+    def parse_with_settings(self) -> argparse.Namespace:
+        """Return the arguments of the command line; `overrides` are its `key=value` words."""
+        self.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the config")
+        overrides, rest = split_overrides(sys.argv[1:])
+        arguments = self.parse_args(rest)
+        if arguments.overrides:
+            raise BadInput(f"expected key=value, got {arguments.overrides[0]!r}")
+        arguments.overrides = overrides
+        return arguments
+
+
+def check_at_least(least: int, arguments: argparse.Namespace, *names: str) -> None:
+    """Raise BadInput for an argument, or one of several numbers of one, below the least; None is passed over."""
+    for name in names:
+        value = getattr(arguments, name)
+        lowest = min(value) if isinstance(value, list) else value
+        if lowest is not None and lowest < least:
+            raise BadInput(f"--{name.replace('_', '-')} must be >= {least}, got {lowest}")
+
+
+def keep_freed_memory() -> None:
+    """Have the C library of Linux keep what tensors free for the next ones, unless the environment says otherwise.
+
+    It would give large blocks back to the system, which hands every page of the next one out anew: on CPUs with two and
+    more threads that is up to two fifths of the time of f (docs/benchmark.md).
+    """
+    if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # the C library may be another than glibc
+    if mallopt is not None:
+        trim_threshold, most_mapped = -1, -4
+        mallopt(most_mapped, 0)
+        mallopt(trim_threshold, 2**31 - 1)
+
+
+def program(main: Callable[[], None]) -> None:
+    """Run a program; bad input ends it with one line on stderr and exit code 2."""
+    keep_freed_memory()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show must not end the program
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        main()
+    except (BadInput, WeightsError) as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(3)  # mostly the first process says the same, and torchrun ends this one with it
+        # From a data loader's worker the message comes wrapped in that worker's traceback.
+        message = [line for line in str(error).splitlines() if line.strip()][-1]
+        print(f"error: {message.removeprefix('tools.config.BadInput: ')}", file=sys.stderr, flush=True)
+        os._exit(2) if "RANK" in os.environ else sys.exit(2)  # the other processes must not wait for this one
+    except PermissionError as error:
+        print(f"error: {error.strerror}: {error.filename}", file=sys.stderr, flush=True)
+        os._exit(2) if "RANK" in os.environ else sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
