@@ -382,7 +382,6 @@ def test_image_under_16_pixels(tmp_path: Path) -> None:
         ({"augment": "crop_flip"}, "data.augment"),
         ({"patch_size": [16, 16, 16]}, "data.patch_size"),
         ({"patch_size": [8, 16]}, "data.patch_size"),
-        ({"patch_size": None}, "data.patch_size"),
         ({"scale_range": [2.0, 0.5]}, "data.scale_range"),
         ({"test_split": "test"}, "expected test/images and test/masks"),
         ({"ignore_index": 300}, "data.ignore_index must be a mask value from 0 to 255, got 300"),
@@ -397,6 +396,13 @@ def test_bad_settings(settings: dict[str, Any], said: str, tmp_path: Path) -> No
     with pytest.raises(BadInput) as error:
         batches(data(**values), training=False)
     assert said in str(error.value)
+
+
+def test_crops_are_for_training(tmp_path: Path) -> None:
+    config = data("masks", masks(tmp_path), patch_size=None)
+    assert len(gather(batches(config, training=False))) == 2
+    with pytest.raises(BadInput, match="data.patch_size must be set for masks"):
+        batches(config, training=True)
 
 
 def test_bad_folders_of_pairs(tmp_path: Path) -> None:
