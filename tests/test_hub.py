@@ -305,7 +305,7 @@ def test_licence_of_weights_that_started_from_others(data: str | None, start: st
 @pytest.mark.parametrize(
     ("name", "pretrained", "data", "expected"),
     [
-        ("mdeq_tiny_seg", False, "masks", None),  # although the released weights of that name have one
+        ("mdeq_tiny_seg", False, "masks", None),
         ("mdeq_tiny_seg.camvid", True, "masks", "cc-by-nc-4.0"),
         ("mdeq_tiny_cifar.cifar10", True, "digits", "apache-2.0"),
         ("mdeq3d_tiny", False, "modelnet10", "other"),
@@ -313,6 +313,8 @@ def test_licence_of_weights_that_started_from_others(data: str | None, start: st
 )
 def test_licence_of_a_run(name: str, pretrained: bool, data: str, expected: str | None) -> None:
     model = timm.create_model(name, pretrained=pretrained)
+    if not pretrained:
+        model.pretrained_cfg["license"] = "cc-by-nc-4.0"  # of weights that it does not start from
     renew_cfg(model, ModelConfig(name=name, pretrained=pretrained), DataConfig(name=data, image_size=32))
     assert model.pretrained_cfg["license"] == expected
 

@@ -68,7 +68,7 @@ def test_mixup_of_an_odd_number_of_images(word: str, said: str, tmp_path: Path) 
         (["data.augment=flip", "data.color_jitter=0.4"], "data.color_jitter is for images with masks"),
         (
             ["data.augment=imagenet", "data.auto_augment=rand-m5", "data.color_jitter=0.4"],
-            "data.augment=imagenet and no data.auto_augment",
+            "data.augment=imagenet and no data.auto_augment but 3a",
         ),
         (["run.seed=9223372036854775808"], "run.seed must be below 2**63"),
         (["data.name=torch/image_folder", "data.test_split=nowhere"], "no folder nowhere"),

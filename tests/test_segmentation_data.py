@@ -401,7 +401,7 @@ def test_bad_settings(settings: dict[str, Any], said: str, tmp_path: Path) -> No
 def test_crops_are_for_training(tmp_path: Path) -> None:
     config = data("masks", masks(tmp_path), patch_size=None)
     assert len(gather(batches(config, training=False))) == 2
-    with pytest.raises(BadInput, match="data.patch_size must be set for masks"):
+    with pytest.raises(BadInput, match=r"data\.patch_size must be set for masks"):
         batches(config, training=True)
 
 

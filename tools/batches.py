@@ -215,10 +215,11 @@ def require_augment(config: DataConfig, *kinds: str, jittered: Sequence[str] = (
             f"{setting} is for image folders and timm's other readers with data.augment=imagenet; got data.name="
             f"{config.name} and data.augment={config.augment}"
         )
-    if config.color_jitter and (config.augment not in jittered or config.auto_augment is not None):
+    instead = config.auto_augment is not None and "3a" not in config.auto_augment  # timm leaves it to the policy
+    if config.color_jitter and (config.augment not in jittered or instead):
         raise BadInput(
             "data.color_jitter is for images with masks and data.augment=flip or scale_flip, and for image folders and "
-            "timm's other readers with data.augment=imagenet and no data.auto_augment; got data.name="
+            "timm's other readers with data.augment=imagenet and no data.auto_augment but 3a; got data.name="
             f"{config.name}, data.augment={config.augment}, data.auto_augment={config.auto_augment or 'null'}"
         )
 

@@ -96,7 +96,6 @@ def checked(arguments: argparse.Namespace) -> Bench:
     if "memory" in arguments.parts or arguments.scaling:  # rather now than after other parts
         check_measurable(str(device))
     check_folder(arguments.out)
-    torch.backends.cudnn.allow_tf32 = False  # the errors of gradients would be its own; for speed there is --bf16
     optional("torchdeq", "bench")
     bench = Bench(
         device=device,
@@ -124,6 +123,7 @@ def title(bench: Bench, arguments: argparse.Namespace) -> str:
 
 
 def main() -> None:
+    torch.backends.cudnn.allow_tf32 = False  # the errors of gradients would be its own; for speed there is --bf16
     arguments = parse_arguments()
     if arguments.measure is not None:
         comparison.measure(arguments.measure)

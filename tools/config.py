@@ -76,9 +76,10 @@ class DataConfig:
     # flip | scale_flip; volumes: none | volume (small rotations, shifts, scales and changes of intensity).
     augment: str = "none"
     # Strength of random changes of brightness, contrast and saturation: for imagenet augmentation (None: 0.4) and, with
-    # any augmentation, for images with masks (None: 0).
+    # flip and scale_flip, for images with masks (None: 0).
     color_jitter: float | None = None
-    auto_augment: str | None = None  # timm's policy string, for imagenet augmentation; instead of color_jitter
+    # timm's policy string, for imagenet augmentation; it takes the place of color_jitter, but for 3a.
+    auto_augment: str | None = None
     reprob: float = 0.0  # random erasing, for imagenet augmentation
     mixup: float = 0.0
     cutmix: float = 0.0

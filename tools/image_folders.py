@@ -254,11 +254,12 @@ def read_batches(
         raise BadInput("data.num_train is not for image folders or timm's readers; use a smaller split or folder")
     loader = _loader(config, spec, process, dataset, training)  # which gives the data set its transform
     names = tuple(str(name) for name in sorted(classes, key=classes.__getitem__)) if classes else ()
-    if training and len(dataset) < config.batch_size:
+    is_stream = isinstance(dataset, IterableDataset)
+    if training and (len(loader) == 0 if is_stream else len(dataset) < config.batch_size):
         raise BadInput(
             f"{len(dataset)} training images are fewer than one batch; lower data.batch_size={config.batch_size}"
         )
-    if isinstance(dataset, IterableDataset):
+    if is_stream:
         batches: Batches = StreamBatches(loader, process, seed, names)
     else:
         images = StrictImages(dataset, spec.size[0])

@@ -28,8 +28,9 @@ def check_measurable(device: str) -> None:
 
 def lacks_memory(error: BaseException | None) -> bool:
     """Whether an error says that memory ran out, a GPU's or the machine's."""
-    known = isinstance(error, torch.OutOfMemoryError | MemoryError)  # of a CPU's memory PyTorch says so in words alone
-    return known or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    said = ("allocate memory", "out of memory", "not enough memory")  # mostly a CPU's, by Linux, CUDA and Windows
+    return known or (isinstance(error, RuntimeError) and any(words in str(error) for words in said))
 
 
 class Peak:

@@ -72,6 +72,8 @@ def program(main: Callable[[], None]) -> None:
         print(f"error: {message.removeprefix('tools.config.BadInput: ')}", file=sys.stderr, flush=True)
         os._exit(2) if "RANK" in os.environ else sys.exit(2)  # the other processes must not wait for this one
     except PermissionError as error:
+        if error.filename is None:
+            raise
         print(f"error: {error.strerror}: {error.filename}", file=sys.stderr, flush=True)
         os._exit(2) if "RANK" in os.environ else sys.exit(2)
     except KeyboardInterrupt:

@@ -150,6 +150,8 @@ def record_of(
             f"the steps of {run} were measured with other data settings ({' '.join(measured) or 'none'}) than "
             "results.json; run tools/validate.py --record with --steps, which measures both"
         )
+    if "steps_by" in results and "steps" not in results:
+        raise BadInput(f"results.json in {run} lacks its table over steps; run tools/validate.py --steps again")
     return {
         "data": config.data.name,
         "steps": [],

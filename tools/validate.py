@@ -8,11 +8,11 @@
 Without --config, the config beside the checkpoint is read. For a --model without one the data are those of a release's
 record, or given by data.*; volumes are prepared as those of its training. With --steps, the accuracy and residual at
 each number of solver steps are printed beside those of the explicit twin (the same f applied that many times), and
-saved as steps.csv and steps.png. With --record FILE the figure of a release is reproduced from the weights beside its
-record; if it differs, or another figure of that evaluation does by more than rounding on another machine explains, the
-exit code is 1, otherwise --steps puts the table into the record. With --twice the figure at twice the steps is
-reproduced too, in a second pass that takes longer. With --renew the evaluation, with other settings if given, replaces
-the record's.
+saved as steps.csv, steps.png and in results.json. With --record FILE the figure of a release is reproduced from the
+weights beside its record; if it differs, or another figure of that evaluation does by more than rounding on another
+machine explains, the exit code is 1, otherwise --steps puts the table into the record. With --twice the figure at twice
+the steps is reproduced too, in a second pass that takes longer. With --renew the evaluation, with other settings if
+given, replaces the record's.
 """
 
 import argparse

@@ -184,7 +184,7 @@ def checked_labels(data: np.ndarray, num_classes: int, name: str) -> Tensor:
         raise BadInput(f"{name}: labels are 8-bit numbers, {MOST_CLASSES} classes at most, got {num_classes}")
     values = np.unique(data)
     whole = np.round(values)
-    bad = values[~((whole >= 0) & (whole < num_classes) & (abs(values - whole) < 1e-3))]
+    bad = values[~((whole >= 0) & (whole < num_classes) & np.isclose(values, whole, rtol=0, atol=1e-3))]
     if len(bad):
         raise BadInput(f"{name} has the label value {bad[0]:g}; expected whole numbers from 0 to {num_classes - 1}")
     data = np.ascontiguousarray(data)

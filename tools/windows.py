@@ -10,6 +10,7 @@ is bitwise identical.
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -22,7 +23,6 @@ from mdeq import WarmStart
 from tools.build import build_evaluation, start_process
 from tools.checkpoint import CONFIG_FILE, run_of
 from tools.config import BadInput, TrainConfig, load_config, optional
-from tools.inference import SlidingWindow
 from tools.program import Parser, program
 from tools.recheck import read_release, release_config
 
@@ -58,19 +58,23 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
 def compare(model: nn.Module, x: Tensor, window: int, overlap: float) -> dict[str, float]:
     """Return shares, counts and whether two repetitions agree for one input `(1, C, *S)`."""
     size, sliding = [window] * (x.ndim - 2), optional("monai.inferers", "volumes").sliding_window_inference
-    whole, warm = model(x).argmax(1), WarmStart(model)
+    whole, warm, solves = model(x).argmax(1), WarmStart(model), []
 
-    def from_neighbours() -> Tensor:
-        return sliding(x, size, 1, warm, overlap, mode="gaussian", with_coord=True)
+    def from_zero(part: Tensor, place: object) -> Tensor:
+        logits, equilibrium = model(part, return_equilibrium=True)
+        solves.append(equilibrium.stats)
+        return logits
 
-    cold, solves = SlidingWindow(size, overlap)(model, x)
-    logits = from_neighbours()
+    def predict(predictor: Callable[..., Tensor]) -> Tensor:
+        return sliding(x, size, 1, predictor, overlap, mode="gaussian", with_coord=True)
+
+    cold, logits = predict(from_zero), predict(warm)
     stats = {"cold": solves, "warm": list(warm.stats)}
     row = {
         "differs": float((cold.argmax(1) != whole).float().mean()),
         "differs_warm": float((logits.argmax(1) != whole).float().mean()),
         "windows": len(solves),
-        "same_bits": float(torch.equal(from_neighbours(), logits)),
+        "same_bits": float(torch.equal(predict(warm), logits)),
     }
     for name, taken in stats.items():
         row[f"{name}_evaluations"] = sum(s.nfe for s in taken)
