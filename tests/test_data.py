@@ -1,8 +1,11 @@
 """Data sets, their batches, and what is wrong with files."""
 
+import dataclasses
 import os
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from helpers import image_folder, png, write_archive, write_archives, write_imag
 from PIL import ExifTags, Image
 from sklearn.datasets import load_digits
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from tools.batches import KeyLoader
 from tools.config import BadInput, DataConfig
@@ -419,6 +422,29 @@ def test_nobody_trains_on_an_archive(tmp_path: Path) -> None:
     (tmp_path / "images.tar").touch()
     with pytest.raises(BadInput, match="is an archive, which training and testing would both read whole"):
         reader(tmp_path / "images.tar", True)
+
+
+class Stream(IterableDataset):
+    """Pictures in order, as a reader of timm streams them to one of several processes."""
+
+    transform: Any = None
+
+    def __len__(self) -> int:
+        return 50
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        for k in range(len(self)):
+            yield self.transform(Image.new("RGB", (16, 16), (5 * k, 0, 0))), k
+
+
+def test_a_stream_is_as_long_as_what_a_process_gets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tools.image_folders.create_dataset", lambda *_, **__: Stream())
+    config = DataConfig(name="torch/x", root=str(tmp_path), batch_size=60, workers=0, num_classes=50)
+    data, _ = build_batches(config, COLOUR, Process(0, 2), training=True)
+    ((_, y),) = data.epoch()
+    assert y.tolist() == list(range(30))  # a second batch of 30 would not be whole
+    with pytest.raises(BadInput, match="50 training images are fewer than one batch"):
+        build_batches(dataclasses.replace(config, batch_size=102), COLOUR, Process(0, 2), training=True)
 
 
 def test_grey_model_on_an_image_folder(tmp_path: Path) -> None:
