@@ -65,17 +65,21 @@ def program(main: Callable[[], None]) -> None:
     try:
         main()
     except (BadInput, WeightsError) as error:
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(3)  # mostly the first process says the same, and torchrun ends this one with it
         # From a data loader's worker the message comes wrapped in that worker's traceback.
         message = [line for line in str(error).splitlines() if line.strip()][-1]
-        print(f"error: {message.removeprefix('tools.config.BadInput: ')}", file=sys.stderr, flush=True)
-        os._exit(2) if "RANK" in os.environ else sys.exit(2)  # the other processes must not wait for this one
+        _refuse(message.removeprefix("tools.config.BadInput: "))
     except PermissionError as error:
         if error.filename is None:
             raise
-        print(f"error: {error.strerror}: {error.filename}", file=sys.stderr, flush=True)
-        os._exit(2) if "RANK" in os.environ else sys.exit(2)
+        _refuse(f"{error.strerror}: {error.filename}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _refuse(message: str) -> None:
+    """End the program with one line."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(3)  # mostly the first process says the same, and torchrun ends this one with it
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(2) if "RANK" in os.environ else sys.exit(2)  # the other processes must not wait for this one
