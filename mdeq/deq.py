@@ -43,11 +43,20 @@ class _FlatFn:
             self.tensors = fn.tensors
 
     def __call__(self, z: Tensor) -> Tensor:
-        state = self.fn(self.layout.unflatten(z.to(self.inner)))
+        x = z.to(self.inner)
+        # Tensors of inference mode have no such count, and in graphs a write is a matter of the graph.
+        counted = not torch.compiler.is_compiling() and not x.is_inference()
+        before = x._version if counted else 0
+        state = self.fn(self.layout.unflatten(x))
+        if counted and x._version != before:
+            raise ValueError("f wrote into its argument, which is the solver's iterate; use no in-place operation on z")
         if not isinstance(state, (tuple, list)):
             raise ValueError(f"f must return a tuple of tensors, one per branch, got {type(state).__name__}")
-        if not all(x.is_floating_point() for x in state):
-            raise ValueError(f"f must return floating-point tensors, got {[x.dtype for x in state]}")
+        if not all(isinstance(x, Tensor) and x.is_floating_point() for x in state):
+            kinds = [x.dtype if isinstance(x, Tensor) else type(x).__name__ for x in state]
+            raise ValueError(f"f must return floating-point tensors, got {kinds}")
+        if any(x.device != z.device for x in state):
+            raise ValueError(f"f must keep the device of the state, {z.device}, got {[str(x.device) for x in state]}")
         f_z = self.layout.flatten(tuple(state), self.outer)
         if f_z.shape != z.shape:
             raise ValueError(f"f must keep the batch size {z.shape[0]}, got {f_z.shape[0]}")
@@ -116,6 +125,14 @@ class DEQ(nn.Module):
         """
         if unroll < 0 or jacobian_probes < 0:
             raise ValueError(f"unroll and jacobian_probes must be >= 0, got {unroll} and {jacobian_probes}")
+        # Where nothing in f is trained no backward solve is due, although f(z) depends on z.
+        frozen = hasattr(fn, "tensors") and not any(x.requires_grad for x in fn.tensors())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            return self._forward(fn, z0, solver, unroll, jacobian_probes)
+
+    def _forward(
+        self, fn: StateFn, z0: State, solver: SolverSpec | None, unroll: int, jacobian_probes: int
+    ) -> Equilibrium:
         flat, z_start = _flatten(fn, z0)
         z_start = z_start.detach()
         forward_solver = build_solver(self.solver if solver is None else solver)

@@ -1,7 +1,7 @@
 """How to differentiate through an equilibrium: estimators, each of which owns the forward solve."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -70,24 +70,37 @@ class _Implicit(torch.autograd.Function):
                 "the implicit gradient does not support double backward (create_graph=True); use PhantomGradient"
             )
         f_z, z, *secants = ctx.saved_tensors
-        # The system is linear: solved for a gradient of unit length, it stops alike at every scale of the loss.
-        size = torch.linalg.vector_norm(grad, dim=1, keepdim=True, dtype=small_dtype(grad))
-        rhs = (grad / torch.where(size > 0, size, torch.ones_like(size))).to(grad.dtype)
+        # The system is linear: solved for a gradient of unit length, it stops alike at every scale of the loss. By the
+        # largest element first, since squares of very small or large ones leave the range of the dtype.
+        largest = _no_zero(_norm(grad, float("inf")) if grad.shape[1] else grad.new_ones((len(grad), 1)))
+        scaled = grad / largest
+        size = _no_zero(_norm(scaled))
+        rhs = (scaled / size).to(grad.dtype)
+        # Its residual is measured by the right-hand side, not by u, which is long where I - J is nearly singular.
+        solver = replace(ctx.solver, stop_mode="abs")
 
         def adjoint(u: Tensor) -> Tensor:
             return vjp(f_z, z, u, retain_graph=True) + rhs
 
         if ctx.start is None:  # from zero, where the first evaluation is known
-            u, stats, _ = ctx.solver.solve(adjoint, torch.zeros_like(rhs), f0=rhs)
+            u, stats, _ = solver.solve(adjoint, torch.zeros_like(rhs), f0=rhs)
         else:
             with full_precision(rhs):  # backward may be called under autocast
                 u = ctx.start(tuple(secants), rhs)
-            u, stats = ctx.solver(adjoint, u)
+            u, stats = solver(adjoint, u)
         ctx.record.append(stats)
         # Where no step was possible, zero would pass for a gradient. From zero, the first step goes to what is known.
         lost = (stats.status == SolveStatus.NONFINITE) & (stats.num_steps <= (ctx.start is None))
         u = u.masked_fill(lost.unsqueeze(1), float("nan"))
-        return (u * size).to(grad.dtype), *(None,) * (5 + len(secants))
+        return (u * size * largest).to(grad.dtype), *(None,) * (5 + len(secants))
+
+
+def _norm(x: Tensor, order: float = 2) -> Tensor:
+    return torch.linalg.vector_norm(x, order, dim=1, keepdim=True, dtype=small_dtype(x))
+
+
+def _no_zero(x: Tensor) -> Tensor:
+    return torch.where(x > 0, x, torch.ones_like(x))
 
 
 @dataclass(frozen=True)
@@ -95,10 +108,11 @@ class ImplicitGradient:
     """The implicit function theorem: backward solves the linear system u = J^T u + dL/dz at the equilibrium.
 
     Memory does not depend on the number of steps: one evaluation of f is kept. The result is as exact as the two
-    solves. An absolute tolerance of the backward solver is in units of the norm of the incoming gradient.
+    solves. The residual of the backward solve is `|J^T u + w - u| / |w|` with w = dL/dz, whatever its `stop_mode`: a
+    small one relative to u would say little where I - J is nearly singular.
 
     Args:
-        solver: the backward solver.
+        solver: the backward solver; its tolerance is relative to the norm of dL/dz.
         warm_start: start the backward solve from what the forward solver learnt of the Jacobian (Broyden does, others
             leave it a cold start), which keeps its memory until then and every sample in the batch.
 
@@ -124,6 +138,8 @@ class ImplicitGradient:
             return (fn(z_star) if training else z_star), stats, record
         z, f_z = evaluate(fn, z_star)
         value = f_z.detach() if training else z_star
+        if not f_z.requires_grad:  # f does without gradients
+            return value, stats, record
         start, secants = None, ()
         if warm:
             start, secants = (lambda secants, w: solver.inverse_transposed(secants, stats, w)), solver.secants(memory)

@@ -38,7 +38,7 @@ class _Stored:
 class _Coupled:
     """The coupled iteration as a map over pairs `(B, 2 D)`: Q(y, z) = (f(z), f(y')) with y' = y + beta (f(z) - y).
 
-    A Picard step of damping beta on Q is a step of the coupled iteration, and |Q(s) - s| the residual of f at both.
+    A Picard step of damping beta on Q is a step of the coupled iteration.
     """
 
     def __init__(self, fn: FlatFn, dtype: torch.dtype, beta: float, stored: _Stored | None = None) -> None:
@@ -56,6 +56,15 @@ class _Coupled:
         y, z = pair.chunk(2, dim=1)
         f_z = self.apply(z)
         return torch.cat((f_z, self.apply(y + self.beta * (f_z - y))), dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _CoupledPicard(Picard):
+    """Judges a pair by f(z) - z, the residual of the half that is returned."""
+
+    def judged(self, z: Tensor, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        f_z = f.chunk(2, dim=1)[0]
+        return f_z - z.chunk(2, dim=1)[1], f_z
 
 
 class _Reverse(torch.autograd.Function):
@@ -213,7 +222,7 @@ class ReversibleGradient:
         stored = _Stored(self.store_every or self._distance(), solver.max_steps) if tensors else None
         coupled = _Coupled(fn, z0.dtype, self.beta, stored)
         settings = {f.name: getattr(solver, f.name) for f in fields(FixedPointSolver)}
-        picard = Picard(**settings, damping=self.beta)
+        picard = _CoupledPicard(**settings, damping=self.beta)
         start = torch.cat((z0, z0), dim=1).to(_STATE)
         # Backward evaluates f of the whole batch: what kernels for a part of it round differently would be amplified.
         pair, stats, _ = picard.solve(coupled, start, compact=stored is None and hasattr(fn, "take"))

@@ -30,7 +30,7 @@ class StateLayout:
         Raises:
             ValueError: if it is not a tuple of floating-point tensors of one dtype and one batch size.
         """
-        if not isinstance(state, (tuple, list)) or not state or any(x.ndim == 0 for x in state):
+        if not isinstance(state, (tuple, list)) or not state or any(getattr(x, "ndim", 0) == 0 for x in state):
             raise ValueError("a state must be a tuple of tensors (batch, ...), one per branch")
         if any(x.dtype != state[0].dtype or not x.is_floating_point() for x in state):
             raise ValueError(f"tensors of a state must share a floating-point dtype, got {[x.dtype for x in state]}")

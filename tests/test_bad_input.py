@@ -284,6 +284,23 @@ def test_file_without_weights(content: Any, tmp_path: Path) -> None:
         read_weights(tmp_path / "x.pt")
 
 
+@pytest.mark.parametrize("names", [["net"], ["model_state_dict"], ["model", "state_dict"], ["state_dict", "model"]])
+def test_weights_among_the_entries_of_a_training_program(names: list[str], tmp_path: Path) -> None:
+    content: Any = {"x": torch.ones(1)}
+    for name in reversed(names):
+        content = {name: content, "epoch": 3}
+    torch.save(content, tmp_path / "x.pt")
+    assert list(read_weights(tmp_path / "x.pt")) == ["x"]
+
+
+def test_a_file_without_checksums_is_read(tmp_path: Path) -> None:
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    torch.save({"x": torch.ones(1)}, tmp_path / "x.pt")
+    torch.serialization.set_crc32_options(before)
+    assert list(read_weights(tmp_path / "x.pt")) == ["x"]
+
+
 def test_missing_checkpoint(tmp_path: Path) -> None:
     for path in (tmp_path / "x.pt", tmp_path / "x.safetensors", tmp_path):
         with pytest.raises(BadInput, match="no checkpoint"):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import mdeq
+from mdeq.models.fit import match_weight_norm
 from mdeq.models.official import checkpoint_filter_fn, identify_checkpoint
 from tests import official
 from tests.official_network import Official
@@ -275,6 +276,48 @@ def test_expansion_is_named() -> None:
         load("mdeq_tiny_cifar", weights)
 
 
+def test_without_a_name_the_nearest_model_is_told() -> None:
+    with pytest.raises(ValueError, match="the checkpoint fits mdeq_tiny_cifar with expansion=4; name that model"):
+        identify_checkpoint(timm.create_model("mdeq_tiny_cifar", expansion=4).state_dict())
+    weights = official.official_weights()
+    del weights["fullstage.branches.1.blocks.0.gn2.bias"]
+    nearest = (
+        r"\(MDEQ-Vision layout\) fits none of the models; beside the nearest, mdeq_tiny_cifar: missing tensors \(1\): "
+        "equilibrium.cell.blocks.1.norm2.bias$"
+    )
+    with pytest.raises(ValueError, match=nearest):
+        identify_checkpoint(weights)
+
+
+def test_a_kernel_in_both_forms_is_refused() -> None:
+    weights = official.official_weights()
+    name = "fullstage.branches.0.blocks.0.conv1.weight"
+    for first, second in (([name], []), ([], [name])):  # whichever comes first in the file
+        both = {**{key: torch.ones(1) for key in first}, **weights, **{key: torch.ones(1) for key in second}}
+        for kwargs in ({}, dict(weight_norm=False)):
+            with pytest.raises(ValueError, match=r"has the kernel .* twice, plain"):
+                load("mdeq_tiny_cifar", both, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kernels_of_few_bits_lose_none_on_the_way(dtype: torch.dtype) -> None:
+    """Their length and direction are computed and kept in float32."""
+    plain = {key: value.to(dtype) for key, value in small(weight_norm=False).items() if value.is_floating_point()}
+    own = timm.create_model("test_mdeq")
+    taken_apart = match_weight_norm(plain, own.state_dict().keys())
+    own.load_state_dict(taken_apart, strict=False)
+    together = match_weight_norm(taken_apart, plain.keys())
+    for name, module in own.named_modules():
+        key = f"{name}.weight"
+        if hasattr(module, "parametrizations"):
+            assert relative(module.weight, plain[key]) < 1e-6
+            assert relative(together[key], plain[key]) < 1e-6
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a.detach().double() - b.double()).norm() / b.double().norm())
+
+
 def test_exactly_what_is_missing_or_left_over_is_named() -> None:
     weights = official.official_weights()
     weights.pop("fullstage.branches.1.blocks.0.gn2.bias")
@@ -296,6 +339,11 @@ def test_exactly_what_is_missing_or_left_over_is_named() -> None:
         ({}, "it has no weights of an implicit layer; its keys are none at all"),
         ({"conv1.weight": torch.ones(1)}, "it has no weights of an implicit layer; its keys are conv1.weight"),
         ({"epoch": 3, "fullstage.x": torch.ones(1)}, "the checkpoint's entry 'epoch' is of type int, not a tensor"),
+        ({3: torch.ones(1)}, "the checkpoint's entry 3 has no name"),
+        (
+            {"stem.a": torch.ones(1), "module.stem.a": torch.ones(1)},
+            "twice, under prefixes such as that of stem.a",
+        ),
     ],
 )
 def test_no_checkpoint_of_an_mdeq(content: dict[str, Any], message: str) -> None:

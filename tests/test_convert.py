@@ -206,6 +206,14 @@ def write_truncated(path: Path, **how: Any) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
 
 
+def write_flipped(path: Path) -> None:
+    """A bit of one weight is another than was written."""
+    torch.save({"stem.conv1.weight": torch.ones(4096)}, path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 def write_lying(path: Path) -> None:
     """A header that promises more than the file holds."""
     header = json.dumps({"stem.conv1.weight": dict(dtype="F32", shape=[10**6, 10**6], data_offsets=[0, 4 * 10**12])})
@@ -216,6 +224,7 @@ def write_endless_header(path: Path) -> None:
     path.write_bytes(struct.pack("<Q", 2**62) + b"{}")
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 OLD = dict(_use_new_zipfile_serialization=False)
 REFUSED: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "hostile": ("a.pkl", write_hostile, "posix.system"),
@@ -226,6 +235,12 @@ REFUSED: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "empty": ("a.pkl", lambda path: path.touch(), "damaged"),
     "header promises more": ("a.safetensors", write_lying, "damaged"),
     "header without end": ("a.safetensors", write_endless_header, "damaged"),
+    "a flipped bit": ("a.pth", write_flipped, "Bad CRC-32"),
+    "text": ("a.pth", lambda path: path.write_text("<html>not found</html>"), "it is not in PyTorch's format"),
+    "not fetched": ("a.safetensors", lambda path: path.write_text(POINTER), "a pointer of Git LFS"),
+    "not fetched, pickle": ("a.pth", lambda path: path.write_text(POINTER), "a pointer of Git LFS"),
+    "not finite": ("a.pth", lambda path: torch.save({"stem.x": torch.tensor(float("nan"))}, path), "not finite"),
+    "other entries": ("a.pth", lambda path: torch.save({"teacher": {}}, path), "no weights; its entries are teacher"),
     "no weights": ("a.pth", lambda path: torch.save({"epoch": 3}, path), "holds no weights"),
     "of something else": ("a.pth", lambda path: torch.save({"conv1.weight": torch.ones(1)}, path), "conv1.weight"),
     "of no model": ("a.pth", lambda path: torch.save({"fullstage.x": torch.ones(1)}, path), "fits none of the models"),

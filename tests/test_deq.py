@@ -308,6 +308,24 @@ def test_shape_errors() -> None:
             deq(lambda z, shift=shift: (0 * z[0].to(torch.asarray(shift).dtype) + shift,), (torch.zeros(2, 3),))
 
 
+def test_a_map_that_writes_into_the_state_is_refused() -> None:
+    deq = DEQ(Broyden(), ImplicitGradient())
+    with torch.no_grad(), pytest.raises(ValueError, match="f wrote into its argument"):
+        deq(lambda z: (z[0].mul_(0.5).add_(1),), (torch.zeros(2, 3),))
+    with torch.inference_mode():  # nothing there counts writes
+        assert deq(lambda z: (0.5 * z[0] + 1,), (torch.zeros(2, 3),)).stats.converged.all()
+
+
+def test_what_a_map_may_not_return_is_said() -> None:
+    deq, start = DEQ(Broyden(), ImplicitGradient()), (torch.zeros(2, 3),)
+    with pytest.raises(ValueError, match=r"f must return floating-point tensors, got \['NoneType'\]"):
+        deq(lambda z: (None,), start)
+    with pytest.raises(ValueError, match=r"f must keep the device of the state, cpu, got \['meta'\]"):
+        deq(lambda z: (z[0].to("meta"),), start)
+    with pytest.raises(ValueError, match="a state must be a tuple of tensors"):
+        deq(lambda z: z, (1, 2))
+
+
 def test_jacobian_penalty() -> None:
     """It is taken at the state that is returned and can be added to the loss; solved or unrolled."""
     weight = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)

@@ -263,6 +263,48 @@ def test_the_gradient_scales_with_the_loss() -> None:
         assert torch.equal(scaled[1], scale * one[1])
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e25])
+def test_gradients_whose_squares_leave_the_range_of_float32(scale: float) -> None:
+    z = torch.ones(2, 3, requires_grad=True)
+    eq = DEQ(Picard(tol=1e-6), ImplicitGradient(Picard(tol=1e-6)))(lambda s: (0.5 * s[0] + z,), (torch.zeros(2, 3),))
+    (scale * eq.state[0]).sum().backward()
+    assert z.grad is not None
+    assert (z.grad.double() / (2 * scale) - 1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("stop_mode", ["rel", "abs"])
+@pytest.mark.parametrize("solver", [Broyden, Anderson, Picard])
+def test_the_backward_residual_is_relative_to_the_right_hand_side(solver: type, stop_mode: Any) -> None:
+    """Relative to u it would be small where I - J is nearly singular and u, right or wrong, is long."""
+    rows = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64))[0]
+    radii = torch.tensor([1.05, *torch.linspace(-0.5, 0.5, 11).tolist()], dtype=torch.float64)
+    a, b = rows @ torch.diag(radii) @ rows.mT, torch.randn(8, 12, dtype=torch.float64, requires_grad=True)
+    gradient = ImplicitGradient(solver(tol=1e-3, max_steps=40, stop_mode=stop_mode))
+    eq = DEQ(EXACT, gradient)(lambda z: (z[0] @ a.mT + b,), (torch.zeros_like(b),))
+    w = torch.randn_like(b)
+    (w * eq.state[0]).sum().backward()
+    assert b.grad is not None
+    (stats,) = eq.backward_stats
+    residual = (b.grad @ a + w - b.grad).norm(dim=1) / w.norm(dim=1)
+    assert torch.allclose(residual.detach(), stats.residual, rtol=1e-6)
+    assert stats.converged.all() == (solver is not Picard)
+    assert (residual[stats.converged] < 1e-3).all()
+
+
+def test_a_frozen_map_needs_no_backward_solve() -> None:
+    class Frozen(Affine):
+        def tensors(self) -> list[Tensor]:
+            return [self.a, self.b]
+
+    f = Frozen()
+    assert f.solve(ImplicitGradient()).state[0].requires_grad
+    for x in f.tensors():
+        x.requires_grad_(False)
+    assert not f.solve(ImplicitGradient()).state[0].requires_grad
+    plain = torch.no_grad()(Affine())
+    assert not DEQ(EXACT, ImplicitGradient())(plain, (torch.zeros(3, 6, dtype=torch.float64),)).state[0].requires_grad
+
+
 def test_absolute_tolerance_of_a_tiny_gradient() -> None:
     """It is in units of the incoming gradient, so that a mean over a large batch does not pass for converged."""
     f = Affine()

@@ -185,6 +185,18 @@ def test_eval_is_the_same_with_and_without_gradients() -> None:
     assert torch.equal(deq(f, (torch.zeros_like(f.b),)).state[0], plain)
 
 
+@pytest.mark.parametrize("stop_mode", ["rel", "abs"])
+def test_the_residual_is_that_of_the_state_returned(stop_mode: Any) -> None:
+    f = Tanh(16)
+    with torch.no_grad():
+        eq = DEQ(Picard(tol=1e-4, max_steps=30, stop_mode=stop_mode), ReversibleGradient())(f, (torch.zeros_like(f.b),))
+        (z,) = eq.state
+        residual = (f((z,))[0] - z).norm(dim=1)
+        residual = residual / (f((z,))[0].norm(dim=1) if stop_mode == "rel" else 1)
+    assert eq.stats.converged.any()
+    assert torch.allclose(residual, eq.stats.residual, rtol=1e-6)
+
+
 def test_evaluations_are_counted() -> None:
     calls = []
     f = Tanh()

@@ -151,6 +151,28 @@ def test_broyden_is_finite_on_linear_problems() -> None:
     assert stats.num_steps.max() <= 13, report(stats, problem.error(z))
 
 
+def test_broyden_stays_finite_below_the_smallest_numbers() -> None:
+    """Squares of its directions are denormal there, and their reciprocals infinite."""
+    a = torch.randn(32, 32)
+    a = 0.5 * a / torch.linalg.matrix_norm(a, 2)
+    z, stats = Broyden(tol=0.0, max_steps=80)(lambda z: torch.tanh(z @ a.mT), torch.randn(16, 32))
+    assert not (stats.status == NONFINITE).any()
+    assert z.norm() < 1e-18
+
+
+@pytest.mark.parametrize("compaction", [True, False])
+def test_broyden_makes_room_for_directions_as_it_needs_it(monkeypatch: pytest.MonkeyPatch, compaction: bool) -> None:
+    assert Broyden(max_steps=10_000).init(torch.zeros(1, 2)).d.shape[1] < 100
+    problem = affine(16, 24, 0.99)
+    solver = Broyden(tol=1e-12, max_steps=200, line_search=1)
+    z, stats = solver.solve(problem.fn, problem.z0, compact=compaction)[:2]
+    assert stats.num_steps.max() > 8
+    monkeypatch.setattr("mdeq.solvers.broyden._FIRST_SLOTS", 2)
+    again, others = solver.solve(problem.fn, problem.z0, compact=compaction)[:2]
+    assert torch.equal(z, again)
+    assert torch.equal(stats.trace, others.trace)
+
+
 def test_restart() -> None:
     """A full history is forgotten: overwriting its oldest pair would be unsound."""
     fn = Batched(affine_rule, (contraction(torch.full((5,), 0.9), 40), torch.randn(5, 40, dtype=torch.float64)))

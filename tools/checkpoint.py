@@ -7,6 +7,7 @@ import re
 import tempfile
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,8 +26,9 @@ STATE_FILE = "checkpoint.pt"
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.yaml"
 RESULTS_FILE = "results.json"
+_ENTRIES = ("ema", "state_dict_ema", "model_ema", "model", "state_dict", "model_state_dict", "net")  # timm's names too
 STEPS_FILE, STEPS_PICTURE = "steps.csv", "steps.png"
-FORMAT = {"format": "pt", "mdeq_format": "1"}  # version of the names and shapes in the file
+FORMAT = {"format": "pt"}  # asked for by transformers; one entry, since those of several are written in any order
 
 
 def run_of(checkpoint: Path) -> Path:
@@ -189,28 +191,45 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         path = path / WEIGHTS_FILE
     if not path.is_file():
         raise BadInput(f"no checkpoint {path}")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise BadInput(f"{path} is damaged or not a safetensors file: {error}") from None
-    content = _unpickle(path)
-    for key in ("ema", "state_dict_ema", "model_ema", "model", "state_dict"):  # timm's names too
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _unpickle(path)
+    while isinstance(content, Mapping):
+        inner = next((content[key] for key in _ENTRIES if isinstance(content.get(key), Mapping)), None)
+        if inner is None:
             break
+        content = inner
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise BadInput(f"{path} holds no weights")
+        entries = f"; its entries are {', '.join(map(str, list(content)[:5]))}" if isinstance(content, Mapping) else ""
+        raise BadInput(f"{path} holds no weights{entries}")
     odd = [k for k, v in content.items() if v.layout != torch.strided or v.is_meta or v.is_quantized or v.is_complex()]
     if odd:
         raise BadInput(f"{path} holds tensors that cannot be weights (sparse, quantised, complex or meta): {odd[0]}")
+    bad = [key for key, value in content.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+    if bad:
+        raise BadInput(f"{path} holds weights that are not finite (nan or inf): {bad[0]}")
     return dict(content)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    _refuse_pointer(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{path} is damaged or not a safetensors file: {error}") from None
+
+
+def _refuse_pointer(path: Path) -> None:
+    """Raise BadInput for what Git leaves in place of a large file that was not fetched."""
+    with open(path, "rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs"):
+            raise BadInput(f"{path} is a pointer of Git LFS, not the file itself; fetch that with `git lfs pull`")
 
 
 def _unpickle(path: Path) -> Any:
     if not path.is_file():
         raise BadInput(f"no checkpoint {path}")
+    _refuse_pointer(path)
     try:
+        _check_sums(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle protocols: what cannot be read raises all the same
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -220,9 +239,22 @@ def _unpickle(path: Path) -> Any:
         ) from None
 
 
+def _check_sums(path: Path) -> None:
+    """Raise an error for a zip file of PyTorch whose content is not what was written: PyTorch itself does not look."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                if entry.CRC:  # PyTorch writes none (zero) where it is told so
+                    with archive.open(entry) as file:
+                        while file.read(2**24):
+                            pass
+
+
 def _refusal(error: Exception) -> str:
     """Return the line of PyTorch's long message that says what it refused."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if any("Unsupported operand" in line or "invalid load key" in line for line in lines):
+        return "it is not in PyTorch's format"
     telling = [line for line in lines if re.search(r"GLOBAL|^Unsupported|Unpickler error: \S", line)]
     return (telling or lines)[0].rpartition("WeightsUnpickler error: ")[2].partition(". ")[0]
 

@@ -19,7 +19,7 @@ from tools.config import BadInput, ModelConfig, first_line, load_config, nearest
 from tools.known_data import DATASETS
 from tools.segmentation_data import CITYSCAPES_CLASSES
 
-WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl")
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".tar")
 
 
 @dataclass(frozen=True)

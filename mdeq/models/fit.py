@@ -26,21 +26,28 @@ _VARIABLE = ("post_norm_affine", "head_channels", "weight_norm")
 def match_weight_norm(weights: Mapping[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
     """Return weights whose kernels are in the form that a model has them in: plain, or length g and direction v.
 
-    Both directions leave the kernel as it is, up to rounding; they are computed in float64.
+    Both directions leave the kernel as it is, up to rounding; they are computed in float64, and what comes out is
+    float32 at least, whatever the precision of the file.
 
     Args:
         weights: under this package's names.
         own: the names in the model's state dict.
+
+    Raises:
+        ValueError: for a kernel that is there in both forms.
     """
     matched = {}
     for key, value in weights.items():
         stem, kind = next(((key.removesuffix(end), end) for end in (G, V, ".weight") if key.endswith(end)), (key, ""))
+        wide = torch.promote_types(value.dtype, torch.float32)
+        if kind == ".weight" and stem + V in weights:
+            raise ValueError(f"the checkpoint has the kernel {key} twice, plain and with weight norm")
         if kind in (G, V) and stem + ".weight" in own and {stem + G, stem + V} <= weights.keys():
             g, v = weights[stem + G].double(), weights[stem + V].double()
-            matched[stem + ".weight"] = (v * (g / _length(v))).to(value.dtype)
+            matched[stem + ".weight"] = (v * (g / _length(v))).to(wide)
         elif kind == ".weight" and stem + V in own:
             length = _length(value.double())
-            matched[stem + G] = length.to(value.dtype)
+            matched[stem + G] = length.to(wide)
             # A kernel of zeros has no direction; any will do, as its length is zero.
             matched[stem + V] = torch.where(length == 0, torch.ones_like(value), value)
         else:
@@ -128,10 +135,19 @@ def identify(weights: Mapping[str, Tensor], layout: str, name: str | None = None
             built = timm.create_model(candidate, device="meta", **args)
             if not _problems(matched, shapes_of(built.state_dict())):
                 return candidate, args
-    if name not in list_models():  # none was given, or it is that of a class
-        raise ValueError("the checkpoint fits none of the models")
-    problems = _problems(matched_to(name), _default(name), limit=8) or "its arguments contradict each other"
-    raise ValueError(f"the checkpoint ({layout} layout) does not fit {name}; {problems}")
+    if name in list_models():
+        problems = _problems(matched_to(name), _default(name), limit=8) or "its arguments contradict each other"
+        raise ValueError(f"the checkpoint ({layout} layout) does not fit {name}; {problems}")
+    # No name was given, or it is that of a class.
+    nearest = min(list_models(), key=lambda candidate: _distance(matched_to(candidate), _default(candidate)))
+    try:
+        _, args = identify(weights, layout, nearest)
+    except ValueError:
+        problems = _problems(matched_to(nearest), _default(nearest), limit=1)
+        message = f"the checkpoint ({layout} layout) fits none of the models; beside the nearest, {nearest}: {problems}"
+        raise ValueError(message) from None
+    text = ", ".join(f"{key}={value}" for key, value in args.items())
+    raise ValueError(f"the checkpoint fits {nearest} with {text}; name that model, since others may fit too")
 
 
 def check_fit(weights: Mapping[str, Tensor], model: nn.Module, layout: str) -> None:
@@ -180,10 +196,15 @@ def _problems(
     return "; ".join(f"{kind} ({len(keys)}): {_listed(keys, limit)}" for kind, keys in kinds if keys)
 
 
+def _distance(found: Shapes, own: Shapes) -> int:
+    """Return how many tensors are in one of two models only, or of another shape."""
+    return len(set(found.items()) ^ set(own.items()))
+
+
 def _other_channels(key: str, found: Shapes, own: Shapes) -> bool:
     """Whether this is the stem's kernel for another number of input channels, which timm adapts."""
     a, b = found[key], own[key]
-    return key == "stem.conv1.weight" and (a[0], *a[2:]) == (b[0], *b[2:])
+    return key == "stem.conv1.weight" and (*a[:1], *a[2:]) == (*b[:1], *b[2:])
 
 
 def _advice(weights: Mapping[str, Tensor], layout: str, own: Mapping[str, Any], name: str) -> str:

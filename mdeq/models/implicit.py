@@ -121,10 +121,7 @@ class MultiscaleDEQ(nn.Module):
             unroll > 0 or isinstance(build_gradient(self.deq.gradient), PhantomGradient)
         )
         fn = self.fn(injection, checkpoint)
-        # With everything upstream frozen no backward solve is due, although f(z) depends on z.
-        learns = torch.is_grad_enabled() and any(x.requires_grad for x in fn.tensors())
-        with torch.set_grad_enabled(learns):
-            return self.deq(fn, start, solver=solver, unroll=unroll, jacobian_probes=jacobian_probes)
+        return self.deq(fn, start, solver=solver, unroll=unroll, jacobian_probes=jacobian_probes)
 
 
 def compile_cell(model: nn.Module, **options: Any) -> None:

@@ -104,10 +104,16 @@ def unwrapped(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     if isinstance(state_dict.get("state_dict"), Mapping):
         state_dict = state_dict["state_dict"]
     for key, value in state_dict.items():
+        if not isinstance(key, str):
+            raise ValueError(f"the checkpoint's entry {key!r} has no name")
         if not isinstance(value, Tensor):
             raise ValueError(f"the checkpoint's entry {key!r} is of type {type(value).__name__}, not a tensor")
     if any(re.match(_WRAPPERS, key) for key in state_dict):
-        return {re.sub(_WRAPPERS, "", key): value for key, value in state_dict.items()}
+        bare = {re.sub(_WRAPPERS, "", key): value for key, value in state_dict.items()}
+        if len(bare) < len(state_dict):
+            double = next(key for key, value in state_dict.items() if bare[re.sub(_WRAPPERS, "", key)] is not value)
+            raise ValueError(f"the checkpoint holds weights twice, under prefixes such as that of {double}")
+        return bare
     return state_dict
 
 

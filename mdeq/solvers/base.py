@@ -187,6 +187,10 @@ class FixedPointSolver(ABC):
         """
         return z + self.direction(memory, z, g)
 
+    def judged(self, z: Tensor, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the difference f(z) - z and the image f(z) by whose norms iterates are judged."""
+        return g, f
+
     @property
     def looks_back(self) -> bool:
         """Whether `advance` looks at the iterate that it comes from."""
@@ -254,10 +258,11 @@ class FixedPointSolver(ABC):
             raise ValueError(f"fn must keep the shape of its argument, {tuple(z0.shape)}, got {tuple(fz.shape)}")
         for step in range(self.max_steps + 1):
             g = fz - z
-            absolute = torch.linalg.vector_norm(g, dim=1, dtype=small_dtype(g))
+            difference, image = self.judged(z, fz, g)
+            absolute = torch.linalg.vector_norm(difference, dim=1, dtype=small_dtype(g))
             residual = absolute
             if self.stop_mode == "rel":
-                residual = absolute / (torch.linalg.vector_norm(fz, dim=1, dtype=small_dtype(fz)) + 1e-9)
+                residual = absolute / (torch.linalg.vector_norm(image, dim=1, dtype=small_dtype(g)) + 1e-9)
             if books != z.device:
                 absolute, residual = torch.stack((absolute, residual)).to(books)  # the one wait of a step
             look = not static and (step % self.check_every == 0 or step == self.max_steps)

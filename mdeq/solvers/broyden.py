@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .base import FixedPointSolver, FlatFn, SolveStats, _require, _require_count, is_static, small_dtype
 
+_FIRST_SLOTS = 64  # room for that many directions at first: few solves take more, whatever max_steps allows
+
 
 @dataclass
 class _Directions:
@@ -20,6 +22,16 @@ class _Directions:
     scale: Tensor  # (B, M) 1 / |d_j|^2, zero for a zero direction
     length: Tensor  # (B, M) step length taken along d_j, 1 without a line search
     count: int = 0  # k, the same for all samples
+
+    def grow(self, slots: int) -> None:
+        """Make room for more directions."""
+        batch, old, dim = self.d.shape
+        d, solve, scale, length = self.d, self.solve, self.scale, self.length
+        self.d = d.new_empty((batch, slots, dim))
+        self.solve, self.scale = solve.new_zeros((batch, slots, slots)), scale.new_zeros((batch, slots))
+        self.length = length.new_ones((batch, slots))
+        self.d[:, :old], self.solve[:, :old, :old] = d, solve
+        self.scale[:, :old], self.length[:, :old] = scale, length
 
     def take(self, index: Tensor) -> "_Directions":
         # One direction at a time, to the front of the batch: a second history beside this one would be the peak.
@@ -68,10 +80,14 @@ class Broyden(FixedPointSolver):
         _require(allowed, "history_dtype must be 'bfloat16' or None", repr(self.history_dtype))
         _require_count("line_search", self.line_search, 0)
 
+    @property
+    def _most_slots(self) -> int:
+        return self.max_steps if self.history is None else min(self.history + 1, self.max_steps)
+
     def init(self, z0: Tensor) -> _Directions:
         batch, dim = z0.shape
         dtype = z0.dtype if self.history_dtype is None else torch.bfloat16
-        slots = self.max_steps if self.history is None else min(self.history + 1, self.max_steps)
+        slots = min(self._most_slots, _FIRST_SLOTS)
         return _Directions(
             d=z0.new_empty((batch, slots, dim), dtype=dtype),
             solve=z0.new_zeros((batch, slots, slots), dtype=small_dtype(z0)),
@@ -80,8 +96,10 @@ class Broyden(FixedPointSolver):
         )
 
     def direction(self, memory: _Directions, z: Tensor, g: Tensor) -> Tensor:
-        if memory.count == memory.d.shape[1]:
+        if memory.count == self._most_slots:
             memory.count = 0  # full: restart
+        elif memory.count == memory.d.shape[1]:
+            memory.grow(min(2 * memory.count, self._most_slots))
         k = memory.count
         memory.count += 1
         memory.d[:, k] = g
@@ -134,7 +152,8 @@ class Broyden(FixedPointSolver):
         """
         last = gram.shape[1] - 1
         square = gram[:, last]
-        memory.scale[:, last] = torch.where(square > 0, 1 / square, torch.zeros_like(square))
+        known = square >= torch.finfo(square.dtype).tiny  # of a denormal number the reciprocal is infinite
+        memory.scale[:, last] = torch.where(known, 1 / square, torch.zeros_like(square))
         memory.solve[:, last, last].fill_(1)  # an assignment would make a tensor on the host first
         if last > 0:
             row = (gram[:, 1:] - short[:, :-1] * gram[:, :-1]) * memory.scale[:, last : last + 1]
