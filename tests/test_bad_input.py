@@ -5,6 +5,9 @@ import os
 import pickle
 import random
 import shutil
+import stat
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +17,7 @@ import pytest
 import torch
 from helpers import (
     FOUR_BRANCHES,
+    ROOT,
     TINY,
     assert_nothing_partial,
     image_folder,
@@ -26,7 +30,7 @@ from helpers import (
 )
 from safetensors.torch import save_file
 
-from tools.checkpoint import load_state, read_weights, save_state, write_atomically
+from tools.checkpoint import clear_leftovers, load_state, read_weights, save_state, write_atomically
 from tools.config import BadInput
 
 # timm's readers leave it to the garbage collector to close an image file.
@@ -359,3 +363,19 @@ def test_state_is_read_as_it_was_written(tmp_path: Path) -> None:
     state = load_state(tmp_path / "checkpoint.pt")
     assert torch.equal(state["optimizer"]["state"][0], written["optimizer"]["state"][0])
     assert state["counts"] == [1, 2]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a mask of POSIX")
+def test_files_are_written_as_the_umask_says(tmp_path: Path) -> None:
+    script = "import sys, pathlib, tools.checkpoint as c; c.write_text(pathlib.Path(sys.argv[1]), '')"
+    for mask, mode in ((0o077, 0o600), (0o022, 0o644)):
+        path = tmp_path / f"{mask}"
+        subprocess.run([sys.executable, "-c", script, path], check=True, cwd=ROOT, umask=mask)
+        assert stat.S_IMODE(path.stat().st_mode) == mode
+
+
+def test_only_what_a_kill_left_is_cleared_away(tmp_path: Path) -> None:
+    for name in (".config.yaml.swp", ".log.csv.mine", ".config.yaml.a1b2c3d4"):
+        (tmp_path / name).touch()
+    clear_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".config.yaml.swp", ".log.csv.mine"]

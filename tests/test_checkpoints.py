@@ -282,7 +282,7 @@ def test_without_a_name_the_nearest_model_is_told() -> None:
     weights = official.official_weights()
     del weights["fullstage.branches.1.blocks.0.gn2.bias"]
     nearest = (
-        r"\(MDEQ-Vision layout\) fits none of the models; beside the nearest, mdeq_tiny_cifar: missing tensors \(1\): "
+        r"the checkpoint fits none of the models, mdeq_tiny_cifar is nearest; missing tensors \(1\): "
         "equilibrium.cell.blocks.1.norm2.bias$"
     )
     with pytest.raises(ValueError, match=nearest):

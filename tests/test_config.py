@@ -227,3 +227,17 @@ def test_a_path_in_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
     assert load_config(None, ["run.out_dir=~/x"]).run.out_dir == "/home/somebody/x"
     assert load_config(None, ["run.out_dir=null"]).run.out_dir is None
+
+
+def test_settings_do_not_read_the_environment(tmp_path: Path) -> None:
+    """A config.yaml of someone else's would tell of it in its error, or in what the run writes."""
+    (tmp_path / "a.yaml").write_text("data: {root: '/data/${oc.env:HOME}'}")
+    for arguments in ((tmp_path / "a.yaml",), (None, ["data.root=${oc.env:HOME}"])):
+        with pytest.raises(BadInput, match="settings may not refer to others or to the environment"):
+            load_config(*arguments)
+
+
+def test_a_file_with_an_equals_sign_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rep=2.png").touch()
+    assert split_overrides(["rep=2.png", "a.b=1"]) == (["a.b=1"], ["rep=2.png"])

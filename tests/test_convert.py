@@ -240,6 +240,11 @@ REFUSED: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "not fetched": ("a.safetensors", lambda path: path.write_text(POINTER), "a pointer of Git LFS"),
     "not fetched, pickle": ("a.pth", lambda path: path.write_text(POINTER), "a pointer of Git LFS"),
     "not finite": ("a.pth", lambda path: torch.save({"stem.x": torch.tensor(float("nan"))}, path), "not finite"),
+    "repeated": (
+        "a.pth",
+        lambda path: torch.save({"stem.x": torch.zeros(1).expand(10**9, 4)}, path),
+        "holds fewer numbers than its tensors have elements: stem.x",
+    ),
     "other entries": ("a.pth", lambda path: torch.save({"teacher": {}}, path), "no weights; its entries are teacher"),
     "no weights": ("a.pth", lambda path: torch.save({"epoch": 3}, path), "holds no weights"),
     "of something else": ("a.pth", lambda path: torch.save({"conv1.weight": torch.ones(1)}, path), "conv1.weight"),

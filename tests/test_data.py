@@ -1,8 +1,11 @@
 """Data sets, their batches, and what is wrong with files."""
 
 import dataclasses
+import io
 import os
+import struct
 import tarfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -482,11 +485,8 @@ def test_classes_of_the_test_split_are_those_of_training(tmp_path: Path) -> None
     write_images(tmp_path / "train", ["ant", "bee", "cat"], 4)
     write_images(tmp_path / "validation", ["bee", "cat"], 2)
     config = DataConfig(name="folder", root=str(tmp_path), batch_size=4, workers=0)
-    try:
-        data, _ = build_batches(config, COLOUR, Process(), training=False)
-    except BadInput:
-        return
-    assert flat(labels(data)) == [1, 1, 2, 2]
+    with pytest.raises(BadInput, match="differ in their classes, such as ant"):
+        build_batches(config, COLOUR, Process(), training=False)
 
 
 def test_missing_split_is_not_replaced_by_another(tmp_path: Path) -> None:
@@ -646,3 +646,42 @@ def test_workers_stay_from_pass_to_pass() -> None:
     assert [key for key, _ in second] == [5, 3, 4]
     assert {pid for _, pid in second} == {pid for _, pid in first}
     assert len({pid for _, pid in first} - {os.getpid()}) == 2
+
+
+def test_crop_flip_moves_images_and_flip_does_not() -> None:
+    """By up to an eighth of their side: there padding comes in."""
+    image = (torch.arange(256).view(1, 1, 16, 16) % 255 + 1).byte().expand(32, 1, 16, 16).contiguous()
+    spec, moved = ImageSpec((1, 16, 16), (0.0,), (1.0,)), {}
+    for kind in ("flip", "crop_flip"):
+        config = DataConfig(batch_size=32, augment=kind)
+        ((x, _),) = ArrayBatches(Arrays(image, torch.arange(32)), spec, config, Process(), training=True).epoch()
+        moved[kind] = int((x == 0).flatten(1).any(dim=1).sum())
+    assert moved["flip"] == 0
+    assert moved["crop_flip"] > 20
+
+
+def write_large(path: Path) -> None:
+    """The header of a picture of 60000x60000 pixels."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(buffer, "png")
+    content = bytearray(buffer.getvalue())
+    content[16:24] = struct.pack(">II", 60000, 60000)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    path.write_bytes(content)
+
+
+def test_a_cifar_image_that_is_a_bomb_is_refused(tmp_path: Path) -> None:
+    for kind in CIFAR_CLASSES:
+        (tmp_path / "test" / kind).mkdir(parents=True)
+    write_large(tmp_path / "test" / CIFAR_CLASSES[0] / "0.png")
+    with pytest.raises(BadInput, match=r"cannot read image .*0\.png"):
+        build_batches(DataConfig(name="cifar10", root=str(tmp_path)), COLOUR, Process(), training=False)
+
+
+@pytest.mark.parametrize("root", ["pipe:touch x #", " pipe:true", "https://host/x", "s3://bucket"])
+def test_webdatasets_are_not_opened_by_a_shell(root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A config.yaml may come along with someone's weights."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    with pytest.raises(BadInput, match="webdatasets are read from folders"):
+        build_batches(DataConfig(name="wds/imgs", root=root), COLOUR, Process(), training=False)

@@ -447,3 +447,14 @@ def test_solver_and_gradient_may_be_set_by_their_descriptions() -> None:
     x = torch.ones(2, 3, requires_grad=True)
     deq(lambda z: (0.5 * z[0] + x,), (torch.zeros(2, 3),)).state[0].sum().backward()
     assert (x.grad - 2).abs().max() < 1e-4
+
+
+def test_jacobian_penalty_is_that_of_the_returned_state() -> None:
+    """It is taken at the state that is returned, not at the start."""
+    weight = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    z0 = (torch.zeros(50, 40, dtype=torch.float64),)
+    eq = DEQ(Broyden(tol=1e-9, max_steps=50), ImplicitGradient())(
+        lambda z: (torch.tanh(weight * z[0] + 1),), z0, jacobian_probes=20
+    )
+    slope = 0.5 * (1 - eq.state[0].detach().square())
+    assert eq.jacobian_penalty.item() == pytest.approx(slope.square().mean().item(), rel=0.05)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from conftest import affine_rule, contraction
 from torch import Tensor
 
 from mdeq import (
@@ -711,3 +712,28 @@ def test_a_warm_start_takes_any_memory() -> None:
     assert len(seen) == 1
     assert torch.equal(seen[0], f.zeros[0])
     assert relative(grad_a, f.closed_form()[1]) < 1e-9
+
+
+def test_a_warm_start_keeps_every_sample_in_the_batch() -> None:
+    """Of a map with `take`: samples that finish early stay in the batch, or the memory would be of others."""
+    batch, dim = 4, 10
+    a = contraction(torch.tensor([1e-4, 0.9, 1e-4, 0.95]), dim)
+    b = torch.randn(batch, dim, dtype=torch.float64, requires_grad=True)
+    system = torch.eye(dim, dtype=torch.float64) - a
+
+    class Map:
+        def __init__(self, a: Tensor, b: Tensor) -> None:
+            self.a, self.b = a, b
+
+        def __call__(self, z: Any) -> Any:
+            return (affine_rule(z[0], self.a, self.b),)
+
+        def take(self, index: Tensor) -> "Map":
+            return Map(self.a[index], self.b[index])
+
+    solver = Broyden(tol=1e-10, max_steps=60)
+    forward = Broyden(tol=1e-3, max_steps=4)  # which the two slow samples use up together
+    eq = DEQ(forward, ImplicitGradient(solver, warm_start=True))(Map(a, b), (torch.zeros_like(b),))
+    assert eq.stats.converged.tolist() == [True, False, True, False]
+    eq.state[0].sum().backward()
+    torch.testing.assert_close(b.grad, torch.linalg.solve(system.mT, torch.ones_like(b)), rtol=1e-7, atol=1e-8)

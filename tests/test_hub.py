@@ -1,5 +1,6 @@
 """Released weights: records, shipped files, the cache, push to and pull from a Hub, and what goes wrong there."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -18,18 +19,19 @@ import pytest
 import timm
 import torch
 import yaml
-from helpers import ROOT, publish, run, train, validate
+from helpers import ROOT, TINY, publish, run, train, validate
 from hub_client import digest
 from hub_server import TOKEN, Hub, serving
 from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import load_file, save_file
 
 import mdeq
+import tools.publish
 from mdeq.models import weights
 from mdeq.models.weights import DEFAULT_ORG, Release, WeightsError, local_file, with_releases
 from tools.build import renew_cfg
 from tools.card import model_card
-from tools.config import DataConfig, ModelConfig, TrainConfig, load_config, parse_config
+from tools.config import BadInput, DataConfig, ModelConfig, TrainConfig, config_yaml, load_config, parse_config
 from tools.known_data import combined_licence
 from tools.publish import TABLE_END, TABLE_START, shipped_files, with_table
 from tools.recheck import contradictions
@@ -849,3 +851,18 @@ def test_names_of_labels_are_those_of_the_weights_that_are_there() -> None:
     assert names(pretrained=True)[0] == "airplane"
     assert names() is None
     assert names(pretrained=True, num_classes=4) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"solver": {"name": "picard", "max_steps": 9}}, {"settings": ["data.image_size=24"]}, {"metric": "top5"}],
+    ids=lambda change: next(iter(change)),
+)
+def test_seeds_were_evaluated_alike(change: dict[str, Any], tmp_path: Path) -> None:
+    config = load_config(TINY)
+    now = {"metric": "top1", "metrics": {"top1": 1.0, "top5": 2.0}, "solver": {"name": "picard", "max_steps": 2}}
+    (tmp_path / "config.yaml").write_text(config_yaml(config))
+    for evaluation, alike in ((now, True), (now | change, False)):
+        (tmp_path / "results.json").write_text(json.dumps({"training": {"seed": 1}, "evaluation": evaluation}))
+        with contextlib.nullcontext() if alike else pytest.raises(BadInput, match="evaluated in another way"):
+            tools.publish._with_seeds("it", config, now, [{"seed": 0, "value": 1.0}], [tmp_path])

@@ -526,3 +526,18 @@ def test_a_model_says_of_its_weights_what_is_true_of_them() -> None:
     released = timm.create_model("mdeq_tiny_cifar", pretrained=True).pretrained_cfg
     assert released["description"] == "mdeq_tiny_cifar trained on CIFAR-10"
     assert timm.create_model("mdeq_tiny_cifar", pretrained=True, num_classes=5).pretrained_cfg["description"] is None
+
+
+def test_drop_rate_drops_features_of_the_head() -> None:
+    model = timm.create_model("test_mdeq", drop_rate=0.5).train()
+    seen = model.forward_head(torch.ones(4, 32, 2, 2), pre_logits=True)
+    assert set(seen.unique().tolist()) == {0.0, 2.0}
+
+
+def test_default_solvers_are_those_of_the_official_configurations() -> None:
+    with torch.device("meta"):
+        small, cifar = (timm.create_model(name) for name in ("mdeq_small", "mdeq_large_cifar"))
+    assert small.deq.solver == mdeq.Broyden(max_steps=26, stop_mode="abs")
+    assert small.deq.gradient == mdeq.ImplicitGradient(mdeq.Broyden(max_steps=27, stop_mode="abs"))
+    assert cifar.deq.solver == mdeq.Broyden(max_steps=18)
+    assert cifar.deq.gradient == mdeq.ImplicitGradient(mdeq.Broyden(max_steps=20))

@@ -342,3 +342,36 @@ def test_compiled_cell_trains_alike(tmp_path: Path) -> None:
     words = [*EXACT, "model.gradient.num_steps=2", "model.name=mdeq_tiny_cifar", small]
     plain, compiled = (losses(make_run(tmp_path / w, *words, f"run.compile={w}"), 4) for w in ("false", "true"))
     assert compiled == pytest.approx(plain, abs=1e-9)
+
+
+def test_clip_grad_in_float16(tmp_path: Path) -> None:
+    """The limit is of the gradient, not of what the loss scale makes of it."""
+    words = ["optim.name=momentum", "optim.momentum=0", "optim.lr=1.0", "optim.schedule=none", "optim.clip_grad=1e-2"]
+    run = make_run(tmp_path / "run", *words, "run.amp=fp16")
+    run.trainer.scaler = torch.amp.GradScaler("cpu", init_scale=128.0)  # one that fits from the start
+    before = [p.detach().clone() for p in run.model.parameters()]
+    assert math.isfinite(losses(run, 1)[0])
+    moved = torch.stack([(p.detach() - q).norm() for p, q in zip(run.model.parameters(), before)]).norm()
+    assert float(moved) == pytest.approx(1e-2, rel=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_mixup_and_cutmix_are_told_apart(kind: str, tmp_path: Path) -> None:
+    """Mixup blends whole images, cutmix pastes a box."""
+    mix = make_run(tmp_path / "run", f"data.{kind}=1.0").trainer.mixup
+    assert (mix.mixup_alpha, mix.cutmix_alpha) == ((1.0, 0.0) if kind == "mixup" else (0.0, 1.0))
+
+
+def test_weight_decay_and_momentum_reach_the_optimiser(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "optim.weight_decay=0.3", "optim.name=sgd", "optim.momentum=0.7")
+    groups = run.trainer.optimizer.param_groups
+    assert {g["weight_decay"] for g in groups} == {0.0, 0.3}
+    assert {g["momentum"] for g in groups} == {0.7}
+
+
+def test_a_run_in_bfloat16_is_tested_in_it(tmp_path: Path) -> None:
+    """A run in bfloat16 is tested in it: f of the test sees the weights as autocast gives them."""
+    run, seen = make_run(tmp_path / "run", "run.amp=bf16", "data.num_train=16"), []
+    run.model.stem.conv1.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    run.evaluate()
+    assert set(seen) == {torch.bfloat16}

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 from unittest import mock
 
@@ -27,6 +28,7 @@ from tools.config import BadInput
 from tools.inference import whole
 from tools.predict import output_names
 from tools.predictions import solve_record
+from tools.predictors import Predictor, Settings
 from tools.pretrained import _label_names, load_trained
 
 RECORD = {"spacing": None, "orientation": "RAS", "normalise": "zscore", "patch_size": [24, 16, 16]}
@@ -639,3 +641,38 @@ def test_places_that_are_not_ours(
     monkeypatch.setattr("os.access", lambda place, mode: False)
     line = predict(classifier[0], tmp_path, "--out", tmp_path / "new" / "out").refusal()
     assert f"no permission for {tmp_path}; choose another folder" in line
+
+
+STRANGE: list[tuple[str, Any]] = [
+    ("pretrained_cfg.architecture", "../../escaped"),
+    ("pretrained_cfg", [1]),
+    ("model_args.device", "meta"),
+    ("pretrained_cfg.interpolation", "x"),
+    ("pretrained_cfg.crop_pct", 1e-9),
+    ("pretrained_cfg.mean", None),
+    ("pretrained_cfg.std", [0, 0, 0]),
+    ("pretrained_cfg.input_size", [3, 1_000_000, 1_000_000]),
+    ("label_names", True),
+    ("preprocessing", "x"),
+    ("preprocessing", {"spacing": [0, 0, 0]}),
+    ("preprocessing", {"spacing": []}),
+    ("preprocessing", {"patch_size": [16, 16]}),
+    ("preprocessing", {"patch_size": [10**9] * 3}),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), STRANGE, ids=[f"{key}={value}" for key, value in STRANGE])
+def test_a_strange_config_is_refused(key: str, value: Any, tmp_path: Path) -> None:
+    saved(tmp_path / "run", "mdeq_tiny_cifar", {}, num_classes=2, head_channels=(2, 2), num_features=8)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    section, _, name = key.rpartition(".")
+    (config.setdefault(section, {}) if section else config)[name] = value
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadInput):
+        Predictor(load_trained(f"local-dir:{tmp_path / 'run'}"), Settings(out=tmp_path / "out"))
+
+
+def test_names_of_classes_are_text_alone() -> None:
+    model = SimpleNamespace(num_classes=2, pretrained_cfg={})
+    names = ["\x1b]0;title\x07red\x1b[2J", "two\nfake.png healthy 100 %"]
+    assert _label_names(model, {"label_names": names}) == ("]0;titlered[2J", "twofake.png healthy 100 %")

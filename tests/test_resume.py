@@ -299,3 +299,15 @@ def test_results_of_earlier_weights_do_not_stay(tmp_path: Path) -> None:
     assert not (folder / "steps.csv").exists()
     train(folder, "run.resume=true", "run.epochs=3").ok()
     assert (folder / "results.json").exists()
+
+
+def test_the_loss_scale_is_resumed(tmp_path: Path) -> None:
+    """The loss scale that a run has found is that with which it goes on."""
+    words = ["run.amp=fp16", "run.epochs=2"]
+    train(tmp_path / "run", *words, "run.max_minutes=1e-7").ok()
+    path = tmp_path / "run" / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    state["scaler"]["scale"] = 8.0
+    torch.save(state, path)
+    train(tmp_path / "run", *words, "run.resume=true", "run.max_minutes=1e-7").ok()
+    assert torch.load(path, weights_only=True)["scaler"]["scale"] == 8.0

@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import rows, run
 from PIL import Image
+from sklearn.metrics import roc_auc_score
 from small_sets import SIZE, masks, picture, save
 from test_train_tasks import SMALL, config_file
 from torch import Tensor, nn
@@ -638,3 +639,73 @@ def test_train_and_validate_a_segmenter(tmp_path: Path) -> None:
     assert averaged != plain
     assert "test mIoU: " in run("validate", "--checkpoint", folder, "data.inference=sliding").ok()
     assert "--scales must" in run("validate", "--checkpoint", folder, "--scales", 0).refusal()
+
+
+def test_volume_loss_is_dice_of_the_foreground_and_cross_entropy() -> None:
+    """Dice of the foreground classes alone, plus cross-entropy over the voxels that count."""
+    logits, labels = torch.randn(2, 3, 4, 4, 4), torch.randint(0, 3, (2, 4, 4, 4))
+    labels[0, 0] = VOID
+    p, known = logits.softmax(1), labels.masked_fill(labels == VOID, 0)
+    t = nn.functional.one_hot(known, 3).movedim(-1, 1).float()
+    axes = (2, 3, 4)
+    dice = 1 - (2 * (p * t).sum(axes) + 1e-5) / (p.sum(axes) + t.sum(axes) + 1e-5)
+    expected = dice[:, 1:].mean() + nn.functional.cross_entropy(logits, labels, ignore_index=VOID)
+    torch.testing.assert_close(VolumeLoss(VOID)(logits, labels), expected)
+
+
+def test_hard_pixels_keep_weights_and_smoothing() -> None:
+    logits, labels = torch.randn(1, 2, 3, 3), torch.randint(0, 2, (1, 3, 3))
+    weights, options = [1.0, 5.0], dict(label_smoothing=0.1)
+    loss = PixelLoss(VOID, weights, threshold=1.0, **options)(logits, labels)  # every pixel is hard
+    expected = nn.functional.cross_entropy(logits, labels, torch.tensor(weights), reduction="none", **options).mean()
+    torch.testing.assert_close(loss, expected)
+
+
+def test_auc_of_three_classes() -> None:
+    tally, labels, logits = RankTally(3), torch.arange(30) % 7 % 3, torch.randn(30, 3)
+    for x, y in zip(logits.split(7), labels.split(7)):
+        tally.add(torch.tensor(0.0), x, y)
+    expected = roc_auc_score(labels, logits.double().softmax(1), multi_class="ovr", average="macro")
+    assert tally.summary(Process())["auc"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_mean_dice_is_the_mean_of_the_classes() -> None:
+    """The mean of the classes' means: a class in few volumes counts as one in many does."""
+    labels = torch.zeros(2, 4, 4, 4, dtype=torch.long)
+    labels[:, 0], labels[0, 1] = 1, 2
+    found = labels.clone()
+    found[1] = 0  # class 1: Dice 1 and 0; class 2: 1, and not there
+    tally = DiceTally(("background", "a", "b"), VOID)
+    tally.add(torch.tensor(0.0), nn.functional.one_hot(found, 3).movedim(-1, 1).float(), labels)
+    assert tally.summary(Process())["mean_dice"] == pytest.approx((0.5 + 1) / 2)
+
+
+def training_batches(root: Path, **settings: Any) -> PairBatches:
+    values = dict(name="masks", root=str(root), test_split="val", batch_size=8, workers=0) | settings
+    spec = ImageSpec((3, 32, 32), (0.0,) * 3, (1.0,) * 3)
+    return read_batches(DataConfig(**values), spec, Process(), True, 0)[0]
+
+
+def test_masks_are_mirrored_cropped_and_scaled(tmp_path: Path) -> None:
+    """Some are mirrored and some are not, crops lie anywhere, and sizes are of the range that is asked for."""
+    root = masks(tmp_path, 8)
+    _, y = next(training_batches(root, augment="flip", patch_size=list(SIZE)).epoch())
+    assert {tuple(m[4, [0, -1]].tolist()) for m in y} == {(0, 2), (2, 0)}
+    _, y = next(training_batches(root, augment="none", patch_size=[16, 16]).epoch())
+    assert len({int((m[-1] == 0).sum()) for m in y}) > 2  # columns of the left class
+    for low, high in ((1.0, 1.0), (2.0, 3.0)):
+        _, y = next(training_batches(root, augment="scale_flip", patch_size=[96, 160], scale_range=[low, high]).epoch())
+        widths = {int((m != VOID).any(0).sum()) for m in y}
+        assert widths == {40} if high == 1 else (min(widths) >= 80 and len(widths) > 3)
+
+
+def test_every_mask_has_its_own_crop(tmp_path: Path) -> None:
+    """Copies of one image in one batch, and in the next epoch, are cropped at different places."""
+    root = masks(tmp_path, 1)
+    for k in range(1, 8):
+        for kind in ("images", "masks"):
+            (root / "train" / kind / f"{k}.png").write_bytes((root / "train" / kind / "0.png").read_bytes())
+    data = training_batches(root, augment="flip", patch_size=[16, 16])
+    (x, _), (again, _) = next(data.epoch(0)), next(data.epoch(1))
+    assert len({tuple(image.flatten().tolist()) for image in x}) > 3
+    assert not torch.equal(x, again)

@@ -677,3 +677,15 @@ def test_anderson_in_coarse_products(monkeypatch: pytest.MonkeyPatch) -> None:
     _, stats = Anderson(tol=1e-6, max_steps=60)(lambda z: torch.tanh(linear(z)) + b, torch.zeros(4, 50))
     assert stats.converged.all(), stats
     assert rough
+
+
+def test_the_ridge_of_anderson_counts() -> None:
+    """The setting is the one that is used: a large one makes the mix a plain step."""
+    problem = Batched(affine_rule, (contraction(torch.full((3,), 0.9), 8), torch.randn(3, 8, dtype=torch.float64)))
+    z0 = torch.zeros(3, 8, dtype=torch.float64)
+    plain, mixed, heavy = (
+        s(problem, z0)[1].trace
+        for s in (Picard(tol=0, max_steps=6), Anderson(tol=0, max_steps=6), Anderson(tol=0, max_steps=6, ridge=1e12))
+    )
+    torch.testing.assert_close(heavy, plain, rtol=1e-6, atol=0)
+    assert (mixed[-1] < 0.5 * plain[-1]).all()

@@ -455,3 +455,17 @@ def test_one_setting_of_the_model_s_own_solver() -> None:
     assert config.solver == {"max_steps": 7}
     with pytest.raises(BadInput, match="unknown argument max_step; did you mean max_steps"):
         build_model(ModelConfig(name="test_mdeq", solver={"max_step": 7}), None, for_training=True)
+
+
+def test_a_command_names_no_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither of a path that follows a word, nor of one that is part of it."""
+    words = [
+        f"--checkpoint={tmp_path}/run",
+        f"local-dir:{tmp_path}",
+        f"model.name=local-dir:{tmp_path}/run",
+        str(tmp_path),
+    ]
+    monkeypatch.setattr(sys, "argv", ["tools/train.py", *words, "optim.lr=0.1"])
+    name = tmp_path.name
+    ours = f"--checkpoint=run local-dir:{name} model.name=local-dir:run {name} optim.lr=0.1"
+    assert command() == f"python tools/train.py {ours}"

@@ -23,7 +23,8 @@ from mdeq.models import MDEQ
 from tools.batches import evaluated_split
 from tools.card import model_card, steps_table
 from tools.engine import evaluate
-from tools.recheck import evaluated_config
+from tools.recheck import compared, evaluated_config, renew_record
+from tools.scores import DICE
 from tools.steps import columns, save_table
 from tools.tasks import TOP1
 
@@ -528,3 +529,35 @@ def test_evaluate_wraps_its_batches(model: MDEQ, tmp_path: Path) -> None:
 def test_no_progress_bar_where_it_is_switched_off(trained: Path) -> None:
     assert validate("--checkpoint", trained).err == ""
     assert "test" in validate("--checkpoint", trained, "run.progress=true").err
+
+
+def test_twice_the_steps_know_no_tolerance(tmp_path: Path) -> None:
+    """At twice the steps, and in the table, no sample stops early, however loose the tolerance of the solver is."""
+    folder, found = tmp_path / "run", []
+    train(folder, "data.num_train=16", "model.solver.tol=0.99").ok()
+    found.append(json.loads((folder / "results.json").read_text())["evaluation"])
+    validate("--checkpoint", folder, "--record", "--steps", 4).ok()
+    found.append(json.loads((folder / "results.json").read_text())["evaluation"])
+    for evaluation in found:
+        assert evaluation["metrics"]["evaluations"] < 3
+        assert evaluation["metrics_at_twice_the_steps"]["evaluations"] == 5
+    assert [float(row["evaluations"]) for row in rows(folder, "steps.csv")] == [5]
+
+
+def test_figures_agree_to_half_of_the_last_digit() -> None:
+    assert [compared("x", DICE, found, 0.8770)[1] for found in (0.8774, 0.8776, 0.8764)] == [True, False, False]
+    assert [compared("x", TOP1, found, 90.0)[1] for found in (90.04, 90.06)] == [True, False]
+
+
+def test_renewing_keeps_what_was_evaluated_alike(tmp_path: Path) -> None:
+    """What was evaluated alike stays, what was not goes."""
+    path, old = tmp_path / "x.json", {"seed": 7, "value": 2.0}
+    now = {"metric": "top1", "metrics": {"top1": 1.0}, "solver": {"name": "picard", "max_steps": 2}}
+    card = {"evaluation": now, "training": {"seed": 0}, "seeds": [{"seed": 0, "value": 1.5}, old], "baseline": {}}
+    path.write_text(json.dumps({"metrics": {}, "config": {"model_args": {}}, "card": card}))
+    renew_record(path, now, {})
+    card = json.loads(path.read_text())["card"]
+    assert (card["seeds"], "baseline" in card) == ([{"seed": 0, "value": 1.0}, old], True)
+    renew_record(path, {**now, "settings": ["data.image_size=24"]}, {})
+    card = json.loads(path.read_text())["card"]
+    assert (card["seeds"], "baseline" in card) == ([{"seed": 0, "value": 1.0}], False)

@@ -524,3 +524,17 @@ def test_output_folder_that_is_a_file(classifier: tuple[Path, nn.Module], photo:
     (tmp_path / "file").write_text("precious")
     assert "file" in visualize(classifier[0], photo, "--out", tmp_path / "file").refusal()
     assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_names_are_drawn_as_they_stand() -> None:
+    """Dollars, which matplotlib takes for formulas."""
+    logits = torch.zeros(1, 2, 4, 4)
+    logits[:, 1, :2] = 1
+    settled = Snapshot("equilibrium", (torch.zeros(1, 4, 4, 4),), logits, 0.1)
+    names = (r"cost $\frac$ of", "price $x_{$")
+    picture, view = Image.new("L", (4, 4)), View((4, 4))
+    painter = Painter(names, label_colours(names), None, picture, view)
+    title = r"price $x_{$.png"
+    assert figures.png(figures.labels_figure([settled], [], settled, None, painter, title))
+    classified = replace(settled, logits=torch.zeros(1, 2))
+    assert figures.png(figures.features_figure([classified], picture, view, names, title))

@@ -712,3 +712,77 @@ def test_samples_are_held_out_of_whatever_is_trained_on(name: str, tmp_path: Pat
     parts = [read_split(data(name, path, **held), 1, training=training) for training in (True, False)]
     assert [len(part.images) for part in parts] == [len(whole.images) - 1, 1]
     assert torch.equal(parts[1].images[0], whole.images[-1])
+
+
+def numbered_patches(tmp_path: Path, epochs: int = 12, **settings: Any) -> list[Tensor]:
+    numbers = torch.arange(16 * 17 * 18).view(16, 17, 18)
+    data = Volumes([numbers[None].float()], [(numbers % 3).byte()], ("a", "b", "c"), None)
+    values = dict(name="nifti", root=str(tmp_path), batch_size=1, patch_size=[16, 17, 18]) | settings
+    split = VolumeBatches(data, DataConfig(**values), Process(), training=True)
+    return numbers, [next(split.epoch(k)) for k in range(epochs)]
+
+
+def test_volumes_are_mirrored_along_the_axes_named(tmp_path: Path) -> None:
+    """Along the axes that are named, and no other; labels alike."""
+    numbers, parts = numbered_patches(tmp_path, 20, flip_axes=[0, 2], foreground=0.0)
+    ways = [numbers.flip(axes) for axes in ([], [0], [2], [0, 2])]
+    found = {next(k for k, way in enumerate(ways) if torch.equal(x[0, 0], way.float())) for x, _ in parts}
+    assert found == {0, 1, 2, 3}
+    assert all(torch.equal(y[0], x[0, 0].long() % 3) for x, y in parts)
+
+
+def test_moved_labels_are_of_a_class_that_was_there(tmp_path: Path) -> None:
+    """Moved labels are of a class that was there: between 0 and 2 there is no 1."""
+    label = torch.zeros(24, 24, 24, dtype=torch.uint8)
+    label[6:18, 6:18, 6:18] = 2
+    data = Volumes([label[None].float()], [label], ("a", "b", "c"), None)
+    config = DataConfig(name="nifti", root=str(tmp_path), batch_size=1, patch_size=[24, 24, 24], augment="volume")
+    split = VolumeBatches(data, config, Process(), training=True)
+    found = torch.cat([next(split.epoch(k))[1] for k in range(6)])
+    assert found.unique().tolist() == [0, 2]
+
+
+def test_volume_augmentation_changes_brightness_contrast_and_noise(tmp_path: Path) -> None:
+    """Brightness, contrast and noise change, and do so in the image alone."""
+    data = Volumes([torch.ones(1, 16, 16, 16)], [torch.ones(16, 16, 16).byte()], ("a", "b"), None)
+    values = dict(name="nifti", root=str(tmp_path), batch_size=1, patch_size=[16, 16, 16], augment="volume")
+    split = VolumeBatches(data, DataConfig(**values), Process(), training=True)
+    centres = [next(split.epoch(k))[0][0, 0, 6:10, 6:10, 6:10] for k in range(40)]
+    assert len({round(float(x.mean()), 3) for x in centres}) > 4
+    assert sum(float(x.std()) > 0.03 for x in centres) > 1  # noise
+
+
+def test_foreground_of_a_volume_hardly_larger_than_a_patch(tmp_path: Path) -> None:
+    """Also of a volume that is hardly larger than a patch: with foreground=1 every patch holds some."""
+    label = torch.zeros(24, 24, 24, dtype=torch.uint8)
+    label[0, 0, 0] = 1
+    data = Volumes([label[None].float()], [label], ("a", "b"), None)
+    config = DataConfig(name="nifti", root=str(tmp_path), batch_size=1, patch_size=[16, 16, 16], foreground=1.0)
+    split = VolumeBatches(data, config, Process(), training=True)
+    assert all(int(next(split.epoch(k))[1].sum()) == 1 for k in range(10))
+
+
+def test_a_part_of_a_sorted_npz_file_has_several_classes(tmp_path: Path) -> None:
+    """Files may be sorted by class: the first so many, and the last, are of several."""
+    path = medmnist(tmp_path / "adrenalmnist3d.npz", train_labels=np.repeat(np.arange(2, dtype=np.uint8), 6)[:, None])
+    config = DataConfig(name="medmnist3d", root=str(path), test_split="val", patch_size=[16, 16, 16], num_train=6)
+    assert len(read_split(config, 1, training=True).labels.unique()) == 2
+
+
+def test_resampled_labels_lie_on_their_volume() -> None:
+    """Resampled labels lie where their image does: by the nearest voxel as PyTorch has it they lie half a voxel off."""
+    label = torch.zeros(24, 24, 24, dtype=torch.uint8)
+    label[6:17, 8:19, 5:16] = 1
+    off = []
+    for mm in (0.4, 0.55, 0.7, 1.3, 1.7, 2.2):
+        x, y = prepare(Volume(label[None].float(), np.eye(4)), Preprocessing((mm,) * 3, "none", "none"), label)
+        axes = torch.stack(torch.meshgrid(*(torch.arange(n).double() for n in y.shape), indexing="ij"))
+        off.append((axes * y).sum((1, 2, 3)) / y.sum() - (axes * x[0].double()).sum((1, 2, 3)) / x.sum().double())
+    assert float(torch.stack(off).mean(0).abs().max()) < 0.15, torch.stack(off)
+
+
+def test_axes_in_another_order_keep_their_spacing() -> None:
+    affine = np.array([[0, 0, 3.0, 0], [1.0, 0, 0, 0], [0, 2.0, 0, 0], [0, 0, 0, 1.0]])
+    volume = Volume(torch.randn(1, 10, 20, 30), affine)
+    assert prepared_spacing(volume, Preprocessing()) == (3.0, 1.0, 2.0)
+    assert prepare(volume, Preprocessing((1.0, 1.0, 1.0)))[0].shape == (1, 90, 10, 40)

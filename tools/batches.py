@@ -1,5 +1,6 @@
 """What a data set gives to a training loop: batches whose order depends on seed and epoch alone."""
 
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from tools.config import ARRAYS, BadInput, DataConfig
 from tools.peak import lacks_memory
 
-MIN_SIZE = 16  # of a side of an input
+MIN_SIZE, MAX_SIZE = 16, 16384  # of a side of an input; the larger one of what a model may ask for
+INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "box", "hamming", "lanczos", "random")  # timm's names
 VOID = 255
 """Label of pixels and voxels that do not count, whatever the number they have in the files."""
 
@@ -64,8 +66,19 @@ class ImageSpec:
         """Return the spec of a model's pretrained_cfg, at another size if one is given.
 
         Raises:
-            BadInput: for a size under 16.
+            BadInput: for a size under 16, or a pretrained_cfg that says nothing sensible.
         """
+        for key, count in (("input_size", 3), ("mean", None), ("std", None)):
+            numbers = cfg.get(key)
+            listed = isinstance(numbers, (list, tuple)) and len(numbers) == (count or max(len(numbers), 1))
+            if not listed or not all(_is_number(x) and (key == "mean" or x > 0) for x in numbers):
+                raise BadInput(f"pretrained_cfg of the model: {key} must be {count or 'some'} numbers, got {numbers}")
+        if not all(isinstance(x, int) and x <= MAX_SIZE for x in cfg["input_size"]):
+            raise BadInput(f"pretrained_cfg of the model: input_size must be whole numbers up to {MAX_SIZE}")
+        if cfg["interpolation"] not in INTERPOLATIONS:
+            raise BadInput(f"pretrained_cfg of the model: interpolation must be one of {', '.join(INTERPOLATIONS)}")
+        if not _is_number(cfg["crop_pct"]) or not 0.01 <= cfg["crop_pct"] <= 1:
+            raise BadInput(f"pretrained_cfg of the model: crop_pct must be in 0.01..1, got {cfg['crop_pct']}")
         height, width = (image_size, image_size) if image_size else cfg["input_size"][1:]
         if min(height, width) < MIN_SIZE:
             raise BadInput(f"data.image_size must be >= {MIN_SIZE}, got {min(height, width)}")
@@ -73,6 +86,10 @@ class ImageSpec:
         if len(mean) != in_chans:  # a grey or multispectral input has no constants of its own
             mean, std = (sum(mean) / len(mean),) * in_chans, (sum(std) / len(std),) * in_chans
         return cls((in_chans, height, width), mean, std, cfg["interpolation"], cfg["crop_pct"])
+
+
+def _is_number(x: object) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
 
 
 def check_labels(labels: Tensor, num_classes: int) -> None:

@@ -98,9 +98,15 @@ def known_model(name: str) -> str:
     source, _, place = name.partition(":")
     if source in ("hf-hub", "local-dir"):
         path = mdeq.hub_config(place) if source == "hf-hub" else Path(place) / "config.json"
-        saved = read_json(path).get("architecture")
+        config = read_json(path)
+        saved, parts = config.get("architecture"), [config.get(key) or {} for key in ("pretrained_cfg", "model_args")]
         if saved not in valid:
             raise BadInput(f"{name} holds {saved}, which is not a model of this package")
+        # Whoever wrote it may be a stranger: files are named by the one, and the others are not theirs to say.
+        if not all(isinstance(part, dict) for part in parts) or parts[0].get("architecture", saved) != saved:
+            raise BadInput(f"{path} is damaged: its pretrained_cfg is of another model, or its parts are no mappings")
+        if foreign := {"device", "dtype"} & set(parts[1]):
+            raise BadInput(f"{path}: model_args must not hold {min(foreign)}")
     elif name.partition(".")[0] not in valid:
         raise BadInput(f"unknown model {name}; {nearest(name, valid)} (all: {', '.join(valid)})")
     return name

@@ -26,6 +26,8 @@ STATE_FILE = "checkpoint.pt"
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.yaml"
 RESULTS_FILE = "results.json"
+UMASK = os.umask(0)  # which is to be had by setting it only
+os.umask(UMASK)
 _ENTRIES = ("ema", "state_dict_ema", "model_ema", "model", "state_dict", "model_state_dict", "net")  # timm's names too
 STEPS_FILE, STEPS_PICTURE = "steps.csv", "steps.png"
 FORMAT = {"format": "pt"}  # asked for by transformers; one entry, since those of several are written in any order
@@ -78,7 +80,7 @@ def clear_leftovers(folder: Path) -> None:
     """Remove the half-written files that a kill left in a run's folder."""
     names = (STATE_FILE, WEIGHTS_FILE, CONFIG_FILE, RESULTS_FILE, STEPS_FILE, STEPS_PICTURE, "config.json", "log.csv")
     for name in names:
-        for path in folder.glob(f".{name}.*"):
+        for path in folder.glob(f".{name}.{'?' * 8}"):  # as `tempfile` names them
             path.unlink()
 
 
@@ -95,7 +97,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
             write(Path(name))
             with open(name, "r+b") as file:  # Windows syncs no file that is open for reading
                 os.fsync(file.fileno())
-            os.chmod(name, 0o644)
+            os.chmod(name, 0o666 & ~UMASK)
             _replace(name, path)
         finally:
             Path(name).unlink(missing_ok=True)
@@ -203,6 +205,10 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     odd = [k for k, v in content.items() if v.layout != torch.strided or v.is_meta or v.is_quantized or v.is_complex()]
     if odd:
         raise BadInput(f"{path} holds tensors that cannot be weights (sparse, quantised, complex or meta): {odd[0]}")
+    # A small file may promise a model larger than the machine.
+    small = [k for k, v in content.items() if v.numel() * v.element_size() > v.untyped_storage().nbytes()]
+    if small:
+        raise BadInput(f"{path} holds fewer numbers than its tensors have elements: {small[0]}")
     bad = [key for key, value in content.items() if value.is_floating_point() and not torch.isfinite(value).all()]
     if bad:
         raise BadInput(f"{path} holds weights that are not finite (nan or inf): {bad[0]}")

@@ -254,7 +254,10 @@ def _merge(config: Any, read: Any, origin: str) -> Any:
         update = read()
         if not OmegaConf.is_dict(update):
             raise BadInput(f"{origin}: expected a mapping of settings")
-        _check_keys(OmegaConf.to_container(update), origin)
+        content = OmegaConf.to_container(update)  # as it stands
+        _check_keys(content, origin)
+        if "${" in str(content):
+            raise BadInput(f"{origin}: settings may not refer to others or to the environment (${{...}})")
         missing = OmegaConf.missing_keys(update)  # a merge would leave what was there
         if missing:
             raise BadInput(f"{origin}: {min(missing)} has no value")
@@ -326,7 +329,8 @@ def _check(config: TrainConfig) -> None:
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the `key=value` words of a command line, and the rest."""
     keys = {word: word.partition("=")[0] for word in words if "=" in word and not word.startswith("-")}
-    overrides = [word for word in words if word in keys and "/" not in keys[word]]  # a path may have a = in it
+    # A path may have a = in it.
+    overrides = [word for word in words if word in keys and "/" not in keys[word] and not Path(word).exists()]
     return overrides, [word for word in words if word not in overrides]
 
 

@@ -36,6 +36,7 @@ from tools.checkpoint import (
     CONFIG_FILE,
     FORMAT,
     RESULTS_FILE,
+    UMASK,
     WEIGHTS_FILE,
     check_folder,
     export,
@@ -155,7 +156,7 @@ def main() -> None:
                 training = read_results(run).get("training")
                 write_results(temporary, **({} if training is None else {"training": training}))
         verify(model, temporary)
-        temporary.chmod(0o755)
+        temporary.chmod(0o777 & ~UMASK)
         if out.is_dir():
             out.rmdir()  # empty, see above; Windows puts nothing in its place
         os.replace(temporary, out)

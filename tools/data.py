@@ -174,7 +174,7 @@ def _pixels(file: Any, name: str) -> Image.Image:
         pixels = image.convert("RGB").resize((32, 32))
         pixels.info["jpeg"] = _jpeg_quality(image)
         return pixels
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise BadInput(f"cannot read image {name}: {error}") from None
 
 

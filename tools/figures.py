@@ -83,7 +83,8 @@ def median(table: np.ndarray) -> np.ndarray:
 
 def entitle(figure: Figure, title: str) -> None:
     """Set the title of a whole figure, in lines that fit."""
-    figure.suptitle(textwrap.fill(title, max(40, int(12 * figure.get_figwidth()))), fontsize=11)
+    lines = textwrap.fill(title, max(40, int(12 * figure.get_figwidth())))
+    figure.suptitle(lines, fontsize=11, parse_math=False)
 
 
 def plain(ax: Axes) -> None:
@@ -186,7 +187,7 @@ def features_figure(
     axes[0, 0].axis("on")
     show(axes[0, 0], picture, "input", view)
     for ax, snapshot in zip(axes[0, 1:], snapshots):
-        ax.set_title(heading(snapshot) + likeliest(snapshot, names), fontsize=9)
+        ax.set_title(heading(snapshot) + likeliest(snapshot, names), fontsize=9, parse_math=False)
     entitle(figure, title)
     return figure
 
@@ -250,7 +251,8 @@ def labels_figure(
     painted = {int(k) for labels in (*maps, *([] if truth is None else [truth])) for k in np.unique(view.flat(labels))}
     present = [k for k in range(len(painter.names)) if k in painted and k != painter.clear]
     patches = [
-        Patch(color=tuple(c / 255 for c in painter.colours[k]), label=painter.names[k]) for k in present[:MOST_ENTRIES]
+        Patch(color=tuple(c / 255 for c in painter.colours[k]), label=painter.names[k].replace("$", r"\$"))
+        for k in present[:MOST_ENTRIES]
     ]
     if len(present) > MOST_ENTRIES:
         patches.append(Patch(color="none", label=f"and {len(present) - MOST_ENTRIES} more"))

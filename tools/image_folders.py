@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,9 @@ def read_batches(
         raise BadInput("data.holdout is not for image folders or timm's readers; move images to a split of their own")
     split = config.train_split if training else config.test_split
     reader = name.lower().split("/")
+    # webdataset hands what is not a file to a shell, and settings may come along with someone's weights.
+    if reader[0] == "wds" and (re.match(r"\s*\w[\w+.-]+:", config.root) or "pipe:" in split):
+        raise BadInput(f"data.root={config.root}: webdatasets are read from folders, so download their shards first")
     is_folder = not name or (reader[0] == "torch" and reader[-1] in ("folder", "image_folder"))
     root = _require_split(Path(config.root), split, training) if is_folder else config.root
     if training:

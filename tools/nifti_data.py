@@ -57,7 +57,7 @@ def read_dataset_json(root: Path) -> tuple[list[dict[str, Any]], list[dict[str, 
         raise BadInput(
             f"no dataset.json in {root}; expected the layout of the Medical Segmentation Decathlon"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadInput(f"{path} does not describe a data set: {type(error).__name__}: {error}") from None
     train, val = listed["training"], listed["validation"]
     if not val:

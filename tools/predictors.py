@@ -144,7 +144,9 @@ class Predictor:
         image = images.read_picture(path, self.model.in_chans)
         if self.dense and min(image.size) < MIN_SIZE:
             raise BadInput(f"{path} is {image.width}x{image.height}; every side must be at least {MIN_SIZE} pixels")
-        return Sample(number, path, name, self._transform(image), image if self.dense else None)
+        with memory_for(str(path), "--size"):
+            x = self._transform(image)
+        return Sample(number, path, name, x, image if self.dense else None)
 
     def _volume(self, path: Path) -> tuple[Volume, Tensor]:
         if not path.name.lower().endswith(self.suffixes):

@@ -157,7 +157,7 @@ def _label_names(model: nn.Module, config: dict[str, Any]) -> tuple[str, ...]:
         names = DATASETS[tag].labels
     if not names and "in1k" in tag and model.num_classes == 1000:
         names = [ImageNetInfo().index_to_description(k) for k in range(1000)]
-    if isinstance(names, str) or len(names) > model.num_classes:
+    if not isinstance(names, (list, tuple)) or len(names) > model.num_classes:
         raise BadInput(f"label_names in config.json must be a list of at most {model.num_classes} names")
     names = [str(name) for name in names] + [""] * (model.num_classes - len(names))
     described = config.get("label_descriptions") or _words(names)
@@ -165,7 +165,8 @@ def _label_names(model: nn.Module, config: dict[str, Any]) -> tuple[str, ...]:
         raise BadInput("label_descriptions in config.json must map label names to words")
     # The background is known by its name, which pictures leave black.
     words = (name if name.lower() == "background" else described.get(name) or name for name in names)
-    return tuple(str(word) or f"class {k}" for k, word in enumerate(words))
+    # Whoever made the model named them: a terminal is not to take them for more than text.
+    return tuple("".join(filter(str.isprintable, str(word))) or f"class {k}" for k, word in enumerate(words))
 
 
 def _words(names: Sequence[str]) -> dict[str, str]:

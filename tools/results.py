@@ -51,9 +51,11 @@ def command(*, resumed: bool = False) -> str:
 
 
 def _elsewhere(word: str) -> str:
-    if "=" in word:
-        key = word.partition("=")[0]
-        return f"{key}={PLACES[key]}" if key in PLACES else word
+    key, equals, value = word.partition("=")
+    if equals and not Path(word).exists():
+        return f"{key}={PLACES[key] if key in PLACES else _elsewhere(value)}"
+    if word.startswith("local-dir:"):
+        return f"local-dir:{_elsewhere(word.removeprefix('local-dir:'))}"
     path = Path(word)
     if not (path.is_absolute() or path.exists()):
         return word

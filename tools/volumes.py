@@ -63,8 +63,18 @@ class Preprocessing:
         """Return what `record` made a dictionary of; keys that are not its own are passed over.
 
         Raises:
-            BadInput: for an orientation or a normalisation that there is not.
+            BadInput: for an orientation or a normalisation that there is not, or no sizes.
         """
+        if not isinstance(record, dict):
+            raise BadInput(f"preprocessing in config.json must be a mapping, got {record!r}")
+        for key, kinds, least, most in (("spacing", (int, float), 1e-6, 1e6), ("patch_size", int, 1, 4096)):
+            sizes = record.get(key)
+            three = isinstance(sizes, (list, tuple)) and len(sizes) == 3
+            none = sizes is None or (key == "patch_size" and sizes in ([], ()))
+            if not none and not (three and all(isinstance(n, kinds) and least <= n <= most for n in sizes)):
+                raise BadInput(
+                    f"unknown preprocessing: {key} must be 3 numbers from {least:g} to {most:g}, got {sizes}"
+                )
         names = {f.name for f in dataclasses.fields(cls)}
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items() if k in names}
         result = cls(**values)

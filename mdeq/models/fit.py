@@ -144,8 +144,7 @@ def identify(weights: Mapping[str, Tensor], layout: str, name: str | None = None
         _, args = identify(weights, layout, nearest)
     except ValueError:
         problems = _problems(matched_to(nearest), _default(nearest), limit=1)
-        message = f"the checkpoint ({layout} layout) fits none of the models; beside the nearest, {nearest}: {problems}"
-        raise ValueError(message) from None
+        raise ValueError(f"the checkpoint fits none of the models, {nearest} is nearest; {problems}") from None
     text = ", ".join(f"{key}={value}" for key, value in args.items())
     raise ValueError(f"the checkpoint fits {nearest} with {text}; name that model, since others may fit too")
 
