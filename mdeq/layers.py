@@ -44,9 +44,18 @@ def is_plain(layer: nn.Module) -> bool:
 
     Parametrizations, such as weight norm, are no more than that: their weight is an attribute.
     """
-    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
     forward = getattr(layer.forward, "__func__", None)
-    return forward in (nn.Conv2d.forward, nn.Conv3d.forward) and not any(hooks)
+    return forward in (nn.Conv2d.forward, nn.Conv3d.forward) and not _has_hooks(layer)
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+    return any(hooks)
+
+
+def writable(x: Tensor, layer: nn.Module) -> Tensor:
+    """Return x, an input or output of a layer, to be written to: a copy of it where hooks of the layer may keep it."""
+    return x.clone() if _has_hooks(layer) else x
 
 
 def convolve(layer: nn.Module, x: Tensor, kernel: Tensor | None) -> Tensor:

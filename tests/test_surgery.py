@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune, spectral_norm
 
 import mdeq
+from mdeq.models.cell import PostFuse
 
 GRADIENTS = ("implicit", "phantom", "reversible")
 SOLVER = {"name": "picard", "max_steps": 100, "tol": 1e-10}
@@ -116,6 +117,32 @@ def test_hooks_of_spectral_norm_run() -> None:
     model.train()(picture()).square().sum().backward()
     assert layer.weight_orig.grad.norm() > 0
     assert torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2) == pytest.approx(1, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", [nn.GroupNorm, PostFuse])
+def test_hooks_see_what_norms_and_fusion_were_given_and_gave(kind: type) -> None:
+    """f writes to tensors of its own: what hooks were shown stays as it was, and backward hooks may wrap it."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_mdeq", solver={"name": "picard", "max_steps": 2}).eval()
+    x = torch.randn(2, 3, 32, 32)
+    plain = model(x).detach()
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor | None = None) -> None:
+        seen.extend((y, y.clone()) for y in (args[0], output) if y is not None)
+
+    watched = [module for module in model.equilibrium.cell.modules() if isinstance(module, kind)]
+    hooks = [h for m in watched for h in (m.register_forward_pre_hook(keep), m.register_forward_hook(keep))]
+    assert torch.equal(model(x), plain)
+    assert len(seen) > len(watched)
+    assert all(torch.equal(y, before) for y, before in seen)
+    for hook in hooks:
+        hook.remove()
+    calls: list[nn.Module] = []
+    for module in watched:
+        module.register_full_backward_hook(lambda module, *_: calls.append(module))
+    model(x).square().mean().backward()
+    assert set(calls) == set(watched)
 
 
 def test_hooks_see_what_a_convolution_gave() -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from ..layers import GroupNorm, SpatialDims, channel_mask, conv, convolve, is_plain, resize
+from ..layers import GroupNorm, SpatialDims, channel_mask, conv, convolve, is_plain, resize, writable
 from ..state import State, lies_channels_last
 
 Injection = tuple[Tensor | None, ...]
@@ -52,13 +52,14 @@ class ResidualBlock(nn.Module):
 
     def forward(self, z: Tensor, injection: Tensor | None, mask: Tensor | None, kernels: Kernels) -> Tensor:
         # In place wherever autograd has no need of what is overwritten: fresh memory costs more than the arithmetic.
-        hidden = F.relu_(self.norm1(convolve(self.conv1, z, kernels.get(self.conv1))))
+        hidden = self.norm1(convolve(self.conv1, z, kernels.get(self.conv1)))
+        hidden = F.relu_(writable(hidden, self.norm1))
         out = convolve(self.conv2, hidden, kernels.get(self.conv2))
         if mask is not None:
             out *= mask
         if injection is not None:
             out += injection
-        out = self.norm2(out)
+        out = writable(self.norm2(out), self.norm2)
         out += z
         return self.norm3(F.relu_(out))
 
@@ -83,7 +84,7 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor, size: Sequence[int], kernels: Kernels) -> Tensor:
         for step, (layer, norm) in enumerate(zip(self.convs, self.norms)):
-            x = F.relu_(x) if step else x
+            x = F.relu_(writable(x, self.norms[step - 1])) if step else x
             x = norm(convolve(layer, x, kernels.get(layer)))  # (B, C, *S) -> (B, C, *ceil(S / 2))
         return x
 
@@ -131,7 +132,7 @@ class PostFuse(nn.Module):
 
     def forward(self, x: Tensor, kernels: Kernels) -> Tensor:
         """Return the output `(B, C, *S)`; x is overwritten."""
-        return self.norm(convolve(self.conv, F.relu_(x), kernels.get(self.conv)))
+        return self.norm(convolve(self.conv, F.relu_(writable(x, self)), kernels.get(self.conv)))
 
 
 class MultiscaleCell(nn.Module):
