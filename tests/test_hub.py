@@ -853,6 +853,11 @@ def test_names_of_labels_are_those_of_the_weights_that_are_there() -> None:
     assert names(pretrained=True, num_classes=4) is None
 
 
+def test_the_name_of_a_model_names_no_place() -> None:
+    assert tools.publish._without_place("local-dir:/home/someone/run1/") == "local-dir:run1"
+    assert tools.publish._without_place("mdeq_tiny_cifar.cifar10") == "mdeq_tiny_cifar.cifar10"
+
+
 @pytest.mark.parametrize(
     "change",
     [{"solver": {"name": "picard", "max_steps": 9}}, {"settings": ["data.image_size=24"]}, {"metric": "top5"}],

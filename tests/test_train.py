@@ -465,7 +465,7 @@ def test_a_command_names_no_places(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         f"model.name=local-dir:{tmp_path}/run",
         str(tmp_path),
     ]
-    monkeypatch.setattr(sys, "argv", ["tools/train.py", *words, "optim.lr=0.1"])
+    monkeypatch.setattr(sys, "argv", ["tools/train.py", *words, "optim.lr=0.1", "data.train_split="])
     name = tmp_path.name
-    ours = f"--checkpoint=run local-dir:{name} model.name=local-dir:run {name} optim.lr=0.1"
+    ours = f"--checkpoint=run local-dir:{name} model.name=local-dir:run {name} optim.lr=0.1 data.train_split="
     assert command() == f"python tools/train.py {ours}"

@@ -14,6 +14,7 @@ Weights that are neither are looked for in DIR/ARCHITECTURE.TAG.
 import argparse
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -139,7 +140,11 @@ def record_of(
     config = load_config(run / CONFIG_FILE)
     config = dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, checkpoint="FILE" if config.model.checkpoint else None),
+        model=dataclasses.replace(
+            config.model,
+            name=_without_place(config.model.name),
+            checkpoint="FILE" if config.model.checkpoint else None,
+        ),
         data=dataclasses.replace(config.data, root="DIR"),
         run=dataclasses.replace(config.run, out_dir=None, resume=False),
     )
@@ -196,6 +201,11 @@ def _stages(record: Path, run: Path) -> list[dict[str, Any]]:
     return [*release.card.get("stages", []), {"sha256": release.sha256, **release.card["training"]}]
 
 
+def _without_place(name: str) -> str:
+    """Return the name of a model; of `local-dir:` the folder alone."""
+    return re.sub(r"^local-dir:.*/", "local-dir:", name.rstrip("/"))
+
+
 def _with_seeds(
     of: Path | str, config: TrainConfig, evaluation: Mapping[str, Any], known: Sequence[Mapping[str, Any]],
     runs: Sequence[Path],
@@ -214,7 +224,7 @@ def _with_seeds(
     """
 
     def kind(config: TrainConfig, evaluation: Mapping[str, Any]) -> list[Any]:
-        model = dataclasses.replace(config.model, checkpoint=None)
+        model = dataclasses.replace(config.model, name=_without_place(config.model.name), checkpoint=None)
         data = dataclasses.replace(config.data, root="", workers=0, download=False, cache_on_device=False)
         run = dataclasses.replace(TrainConfig().run, epochs=config.run.epochs, amp=config.run.amp)
         trained = dataclasses.replace(config, model=model, data=data, run=run)

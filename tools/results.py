@@ -57,7 +57,7 @@ def _elsewhere(word: str) -> str:
     if word.startswith("local-dir:"):
         return f"local-dir:{_elsewhere(word.removeprefix('local-dir:'))}"
     path = Path(word)
-    if not (path.is_absolute() or path.exists()):
+    if not word or not (path.is_absolute() or path.exists()):
         return word
     path = path.resolve()
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
