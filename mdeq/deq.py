@@ -126,8 +126,8 @@ class DEQ(nn.Module):
         if unroll < 0 or jacobian_probes < 0:
             raise ValueError(f"unroll and jacobian_probes must be >= 0, got {unroll} and {jacobian_probes}")
         # Where nothing in f is trained no backward solve is due, although f(z) depends on z.
-        frozen = hasattr(fn, "tensors") and not any(x.requires_grad for x in fn.tensors())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+        learns = torch.is_grad_enabled() and (not hasattr(fn, "tensors") or any(x.requires_grad for x in fn.tensors()))
+        with torch.set_grad_enabled(learns):
             return self._forward(fn, z0, solver, unroll, jacobian_probes)
 
     def _forward(

@@ -1,7 +1,8 @@
 """How to differentiate through an equilibrium: estimators, each of which owns the forward solve."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from copy import copy
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import torch
@@ -77,7 +78,8 @@ class _Implicit(torch.autograd.Function):
         size = _no_zero(_norm(scaled))
         rhs = (scaled / size).to(grad.dtype)
         # Its residual is measured by the right-hand side, not by u, which is long where I - J is nearly singular.
-        solver = replace(ctx.solver, stop_mode="abs")
+        solver = copy(ctx.solver)
+        object.__setattr__(solver, "stop_mode", "abs")  # frozen, and a class of your own may have another constructor
 
         def adjoint(u: Tensor) -> Tensor:
             return vjp(f_z, z, u, retain_graph=True) + rhs

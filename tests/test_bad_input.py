@@ -297,6 +297,26 @@ def test_weights_among_the_entries_of_a_training_program(names: list[str], tmp_p
     assert list(read_weights(tmp_path / "x.pt")) == ["x"]
 
 
+def test_a_mapping_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    content: dict[str, Any] = {}
+    content["model"] = content
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(BadInput, match="holds no weights"):
+        read_weights(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])
+def test_a_file_that_may_not_be_read_is_told(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / name).touch()
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(BadInput, match="Permission denied"):
+        read_weights(tmp_path / name)
+
+
 def test_a_file_without_checksums_is_read(tmp_path: Path) -> None:
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)

@@ -289,6 +289,12 @@ def test_without_a_name_the_nearest_model_is_told() -> None:
         identify_checkpoint(weights)
 
 
+def test_one_tensor_under_two_names_is_refused() -> None:
+    one = torch.ones(1)
+    with pytest.raises(ValueError, match="twice, under prefixes"):
+        identify_checkpoint({"module.stem.conv1.weight": one, "stem.conv1.weight": one})
+
+
 def test_a_kernel_in_both_forms_is_refused() -> None:
     weights = official.official_weights()
     name = "fullstage.branches.0.blocks.0.conv1.weight"

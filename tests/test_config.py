@@ -237,6 +237,11 @@ def test_settings_do_not_read_the_environment(tmp_path: Path) -> None:
             load_config(*arguments)
 
 
+def test_a_word_may_be_longer_than_the_name_of_a_file() -> None:
+    word = "model.kwargs={" + ", ".join(f"a{k}: 1" for k in range(80)) + "}"
+    assert split_overrides([word]) == ([word], [])
+
+
 def test_a_file_with_an_equals_sign_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rep=2.png").touch()

@@ -292,6 +292,16 @@ def test_the_backward_residual_is_relative_to_the_right_hand_side(solver: type, 
     assert (residual[stats.converged] < 1e-3).all()
 
 
+def test_a_backward_solver_with_a_constructor_of_its_own() -> None:
+    class Own(Broyden):
+        def __init__(self, tol: float) -> None:
+            super().__init__(tol=tol, max_steps=100)
+
+    f = Affine()
+    _, grad_b = f.backward(f.solve(ImplicitGradient(Own(1e-10))))
+    assert relative(grad_b, f.closed_form()[2]) < 1e-8
+
+
 def test_a_frozen_map_needs_no_backward_solve() -> None:
     class Frozen(Affine):
         def tensors(self) -> list[Tensor]:

@@ -675,4 +675,4 @@ def test_a_strange_config_is_refused(key: str, value: Any, tmp_path: Path) -> No
 def test_names_of_classes_are_text_alone() -> None:
     model = SimpleNamespace(num_classes=2, pretrained_cfg={})
     names = ["\x1b]0;title\x07red\x1b[2J", "two\nfake.png healthy 100 %"]
-    assert _label_names(model, {"label_names": names}) == ("]0;titlered[2J", "twofake.png healthy 100 %")
+    assert _label_names(model, {"label_names": names}) == ("]0;title red [2J", "two fake.png healthy 100 %")

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from tools.config import ARRAYS, BadInput, DataConfig
 from tools.peak import lacks_memory
 
-MIN_SIZE, MAX_SIZE = 16, 16384  # of a side of an input; the larger one of what a model may ask for
-INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "box", "hamming", "lanczos", "random")  # timm's names
+MIN_SIZE, MAX_SIZE = 16, 16384  # the smallest side that a model takes, the largest that a pretrained_cfg may ask for
+INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "box", "hamming", "lanczos")  # timm's names
 VOID = 255
 """Label of pixels and voxels that do not count, whatever the number they have in the files."""
 
@@ -75,17 +75,20 @@ class ImageSpec:
                 raise BadInput(f"pretrained_cfg of the model: {key} must be {count or 'some'} numbers, got {numbers}")
         if not all(isinstance(x, int) and x <= MAX_SIZE for x in cfg["input_size"]):
             raise BadInput(f"pretrained_cfg of the model: input_size must be whole numbers up to {MAX_SIZE}")
-        if cfg["interpolation"] not in INTERPOLATIONS:
+        if len(cfg["mean"]) != len(cfg["std"]):
+            raise BadInput("pretrained_cfg of the model: mean and std must have as many numbers")
+        if cfg.get("interpolation") not in INTERPOLATIONS:
             raise BadInput(f"pretrained_cfg of the model: interpolation must be one of {', '.join(INTERPOLATIONS)}")
-        if not _is_number(cfg["crop_pct"]) or not 0.01 <= cfg["crop_pct"] <= 1:
-            raise BadInput(f"pretrained_cfg of the model: crop_pct must be in 0.01..1, got {cfg['crop_pct']}")
+        crop_pct = cfg.get("crop_pct") or cls.crop_pct
+        if not _is_number(crop_pct) or not 0.01 <= crop_pct <= 2:
+            raise BadInput(f"pretrained_cfg of the model: crop_pct must be in 0.01..2, got {crop_pct}")
         height, width = (image_size, image_size) if image_size else cfg["input_size"][1:]
         if min(height, width) < MIN_SIZE:
             raise BadInput(f"data.image_size must be >= {MIN_SIZE}, got {min(height, width)}")
         mean, std = tuple(cfg["mean"]), tuple(cfg["std"])
         if len(mean) != in_chans:  # a grey or multispectral input has no constants of its own
             mean, std = (sum(mean) / len(mean),) * in_chans, (sum(std) / len(std),) * in_chans
-        return cls((in_chans, height, width), mean, std, cfg["interpolation"], cfg["crop_pct"])
+        return cls((in_chans, height, width), mean, std, cfg["interpolation"], crop_pct)
 
 
 def _is_number(x: object) -> bool:

@@ -102,8 +102,8 @@ def known_model(name: str) -> str:
         saved, parts = config.get("architecture"), [config.get(key) or {} for key in ("pretrained_cfg", "model_args")]
         if saved not in valid:
             raise BadInput(f"{name} holds {saved}, which is not a model of this package")
-        # Whoever wrote it may be a stranger: files are named by the one, and the others are not theirs to say.
-        if not all(isinstance(part, dict) for part in parts) or parts[0].get("architecture", saved) != saved:
+        # Whoever wrote it may be a stranger: exports are named by the inner architecture, arguments are passed on.
+        if not all(isinstance(part, dict) for part in parts) or (parts[0].get("architecture") or saved) != saved:
             raise BadInput(f"{path} is damaged: its pretrained_cfg is of another model, or its parts are no mappings")
         if foreign := {"device", "dtype"} & set(parts[1]):
             raise BadInput(f"{path}: model_args must not hold {min(foreign)}")

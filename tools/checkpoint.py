@@ -26,7 +26,7 @@ STATE_FILE = "checkpoint.pt"
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.yaml"
 RESULTS_FILE = "results.json"
-UMASK = os.umask(0)  # which is to be had by setting it only
+UMASK = os.umask(0)  # it can only be read by setting it
 os.umask(UMASK)
 _ENTRIES = ("ema", "state_dict_ema", "model_ema", "model", "state_dict", "model_state_dict", "net")  # timm's names too
 STEPS_FILE, STEPS_PICTURE = "steps.csv", "steps.png"
@@ -194,11 +194,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise BadInput(f"no checkpoint {path}")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _unpickle(path)
-    while isinstance(content, Mapping):
-        inner = next((content[key] for key in _ENTRIES if isinstance(content.get(key), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
+    for _ in range(3):  # a mapping may hold itself
+        if isinstance(content, Mapping):
+            content = next((content[key] for key in _ENTRIES if isinstance(content.get(key), Mapping)), content)
     if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         entries = f"; its entries are {', '.join(map(str, list(content)[:5]))}" if isinstance(content, Mapping) else ""
         raise BadInput(f"{path} holds no weights{entries}")
@@ -209,10 +207,14 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     small = [k for k, v in content.items() if v.numel() * v.element_size() > v.untyped_storage().nbytes()]
     if small:
         raise BadInput(f"{path} holds fewer numbers than its tensors have elements: {small[0]}")
-    bad = [key for key, value in content.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+    bad = [key for key, value in content.items() if value.is_floating_point() and not _is_finite(value)]
     if bad:
         raise BadInput(f"{path} holds weights that are not finite (nan or inf): {bad[0]}")
     return dict(content)
+
+
+def _is_finite(x: Tensor) -> bool:
+    return bool(torch.isfinite(x.float() if x.element_size() == 1 else x).all())  # numbers of 8 bits have no such test
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -225,9 +227,13 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _refuse_pointer(path: Path) -> None:
     """Raise BadInput for what Git leaves in place of a large file that was not fetched."""
-    with open(path, "rb") as file:
-        if file.read(40).startswith(b"version https://git-lfs"):
-            raise BadInput(f"{path} is a pointer of Git LFS, not the file itself; fetch that with `git lfs pull`")
+    try:
+        with open(path, "rb") as file:
+            start = file.read(40)
+    except OSError as error:
+        raise BadInput(f"cannot read {path}: {error.strerror}") from None
+    if start.startswith(b"version https://git-lfs"):
+        raise BadInput(f"{path} is a pointer of Git LFS, not the file itself; fetch that with `git lfs pull`")
 
 
 def _unpickle(path: Path) -> Any:
@@ -260,7 +266,7 @@ def _refusal(error: Exception) -> str:
     """Return the line of PyTorch's long message that says what it refused."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if any("Unsupported operand" in line or "invalid load key" in line for line in lines):
-        return "it is not in PyTorch's format"
+        return "it is not in PyTorch's format, or pickled by another protocol than torch.save's own"
     telling = [line for line in lines if re.search(r"GLOBAL|^Unsupported|Unpickler error: \S", line)]
     return (telling or lines)[0].rpartition("WeightsUnpickler error: ")[2].partition(". ")[0]
 

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import importlib
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -254,7 +255,7 @@ def _merge(config: Any, read: Any, origin: str) -> Any:
         update = read()
         if not OmegaConf.is_dict(update):
             raise BadInput(f"{origin}: expected a mapping of settings")
-        content = OmegaConf.to_container(update)  # as it stands
+        content = OmegaConf.to_container(update)  # with references unresolved
         _check_keys(content, origin)
         if "${" in str(content):
             raise BadInput(f"{origin}: settings may not refer to others or to the environment (${{...}})")
@@ -330,7 +331,7 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the `key=value` words of a command line, and the rest."""
     keys = {word: word.partition("=")[0] for word in words if "=" in word and not word.startswith("-")}
     # A path may have a = in it.
-    overrides = [word for word in words if word in keys and "/" not in keys[word] and not Path(word).exists()]
+    overrides = [word for word in words if word in keys and "/" not in keys[word] and not os.path.exists(word)]
     return overrides, [word for word in words if word not in overrides]
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -238,7 +239,7 @@ def read_batches(
     try:
         dataset = create_dataset(
             name,
-            root=str(root),
+            root=os.path.join(".", root) if reader[0] == "wds" else str(root),  # whatever it is, a path
             split=split,
             search_split=not is_folder,  # root is that of the split already; timm knows fewer names
             is_training=training,

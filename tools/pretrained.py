@@ -166,7 +166,12 @@ def _label_names(model: nn.Module, config: dict[str, Any]) -> tuple[str, ...]:
     # The background is known by its name, which pictures leave black.
     words = (name if name.lower() == "background" else described.get(name) or name for name in names)
     # Whoever made the model named them: a terminal is not to take them for more than text.
-    return tuple("".join(filter(str.isprintable, str(word))) or f"class {k}" for k, word in enumerate(words))
+    return tuple(_text(str(word)) or f"class {k}" for k, word in enumerate(words))
+
+
+def _text(name: str) -> str:
+    """Return a name in which all that is not to be seen, but for joiners of letters, is a space."""
+    return " ".join("".join(c if c.isprintable() or c in "\u200c\u200d" else " " for c in name).split())
 
 
 def _words(names: Sequence[str]) -> dict[str, str]:

@@ -203,7 +203,7 @@ def _stages(record: Path, run: Path) -> list[dict[str, Any]]:
 
 def _without_place(name: str) -> str:
     """Return the name of a model; of `local-dir:` the folder alone."""
-    return re.sub(r"^local-dir:.*/", "local-dir:", name.rstrip("/"))
+    return re.sub(r"^local-dir:.*[/\\]", "local-dir:", name.rstrip("/\\"))
 
 
 def _with_seeds(

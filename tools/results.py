@@ -52,12 +52,12 @@ def command(*, resumed: bool = False) -> str:
 
 def _elsewhere(word: str) -> str:
     key, equals, value = word.partition("=")
-    if equals and not Path(word).exists():
+    if equals and not os.path.exists(word):
         return f"{key}={PLACES[key] if key in PLACES else _elsewhere(value)}"
     if word.startswith("local-dir:"):
         return f"local-dir:{_elsewhere(word.removeprefix('local-dir:'))}"
     path = Path(word)
-    if not word or not (path.is_absolute() or path.exists()):
+    if not word or not (path.is_absolute() or os.path.exists(path)):
         return word
     path = path.resolve()
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name

@@ -63,7 +63,7 @@ class Preprocessing:
         """Return what `record` made a dictionary of; keys that are not its own are passed over.
 
         Raises:
-            BadInput: for an orientation or a normalisation that there is not, or no sizes.
+            BadInput: for an orientation or a normalisation that there is not, or sizes that are none.
         """
         if not isinstance(record, dict):
             raise BadInput(f"preprocessing in config.json must be a mapping, got {record!r}")

@@ -49,7 +49,7 @@ def match_weight_norm(weights: Mapping[str, Tensor], own: Collection[str]) -> di
             length = _length(value.double())
             matched[stem + G] = length.to(wide)
             # A kernel of zeros has no direction; any will do, as its length is zero.
-            matched[stem + V] = torch.where(length == 0, torch.ones_like(value), value)
+            matched[stem + V] = torch.where(length == 0, torch.ones_like(value), value).to(wide)
         else:
             matched[key] = value
     return matched

@@ -5,6 +5,7 @@ Three layouts exist, told apart by their keys alone: MDEQ-Vision (locuslab/deq),
 """
 
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -111,7 +112,8 @@ def unwrapped(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     if any(re.match(_WRAPPERS, key) for key in state_dict):
         bare = {re.sub(_WRAPPERS, "", key): value for key, value in state_dict.items()}
         if len(bare) < len(state_dict):
-            double = next(key for key, value in state_dict.items() if bare[re.sub(_WRAPPERS, "", key)] is not value)
+            counts = Counter(re.sub(_WRAPPERS, "", key) for key in state_dict)
+            double = next(key for key in state_dict if counts[re.sub(_WRAPPERS, "", key)] > 1)
             raise ValueError(f"the checkpoint holds weights twice, under prefixes such as that of {double}")
         return bare
     return state_dict

@@ -19,7 +19,8 @@ change the iterate under them.
 
 It may offer `fn.take(index) -> FlatFn`, the same map for those samples alone; the loop then drops finished samples from
 the batch that it evaluates. Without it the whole batch is evaluated until the last sample stops. It may also offer
-`fn.tensors()`, the tensors it closes over that may need gradients, for estimators that evaluate f in backward.
+`fn.tensors()`, all tensors it closes over that may need gradients: where none of them does, a solve is not
+differentiated, and estimators that evaluate f in backward send gradients to these alone.
 """
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .base import FixedPointSolver, FlatFn, SolveStats, _require, _require_count, is_static, small_dtype
 
-_FIRST_SLOTS = 64  # room for that many directions at first: few solves take more, whatever max_steps allows
+_FIRST_SLOTS = 64
+"""Directions that there is room for at first, if max_steps allows more than twice as many: few solves take them."""
 
 
 @dataclass
@@ -87,7 +88,8 @@ class Broyden(FixedPointSolver):
     def init(self, z0: Tensor) -> _Directions:
         batch, dim = z0.shape
         dtype = z0.dtype if self.history_dtype is None else torch.bfloat16
-        slots = min(self._most_slots, _FIRST_SLOTS)
+        most = self._most_slots
+        slots = most if most <= 2 * _FIRST_SLOTS else _FIRST_SLOTS  # to grow takes both histories for a moment
         return _Directions(
             d=z0.new_empty((batch, slots, dim), dtype=dtype),
             solve=z0.new_zeros((batch, slots, slots), dtype=small_dtype(z0)),
