@@ -541,3 +541,16 @@ def test_default_solvers_are_those_of_the_official_configurations() -> None:
     assert small.deq.gradient == mdeq.ImplicitGradient(mdeq.Broyden(max_steps=27, stop_mode="abs"))
     assert cifar.deq.solver == mdeq.Broyden(max_steps=18)
     assert cifar.deq.gradient == mdeq.ImplicitGradient(mdeq.Broyden(max_steps=20))
+
+
+def test_grad_checkpointing_computes_the_steps_again_in_backward() -> None:
+    model = timm.create_model("test_mdeq", gradient={"name": "phantom", "num_steps": 2}).train()
+    calls, again = [], []
+    model.equilibrium.cell.register_forward_pre_hook(lambda *_: calls.append(1))
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        loss = model(torch.randn(2, 3, 32, 32)).sum()
+        before = len(calls)
+        loss.backward()
+        again.append(len(calls) - before)
+    assert again == [0, 2]

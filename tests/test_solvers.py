@@ -689,3 +689,10 @@ def test_the_ridge_of_anderson_counts() -> None:
     )
     torch.testing.assert_close(heavy, plain, rtol=1e-6, atol=0)
     assert (mixed[-1] < 0.5 * plain[-1]).all()
+
+
+@pytest.mark.parametrize(("steps", "status"), [(58, MAX_STEPS), (66, DIVERGED)])
+def test_the_yardstick_of_divergence_grows_with_the_size_of_the_state(steps: int, status: SolveStatus) -> None:
+    """A million times 1e-3 sqrt(D), here 1e5, where the start is nearer than that."""
+    z0 = torch.full((1, 10_000), 1e-8, dtype=torch.float64)  # |f(z) - z| is 5e-7, and 8e3 and 2e5 at the end
+    assert Picard(max_steps=steps, tol=0.0)(lambda z: 1.5 * z, z0)[1].status.tolist() == [status]
