@@ -68,27 +68,34 @@ class ImageSpec:
         Raises:
             BadInput: for a size under 16, or a pretrained_cfg that says nothing sensible.
         """
-        for key, count in (("input_size", 3), ("mean", None), ("std", None)):
-            numbers = cfg.get(key)
-            listed = isinstance(numbers, (list, tuple)) and len(numbers) == (count or max(len(numbers), 1))
-            if not listed or not all(_is_number(x) and (key == "mean" or x > 0) for x in numbers):
-                raise BadInput(f"pretrained_cfg of the model: {key} must be {count or 'some'} numbers, got {numbers}")
-        if not all(isinstance(x, int) and x <= MAX_SIZE for x in cfg["input_size"]):
-            raise BadInput(f"pretrained_cfg of the model: input_size must be whole numbers up to {MAX_SIZE}")
-        if len(cfg["mean"]) != len(cfg["std"]):
-            raise BadInput("pretrained_cfg of the model: mean and std must have as many numbers")
-        if cfg.get("interpolation") not in INTERPOLATIONS:
-            raise BadInput(f"pretrained_cfg of the model: interpolation must be one of {', '.join(INTERPOLATIONS)}")
-        crop_pct = cfg.get("crop_pct") or cls.crop_pct
-        if not _is_number(crop_pct) or not 0.01 <= crop_pct <= 2:
-            raise BadInput(f"pretrained_cfg of the model: crop_pct must be in 0.01..2, got {crop_pct}")
+        _check_cfg(cfg)
         height, width = (image_size, image_size) if image_size else cfg["input_size"][1:]
         if min(height, width) < MIN_SIZE:
             raise BadInput(f"data.image_size must be >= {MIN_SIZE}, got {min(height, width)}")
         mean, std = tuple(cfg["mean"]), tuple(cfg["std"])
         if len(mean) != in_chans:  # a grey or multispectral input has no constants of its own
             mean, std = (sum(mean) / len(mean),) * in_chans, (sum(std) / len(std),) * in_chans
-        return cls((in_chans, height, width), mean, std, cfg["interpolation"], crop_pct)
+        return cls((in_chans, height, width), mean, std, cfg["interpolation"], cfg.get("crop_pct") or cls.crop_pct)
+
+
+def _check_cfg(cfg: dict[str, Any]) -> None:
+    """Raise BadInput for a pretrained_cfg, which may come from anyone, that says nothing sensible of images."""
+    origin = "pretrained_cfg of the model"
+    for key in ("input_size", "mean", "std"):
+        numbers = cfg.get(key)
+        listed = isinstance(numbers, (list, tuple)) and len(numbers) > 0
+        if not listed or not all(_is_number(x) and (key == "mean" or x > 0) for x in numbers):
+            raise BadInput(f"{origin}: {key} must be a list of numbers, positive but for mean, got {numbers}")
+    size = cfg["input_size"]
+    if len(size) != 3 or not all(isinstance(x, int) and x <= MAX_SIZE for x in size):
+        raise BadInput(f"{origin}: input_size must be 3 whole numbers up to {MAX_SIZE}, got {size}")
+    if len(cfg["mean"]) != len(cfg["std"]):
+        raise BadInput(f"{origin}: mean and std must have as many numbers")
+    if cfg.get("interpolation") not in INTERPOLATIONS:
+        raise BadInput(f"{origin}: interpolation must be one of {', '.join(INTERPOLATIONS)}")
+    crop_pct = cfg.get("crop_pct")
+    if crop_pct and not (_is_number(crop_pct) and 0.01 <= crop_pct <= 2):
+        raise BadInput(f"{origin}: crop_pct must be in 0.01..2, got {crop_pct}")
 
 
 def _is_number(x: object) -> bool:
