@@ -37,10 +37,10 @@ class _FlatFn:
 
     def __init__(self, fn: StateFn, layout: StateLayout, inner: torch.dtype, outer: torch.dtype) -> None:
         self.fn, self.layout, self.inner, self.outer = fn, layout, inner, outer
-        if hasattr(fn, "take"):
-            self.take = lambda index: _FlatFn(fn.take(index), layout, inner, outer)
-        if hasattr(fn, "tensors"):
-            self.tensors = fn.tensors
+        if (take := getattr(fn, "take", None)) is not None:
+            self.take = lambda index: _FlatFn(take(index), layout, inner, outer)
+        if (tensors := getattr(fn, "tensors", None)) is not None:
+            self.tensors = tensors
 
     def __call__(self, z: Tensor) -> Tensor:
         x = z.to(self.inner)
@@ -64,7 +64,8 @@ class _FlatFn:
 
     def eager(self) -> "_FlatFn":
         """Return the map as it is where parts of it were compiled."""
-        return _FlatFn(self.fn.eager(), self.layout, self.inner, self.outer) if hasattr(self.fn, "eager") else self
+        eager = getattr(self.fn, "eager", None)
+        return self if eager is None else _FlatFn(eager(), self.layout, self.inner, self.outer)
 
 
 def _flatten(fn: StateFn, state: State) -> tuple[_FlatFn, Tensor]:
@@ -126,7 +127,8 @@ class DEQ(nn.Module):
         if unroll < 0 or jacobian_probes < 0:
             raise ValueError(f"unroll and jacobian_probes must be >= 0, got {unroll} and {jacobian_probes}")
         # Where nothing in f is trained no backward solve is due, although f(z) depends on z.
-        learns = torch.is_grad_enabled() and (not hasattr(fn, "tensors") or any(x.requires_grad for x in fn.tensors()))
+        tensors = getattr(fn, "tensors", None)
+        learns = torch.is_grad_enabled() and (tensors is None or any(x.requires_grad for x in tensors()))
         with torch.set_grad_enabled(learns):
             return self._forward(fn, z0, solver, unroll, jacobian_probes)
 

@@ -214,9 +214,9 @@ def build_gradient(spec: GradientSpec) -> GradientEstimator:
         ValueError: for what describes no estimator, an unknown name or a setting out of range.
         TypeError: for a setting that the estimator does not have.
     """
-    if hasattr(spec, "solve") and not isinstance(spec, (FixedPointSolver, type)):
-        return spec
     if not isinstance(spec, Mapping):
+        if hasattr(spec, "solve") and not isinstance(spec, (FixedPointSolver, type)):
+            return spec
         raise ValueError(f"expected a gradient estimator or a mapping such as {{'name': 'implicit'}}, got {spec!r}")
     settings: dict[str, Any] = dict(spec)
     name = settings.pop("name", None)

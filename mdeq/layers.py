@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SpatialDims = Literal[2, 3]
-CONV: dict[int, type[nn.Module]] = {2: nn.Conv2d, 3: nn.Conv3d}
-BATCH_NORM: dict[int, type[nn.Module]] = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+Conv = nn.Conv2d | nn.Conv3d
+CONV: dict[int, type[Conv]] = {2: nn.Conv2d, 3: nn.Conv3d}
+BatchNorm = nn.BatchNorm2d | nn.BatchNorm3d
+BATCH_NORM: dict[int, type[BatchNorm]] = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _LINEAR_MODE = {2: "bilinear", 3: "trilinear"}
 
 
@@ -32,11 +34,10 @@ def conv(
     stride: int | Sequence[int] = 1,
     bias: bool = False,
     **dd: Any,
-) -> nn.Module:
+) -> Conv:
     """Return a convolution, padded so that stride 1 keeps the size. `dd`: device and dtype."""
-    stride = stride if isinstance(stride, int) else tuple(stride)
-    padding = kernel_size // 2
-    return CONV[spatial_dims](in_channels, out_channels, kernel_size, stride=stride, padding=padding, bias=bias, **dd)
+    dd["stride"] = stride if isinstance(stride, int) else tuple(stride)
+    return CONV[spatial_dims](in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias, **dd)
 
 
 def is_plain(layer: nn.Module) -> bool:
@@ -58,7 +59,7 @@ def writable(x: Tensor, layer: nn.Module) -> Tensor:
     return x.clone() if _has_hooks(layer) else x
 
 
-def convolve(layer: nn.Module, x: Tensor, kernel: Tensor | None) -> Tensor:
+def convolve(layer: Conv, x: Tensor, kernel: Tensor | None) -> Tensor:
     """Apply a convolution layer with a kernel computed before, such as one whose weight norm was folded.
 
     Without a kernel the layer is called, and a copy returned: others may write to it, and hooks keep the output.
@@ -84,13 +85,14 @@ def channel_mask(x: Tensor, channels: int, p: float) -> Tensor:
 
 def without_metadata(x: Tensor) -> Tensor:
     """Return one of MONAI's tensors, which do more at every operation, as a plain one."""
-    return x.as_tensor() if hasattr(x, "copy_meta_from") else x
+    tensor: Any = x
+    return tensor.as_tensor() if hasattr(x, "copy_meta_from") else x
 
 
 def with_metadata(output: Tensor, x: Tensor) -> Tensor:
     """Return an output as what the input x is: MONAI's tensors know where they lie and what was done to them."""
     if not hasattr(x, "copy_meta_from"):
         return output
-    result = type(x)(output)
+    result: Any = type(x)(output)
     result.copy_meta_from(x)
     return result

@@ -45,7 +45,8 @@ class _Coupled:
         self.fn, self.dtype, self.beta, self.stored = fn, dtype, beta, stored
 
     def take(self, index: Tensor) -> "_Coupled":
-        return _Coupled(self.fn.take(index), self.dtype, self.beta)
+        part = self.fn.take(index)  # pyright: ignore[reportFunctionMemberAccess]
+        return _Coupled(part, self.dtype, self.beta)
 
     def apply(self, x: Tensor) -> Tensor:
         return self.fn(x.to(self.dtype)).to(_STATE)
@@ -113,7 +114,8 @@ class _Reverse(torch.autograd.Function):
             products = torch.autograd.grad(f_x, (leaf, *tensors), weight.to(f_x.dtype), allow_unused=True)
             for k, product in enumerate(products[1:]):
                 if product is not None:
-                    totals[k] = product if totals[k] is None else totals[k] + product
+                    total = totals[k]
+                    totals[k] = product if total is None else total + product
             back = torch.zeros_like(x) if products[0] is None else products[0].to(_STATE)
             return f_x.detach().to(_STATE), back
 
@@ -153,8 +155,8 @@ class _Reverse(torch.autograd.Function):
 
 def _autocast(device: str) -> Callable[[], AbstractContextManager[Any]]:
     """Return what makes the autocast context of now, for an evaluation in backward."""
-    settings = dict(dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device))
-    return lambda: torch.autocast(device, **settings)
+    dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+    return lambda: torch.autocast(device, dtype=dtype, enabled=enabled)
 
 
 @dataclass(frozen=True)
@@ -212,13 +214,14 @@ class ReversibleGradient:
             )
         tensors: Sequence[Tensor] = ()
         if torch.is_grad_enabled():
-            if not hasattr(fn, "tensors"):
+            named = getattr(fn, "tensors", None)
+            if named is None:
                 raise ValueError(
                     "ReversibleGradient evaluates f again in backward: f needs a method tensors() that returns the "
                     "tensors it closes over that need gradients, none of them computed from another"
                 )
             # Once each: the gradient of one that is named twice would be added twice.
-            tensors = list({id(x): x for x in fn.tensors() if x.requires_grad}.values())
+            tensors = list({id(x): x for x in named() if x.requires_grad}.values())
         stored = _Stored(self.store_every or self._distance(), solver.max_steps) if tensors else None
         coupled = _Coupled(fn, z0.dtype, self.beta, stored)
         settings = {f.name: getattr(solver, f.name) for f in fields(FixedPointSolver)}

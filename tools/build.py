@@ -135,7 +135,7 @@ def _reason(error: Exception) -> str:
     return f"unknown argument {unknown[2]}; {nearest(unknown[2], valid)}"
 
 
-def build_model(config: ModelConfig, num_classes: int | None, *, for_training: bool) -> nn.Module:
+def build_model(config: ModelConfig, num_classes: int | None, *, for_training: bool) -> mdeq.Backbone:
     """Return the model of a config with its weights.
 
     Args:
@@ -168,7 +168,7 @@ def build_model(config: ModelConfig, num_classes: int | None, *, for_training: b
     except _UNUSABLE as error:
         raise BadInput(f"model {config.name}: {_reason(error)}") from None
     unpooled = isinstance(model, mdeq.MDEQ) and not model.global_pool.pool_type
-    if unpooled or not isinstance(model, mdeq.MDEQ | mdeq.MDEQSegmenter):
+    if unpooled or not isinstance(model, mdeq.Backbone):
         raise BadInput(f"model {config.name} with {config.kwargs} is not a classifier or segmenter of this package")
     if config.checkpoint is not None:
         classifier = model.pretrained_cfg["classifier"]
@@ -179,7 +179,7 @@ def build_model(config: ModelConfig, num_classes: int | None, *, for_training: b
     return model
 
 
-def freeze(model: nn.Module, config: ModelConfig) -> tuple[nn.Module, ...]:
+def freeze(model: mdeq.Backbone, config: ModelConfig) -> tuple[nn.Module, ...]:
     """Freeze what the config says, and return the modules that have to stay in eval mode."""
     norms = tuple(m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
     if not config.freeze:
@@ -192,11 +192,11 @@ def freeze(model: nn.Module, config: ModelConfig) -> tuple[nn.Module, ...]:
     return (*backbone, *norms) if config.freeze_bn else backbone
 
 
-def image_spec(model: nn.Module, image_size: int | None) -> ImageSpec:
+def image_spec(model: mdeq.Backbone, image_size: int | None) -> ImageSpec:
     return ImageSpec.of(model.pretrained_cfg, model.in_chans, image_size)
 
 
-def renew_cfg(model: nn.Module, start: ModelConfig, data: DataConfig) -> None:
+def renew_cfg(model: mdeq.Backbone, start: ModelConfig, data: DataConfig) -> None:
     """Have a model's pretrained_cfg say what it is trained on, and no longer what was said of other weights.
 
     Args:
@@ -261,7 +261,7 @@ def build_split(
     return split
 
 
-def build_test_split(config: TrainConfig, model: nn.Module, process: Process, *, subset: bool = False) -> Batches:
+def build_test_split(config: TrainConfig, model: mdeq.Backbone, process: Process, *, subset: bool = False) -> Batches:
     """Return the test split of a config for a model, which has its classes or, if it is said to be a subset, fewer.
 
     Raises:
@@ -273,7 +273,7 @@ def build_test_split(config: TrainConfig, model: nn.Module, process: Process, *,
     return batches
 
 
-def build_evaluation(config: TrainConfig, process: Process, *, subset: bool = False) -> tuple[nn.Module, Batches]:
+def build_evaluation(config: TrainConfig, process: Process, *, subset: bool = False) -> tuple[mdeq.Backbone, Batches]:
     """Return the model of a config and its test split, which has fewer classes only if it is said to be a subset."""
     classes = config.data.num_classes
     if classes is None and config.data.name in ARRAYS:
@@ -283,7 +283,7 @@ def build_evaluation(config: TrainConfig, process: Process, *, subset: bool = Fa
     return placed(model, config.run, process).eval(), batches
 
 
-def check_classes(model: nn.Module, found: int | None, origin: str, *, exactly: bool = False) -> None:
+def check_classes(model: mdeq.Backbone, found: int | None, origin: str, *, exactly: bool = False) -> None:
     """Raise BadInput if data have more classes than a model, or, if it is to be `exactly` as many, fewer."""
     if found is None or found == model.num_classes or (found < model.num_classes and not exactly):
         return

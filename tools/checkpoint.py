@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.models._hub import save_config_for_hf  # the half of save_for_hf that writes no weights
-from torch import Tensor, nn
+from torch import Tensor
 
 import mdeq
 from tools.config import BadInput, first_line
@@ -162,7 +162,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def export(model: nn.Module, folder: Path, record: dict[str, Any] | None = None) -> Path:
+def export(model: mdeq.Backbone, folder: Path, record: dict[str, Any] | None = None) -> Path:
     """Write model.safetensors and config.json, which timm loads as `local-dir:FOLDER`; return the path of the first.
 
     What `record` says of the data, such as label names and preprocessing, is added to config.json.
@@ -271,7 +271,7 @@ def _refusal(error: Exception) -> str:
     return (telling or lines)[0].rpartition("WeightsUnpickler error: ")[2].partition(". ")[0]
 
 
-def load_weights(model: nn.Module, path: str | Path, *, classifier: str, new_classifier: bool) -> list[str]:
+def load_weights(model: mdeq.Backbone, path: str | Path, *, classifier: str, new_classifier: bool) -> list[str]:
     """Load weights, of an official layout too, into a model and return the names of what was left as it is.
 
     For training (`new_classifier`) they may be of a model of another kind: a classifier for a segmenter or the reverse,

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdeq import (
+    Backbone,
     Broyden,
     CapturedModel,
     ImplicitGradient,
@@ -92,7 +93,7 @@ class Bench:
         """Return a 2D network on the device, in the memory format that is asked for."""
         return net.to(self.device, memory_format=torch.channels_last if self.channels_last else torch.preserve_format)
 
-    def inputs(self, model: nn.Module, side: int, batch: int) -> Tensor:
+    def inputs(self, model: Backbone, side: int, batch: int) -> Tensor:
         """Return test images of CIFAR-10 where there are any of this size, else smooth noise, `(B, C, *S)`."""
         shape = (batch, model.in_chans, *[side] * model.spatial_dims)
         if self.data is not None and shape[1:] == (3, 32, 32):
@@ -115,7 +116,7 @@ class Bench:
         return images.float() / 255
 
     @torch.no_grad()
-    def problem(self, model: nn.Module, x: Tensor) -> tuple[StateFn, State]:
+    def problem(self, model: Backbone, x: Tensor) -> tuple[StateFn, State]:
         """Return f for a batch of inputs, and the state of zeros."""
         injection = model.injection(x)
         return model.equilibrium.fn(injection), model.equilibrium.cell.zero_state(injection)
@@ -220,7 +221,7 @@ def _reached(layer: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[float, 
     return float(clocked.clock.calls), float(clocked.residual().mean())
 
 
-def _with_layer(model: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
+def _with_layer(model: Backbone, layer: nn.Module, x: Tensor) -> Tensor:
     """Return what a model gives with another equilibrium layer in its place."""
     model.equilibrium.deq = layer.train(model.training)
     return model(x)
@@ -308,7 +309,7 @@ def training_part(bench: Bench, cases: Sequence[str], trained: str) -> list[Row]
     return list(rows.values())
 
 
-def _reference(model: nn.Module, layer: nn.Module, x: Tensor, labels: Tensor) -> Tensor | None:
+def _reference(model: Backbone, layer: nn.Module, x: Tensor, labels: Tensor) -> Tensor | None:
     """Return the gradient by a layer that has to converge, forward and backward; None, and a line, if it does not."""
     clocked = Clocked(layer)
     gradient = _gradient(model, clocked, x, labels)
@@ -340,7 +341,7 @@ def training_layer(contender: str, steps: int, backward_steps: int = 0) -> nn.Mo
     return ours(forward, ImplicitGradient(backward_solver, warm_start=gradient == "implicit + warm start"))
 
 
-def _gradient(model: nn.Module, layer: nn.Module | None, x: Tensor, labels: Tensor) -> Tensor:
+def _gradient(model: Backbone, layer: nn.Module | None, x: Tensor, labels: Tensor) -> Tensor:
     """Return the gradient of the cross-entropy with respect to all parameters, as one vector."""
     model.zero_grad()
     logits = model(x) if layer is None else _with_layer(model, layer, x)
@@ -402,11 +403,11 @@ def measure(text: str) -> None:
     print(json.dumps({"mib": peak.mib}))
 
 
-def _solve(bench: Bench, model: nn.Module, layer: nn.Module, x: Tensor) -> Callable[[], Any]:
+def _solve(bench: Bench, model: Backbone, layer: nn.Module, x: Tensor) -> Callable[[], Any]:
     return partial(torch.no_grad()(layer), *bench.problem(model, x))
 
 
-def _train(model: nn.Module, layer: nn.Module, x: Tensor) -> Callable[[], Any]:
+def _train(model: Backbone, layer: nn.Module, x: Tensor) -> Callable[[], Any]:
     return partial(_gradient, model, layer, x, torch.zeros(len(x), dtype=torch.long, device=x.device))
 
 

@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from mdeq import DEQ, Anderson, Broyden, Equilibrium, FixedPointSolver, PhantomGradient, Picard, State
+from mdeq import DEQ, Anderson, Backbone, Broyden, Equilibrium, FixedPointSolver, PhantomGradient, Picard, State
 from tools.config import BadInput, optional
 
 StateFn = Callable[[State], State]
@@ -147,7 +147,7 @@ def solvers(steps: int, tol: float, history: int, check_every: int = 1) -> dict[
     }
 
 
-def resnet_like(model: nn.Module) -> tuple[str, nn.Module]:
+def resnet_like(model: Backbone) -> tuple[str, nn.Module]:
     """Return the timm ResNet whose number of parameters is nearest to a model's, and its name."""
 
     def count(net: nn.Module) -> int:

@@ -29,7 +29,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import timm
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 import mdeq
 from tools.checkpoint import (
@@ -80,7 +79,7 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def inflated(model: nn.Module) -> nn.Module:
+def inflated(model: mdeq.Backbone) -> mdeq.Backbone:
     """Return the model over volumes that holds the kernels of a model over images.
 
     Raises:
@@ -96,7 +95,7 @@ def inflated(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def round_weights(model: nn.Module) -> None:
+def round_weights(model: mdeq.Backbone) -> None:
     """Round all weights and statistics to bfloat16, in the precision that they are in."""
     for tensor in model.state_dict().values():
         if tensor.is_floating_point():
@@ -111,7 +110,7 @@ def narrow_file(path: Path) -> None:
 
 
 @torch.no_grad()
-def verify(model: nn.Module, folder: Path) -> None:
+def verify(model: mdeq.Backbone, folder: Path) -> None:
     """Check that the folder gives the model again, logits and weights alike, bit for bit.
 
     Raises:

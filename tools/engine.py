@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mdeq import Equilibrium, FixedPointSolver
+from mdeq import Backbone, Equilibrium, FixedPointSolver
 from tools.batches import Batches, Process, check_labels, seed_everything
 from tools.config import BadInput, DEQConfig, OptimConfig
 from tools.metrics import MeanLoss, SolveLog
@@ -25,7 +25,7 @@ class Diverged(BadInput):
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
+    model: Backbone,
     batches: Batches,
     process: Process = Process(),
     task: Task = CLASSIFICATION,
@@ -84,8 +84,8 @@ def jacobian_weight(config: DEQConfig, step: int, epoch: int) -> float:
 class Trainer:
     """What a training step needs; `step` is one optimiser update on one batch."""
 
-    model: nn.Module  # wrapped for several processes where there are any
-    bare: nn.Module  # the same, not wrapped
+    model: Backbone  # wrapped for several processes where there are any
+    bare: Backbone  # the same, not wrapped
     optimizer: torch.optim.Optimizer
     scheduler: Any
     task: Task

@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import mdeq
 from tools.batches import MIN_SIZE
@@ -100,12 +100,12 @@ def input_size(trained: Trained, size: Sequence[int] | None, dynamic: Sequence[s
     return size
 
 
-def smallest_size(model: nn.Module) -> int:
+def smallest_size(model: mdeq.Backbone) -> int:
     """Return the least side that one graph for all sizes serves: the coarsest map must not shrink to a single point."""
     return max(MIN_SIZE, model.feature_info[-1]["reduction"] + 1)
 
 
-def capture(model: nn.Module, x: Tensor, names: dict[int, str]) -> torch.export.ExportedProgram:
+def capture(model: mdeq.Backbone, x: Tensor, names: dict[int, str]) -> torch.export.ExportedProgram:
     """Return the graph of a model, with the named axes of x left open."""
     least = smallest_size(model)
     # With a most, which is none: without one, PyTorch 2.6 and 2.7 take a slice of a batch for a limit of its size.
@@ -174,7 +174,7 @@ class Reference:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: nn.Module, inputs: list[Tensor], solver: mdeq.FixedPointSolver) -> "Reference":
+    def of(cls, model: mdeq.Backbone, inputs: list[Tensor], solver: mdeq.FixedPointSolver) -> "Reference":
         fixed = [model(x, return_equilibrium=True, solver=solver) for x in inputs]
         own = [model(x, return_equilibrium=True) for x in inputs]
         residuals = [torch.cat([e.stats.residual for _, e in results]) for results in (fixed, own)]
@@ -196,7 +196,7 @@ def difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True))
 
 
-def random_inputs(model: nn.Module, size: tuple[int, ...], batch: int, dynamic: Sequence[str]) -> list[Tensor]:
+def random_inputs(model: mdeq.Backbone, size: tuple[int, ...], batch: int, dynamic: Sequence[str]) -> list[Tensor]:
     """Return inputs, the first of the size and batch given, the others of other ones where these are dynamic."""
     generator = torch.Generator().manual_seed(0)
     least = smallest_size(model)

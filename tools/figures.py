@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from mdeq import FixedPointSolver, SolveStatus
+from mdeq import Backbone, FixedPointSolver, SolveStatus
 from tools.metrics import SolveLog
 from tools.pictures import Colour, overlaid
 from tools.studies import Snapshot
@@ -139,7 +139,7 @@ class View:
         return "" if self.depth is None else f", slice {self.depth + 1} of {self.size[2]} of the last axis"
 
 
-def input_picture(x: Tensor, model: nn.Module, view: View) -> Image.Image:
+def input_picture(x: Tensor, model: Backbone, view: View) -> Image.Image:
     """Return what a model sees of an input `(1, C, *S)`, in colour or grey."""
     values = x[0].float().cpu()
     if view.depth is None:

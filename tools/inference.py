@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from mdeq import SolveStats
+from mdeq import Backbone, SolveStats
 from tools.config import optional
 
 Prediction = tuple[Tensor, list[SolveStats]]
@@ -18,7 +18,7 @@ Inference = Callable[..., Prediction]
 """`inference(model, x, **options)`; the options are those of a call of the model."""
 
 
-def whole(model: nn.Module, x: Tensor, **options: Any) -> Prediction:
+def whole(model: Backbone, x: Tensor, **options: Any) -> Prediction:
     """Predict in one piece."""
     logits, equilibrium = model(x, return_equilibrium=True, **options)
     return logits.float(), [equilibrium.stats] if equilibrium.stats is not None else []
@@ -40,7 +40,7 @@ class SlidingWindow:
     batch_size: int = 1
     progress: bool = False
 
-    def __call__(self, model: nn.Module, x: Tensor, **options: Any) -> Prediction:
+    def __call__(self, model: Backbone, x: Tensor, **options: Any) -> Prediction:
         if all(n <= s for n, s in zip(x.shape[2:], self.size)):
             return whole(model, x, **options)
         solves: list[SolveStats] = []
@@ -70,7 +70,7 @@ class MultiScale:
     flip: bool = False
     inner: Inference = whole
 
-    def __call__(self, model: nn.Module, x: Tensor, **options: Any) -> Prediction:
+    def __call__(self, model: Backbone, x: Tensor, **options: Any) -> Prediction:
         size, total, solves = x.shape[2:], torch.zeros((), device=x.device), []
         for scale in self.scales:
             scaled = [max(16, round(scale * n)) for n in size]

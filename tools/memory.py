@@ -28,7 +28,7 @@ from matplotlib.ticker import LogLocator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mdeq import Anderson, Broyden, ImplicitGradient, PhantomGradient, ReversibleGradient
+from mdeq import Anderson, Backbone, Broyden, ImplicitGradient, PhantomGradient, ReversibleGradient
 from tools import peak
 from tools.batches import MIN_SIZE
 from tools.build import find_device, known_weights
@@ -41,7 +41,7 @@ from tools.timings import save_table
 class Untied(nn.Module):
     """As many cells in a row as there are steps, each with weights of its own, in place of an equilibrium."""
 
-    def __init__(self, model: nn.Module, steps: int) -> None:
+    def __init__(self, model: Backbone, steps: int) -> None:
         super().__init__()
         again = timm.create_model
         name, classes = model.pretrained_cfg["architecture"], model.num_classes
@@ -57,8 +57,8 @@ class Untied(nn.Module):
         return self.model.head(state)
 
 
-def _solved(gradient: Any, solver: Any) -> Callable[[nn.Module, int], Callable[[Tensor], Tensor]]:
-    def build(model: nn.Module, steps: int) -> Callable[[Tensor], Tensor]:
+def _solved(gradient: Any, solver: Any) -> Callable[[Backbone, int], Callable[[Tensor], Tensor]]:
+    def build(model: Backbone, steps: int) -> Callable[[Tensor], Tensor]:
         model.deq.solver = solver(steps)
         model.deq.gradient = gradient(steps)
         return model.forward_features
@@ -71,7 +71,7 @@ def _anderson(steps: int) -> Anderson:
 
 
 # What a training step differentiates, by the name in the table.
-GRADIENTS: dict[str, Callable[[nn.Module, int], Callable[[Tensor], Tensor]]] = {
+GRADIENTS: dict[str, Callable[[Backbone, int], Callable[[Tensor], Tensor]]] = {
     "implicit": _solved(lambda steps: ImplicitGradient(_anderson(steps)), _anderson),
     "implicit, Broyden": _solved(
         lambda steps: ImplicitGradient(Broyden(max_steps=steps, tol=0.0)),

@@ -10,7 +10,6 @@ from typing import Any
 import timm
 from safetensors import SafetensorError
 from timm.data import ImageNetInfo
-from torch import nn
 
 import mdeq
 from tools.build import build_model, data_record, known_model, renew_cfg
@@ -32,7 +31,7 @@ class Trained:
         label_names: of its classes.
     """
 
-    model: nn.Module
+    model: mdeq.Backbone
     config: dict[str, Any]
     label_names: tuple[str, ...]
 
@@ -80,7 +79,7 @@ def release_of(name: str) -> mdeq.Release | None:
     return next((r for key, r in mdeq.RELEASES.items() if name in (key, key.partition(".")[0])), None)
 
 
-def load_checkpoint(path: Path, name: str | None) -> tuple[nn.Module, str]:
+def load_checkpoint(path: Path, name: str | None) -> tuple[mdeq.Backbone, str]:
     """Return the model of a checkpoint with its weights, through timm's ordinary path, and the layout it was in.
 
     Raises:
@@ -120,7 +119,7 @@ def config_beside(checkpoint: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _from_path(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+def _from_path(path: Path) -> tuple[mdeq.Backbone, dict[str, Any]]:
     if not path.exists():
         raise BadInput(f"no checkpoint {path}")
     folder, config = run_of(path), config_beside(path)
@@ -139,7 +138,7 @@ def _from_path(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     return model, data_record(run, ())  # the names of the classes are not in it
 
 
-def _label_names(model: nn.Module, config: dict[str, Any]) -> tuple[str, ...]:
+def _label_names(model: mdeq.Backbone, config: dict[str, Any]) -> tuple[str, ...]:
     """Return a name for every class: those of config.json, those known of the data, else numbers.
 
     Where config.json has `label_descriptions` (by name, as timm writes them), or the names are WordNet's numbers, it is

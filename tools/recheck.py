@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import mdeq
-from mdeq import MDEQ, MDEQSegmenter, build_solver
+from mdeq import Backbone, build_solver
 from tools.checkpoint import read_json
 from tools.config import BadInput, ModelConfig, TrainConfig, load_config, parse_config
 from tools.results import solver_settings, write_json
@@ -174,7 +174,7 @@ def solver_of_record(trained: Mapping[str, Any], solver: Mapping[str, Any]) -> d
     }
 
 
-def contradictions(release: mdeq.Release, model: MDEQ | MDEQSegmenter) -> list[str]:
+def contradictions(release: mdeq.Release, model: Backbone) -> list[str]:
     """Return, in words, where a record does not agree with itself or with its weights.
 
     Args:

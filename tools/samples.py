@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 
 import mdeq
 from tools.batches import Batch, Batches, Process
@@ -19,7 +18,7 @@ TOGETHER = 8
 """Samples that are solved for at once."""
 
 
-def data_config(name: str, model: nn.Module, overrides: Sequence[str]) -> TrainConfig:
+def data_config(name: str, model: mdeq.Backbone, overrides: Sequence[str]) -> TrainConfig:
     """Return the settings of the data of a model: those of its run or release, where it has one, then the overrides.
 
     Args:
@@ -50,7 +49,7 @@ def data_config(name: str, model: nn.Module, overrides: Sequence[str]) -> TrainC
 
 def read_part(
     config: TrainConfig,
-    model: nn.Module,
+    model: mdeq.Backbone,
     count: int,
     process: Process,
     watch: Watch,

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mdeq import Anderson, Broyden, FixedPointSolver, Picard, State
+from mdeq import Anderson, Backbone, Broyden, FixedPointSolver, Picard, State
 from tools.batches import Batch
 from tools.inference import Inference
 from tools.metrics import SolveLog
@@ -52,7 +52,7 @@ def compared_solvers(own: FixedPointSolver, max_steps: int) -> dict[str, FixedPo
 
 
 @torch.no_grad()
-def residual_traces(model: nn.Module, inputs: Sequence[Tensor], solver: FixedPointSolver, watch: Watch) -> np.ndarray:
+def residual_traces(model: Backbone, inputs: Sequence[Tensor], solver: FixedPointSolver, watch: Watch) -> np.ndarray:
     """Return the relative residual at every iterate of every input, `(max_steps + 1, inputs)`.
 
     What is zero or not finite, and so has no place on a logarithmic scale, is nan, as is what comes after the end.
@@ -64,21 +64,21 @@ def residual_traces(model: nn.Module, inputs: Sequence[Tensor], solver: FixedPoi
     return table
 
 
-def equilibrium(model: nn.Module, x: Tensor, max_steps: int) -> Snapshot:
+def equilibrium(model: Backbone, x: Tensor, max_steps: int) -> Snapshot:
     """Return the equilibrium of an input `(1, C, *S)`, as near as the model's own solver gets in so many steps."""
     solver = long_run(model.deq.solver, max_steps, SETTLED_TOL)
     return dataclasses.replace(after(model, x, solver), title="equilibrium")
 
 
 @torch.no_grad()
-def after(model: nn.Module, x: Tensor, solver: FixedPointSolver) -> Snapshot:
+def after(model: Backbone, x: Tensor, solver: FixedPointSolver) -> Snapshot:
     """Return what the best of so many steps of a solver comes to."""
     logits, found = model(x, return_equilibrium=True, solver=solver)
     return Snapshot(_steps(solver.max_steps), found.state, logits, float(found.stats.residual[0]))
 
 
 @torch.no_grad()
-def unrolled(model: nn.Module, x: Tensor, count: int) -> Snapshot:
+def unrolled(model: Backbone, x: Tensor, count: int) -> Snapshot:
     """Return what the explicit twin, f applied so many times, comes to."""
     logits, found = model(x, return_equilibrium=True, unroll=count)
     return Snapshot(f"f applied {count} times" if count > 1 else "f applied once", found.state, logits)
@@ -89,7 +89,7 @@ def _steps(count: int) -> str:
 
 
 @torch.no_grad()
-def solve_log(model: nn.Module, batches: Sequence[Batch], inference: Inference, watch: Watch) -> SolveLog:
+def solve_log(model: Backbone, batches: Sequence[Batch], inference: Inference, watch: Watch) -> SolveLog:
     """Return how the model's own solver fares on the inputs of batches."""
     log = SolveLog()
     for x, _ in watch(batches, "evaluations"):
@@ -99,7 +99,7 @@ def solve_log(model: nn.Module, batches: Sequence[Batch], inference: Inference, 
 
 
 @torch.no_grad()
-def spectral_radii(model: nn.Module, batches: Sequence[Batch], max_steps: int, watch: Watch) -> np.ndarray:
+def spectral_radii(model: Backbone, batches: Sequence[Batch], max_steps: int, watch: Watch) -> np.ndarray:
     """Return the spectral radius of the Jacobian of f at the equilibrium of every input, `(inputs,)`."""
     solver, radii = long_run(model.deq.solver, max_steps, SETTLED_TOL), []
     for x, _ in watch(batches, "spectral radius"):

@@ -39,7 +39,7 @@ CLASSIFICATION = Task()
 
 
 def build_task(
-    config: TrainConfig, model: nn.Module, batches: Batches, process: Process, *, distances: bool = False
+    config: TrainConfig, model: mdeq.Backbone, batches: Batches, process: Process, *, distances: bool = False
 ) -> Task:
     """Return the task of a config; with `distances` an evaluation of volumes has HD95 too, where mm are known.
 
@@ -106,7 +106,7 @@ def _check_settings_of(data: DataConfig) -> None:
         )
 
 
-def check_task(config: TrainConfig, model: nn.Module) -> None:
+def check_task(config: TrainConfig, model: mdeq.Backbone) -> None:
     """Raise BadInput if data, model, loss and task do not go together."""
     data, dense = config.data, config.task == "segmentation"
     volumes = data.name in volume_data.NAMES

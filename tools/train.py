@@ -92,7 +92,7 @@ class Run:
         if process.is_main:
             self.log = RunLog(self.folder, config.run, dataclasses.asdict(config), self.epoch, self.id)
 
-    def _model_and_data(self, resumed: bool) -> tuple[nn.Module, Batches, Batches]:
+    def _model_and_data(self, resumed: bool) -> tuple[mdeq.Backbone, Batches, Batches]:
         config, process = self.config, self.process
         bare = dataclasses.replace(config.model, checkpoint=None)
         start = bare if resumed else config.model  # a resumed run has its weights; those it began with may be gone
@@ -157,7 +157,7 @@ class Run:
         )
 
     @property
-    def final_model(self) -> nn.Module:
+    def final_model(self) -> mdeq.Backbone:
         """The weights that are evaluated and exported: the average, where one is kept."""
         return self.model if self.trainer.ema is None else self.trainer.ema.module
 

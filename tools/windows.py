@@ -16,10 +16,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from mdeq import WarmStart
+from mdeq import Backbone, WarmStart
 from tools.build import build_evaluation, start_process
 from tools.checkpoint import CONFIG_FILE, run_of
 from tools.config import BadInput, TrainConfig, load_config, optional
@@ -55,7 +55,7 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
 
 
 @torch.no_grad()
-def compare(model: nn.Module, x: Tensor, window: int, overlap: float) -> dict[str, float]:
+def compare(model: Backbone, x: Tensor, window: int, overlap: float) -> dict[str, float]:
     """Return shares, counts and whether two repetitions agree for one input `(1, C, *S)`."""
     size, sliding = [window] * (x.ndim - 2), optional("monai.inferers", "volumes").sliding_window_inference
     whole, warm, solves = model(x).argmax(1), WarmStart(model), []

@@ -1,6 +1,7 @@
 """Model files; importing this package registers their entrypoints in timm."""
 
 from . import volumes
+from .backbone import Backbone
 from .cell import MultiscaleCell
 from .implicit import compile_cell
 from .listing import list_models
@@ -16,6 +17,7 @@ __all__ = [
     "HUB_ORG",
     "MDEQ",
     "RELEASES",
+    "Backbone",
     "MDEQSegmenter",
     "MultiscaleCell",
     "Release",

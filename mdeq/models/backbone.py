@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from ..deq import DEQ, Equilibrium
 from ..gradients import GradientSpec, spec_of
-from ..layers import BATCH_NORM, CONV, SpatialDims, conv, with_metadata, without_metadata
+from ..layers import BATCH_NORM, CONV, Conv, SpatialDims, conv, with_metadata, without_metadata
 from ..solvers import FixedPointSolver, SolverSpec, is_static
 from ..state import State
 from .cell import MultiscaleCell
@@ -32,11 +32,22 @@ def stem_strides(spatial_dims: int, total: int | Sequence[int]) -> tuple[tuple[i
     return tuple(min(s, 2) for s in per_axis), tuple(max(s // 2, 1) for s in per_axis)
 
 
+class Stem(nn.Sequential):
+    """Two convolutions `(B, in_chans, *S) -> (B, C_0, *S_finest)`, each followed by norm and ReLU."""
+
+    conv1: Conv
+    norm1: nn.Module
+    act1: nn.Module
+    conv2: nn.Module
+    norm2: nn.Module
+    act2: nn.Module
+
+
 class Backbone(nn.Module):
     """Base of the models: everything up to the equilibrium, and the maps that features_only returns.
 
-    A subclass adds `head`, from a state to a feature map of `num_features` channels, `classifier`, `forward_head` and
-    `reset_classifier`, and ends its constructor with `_init_weights()`.
+    A subclass adds `head`, from a state to a feature map of `num_features` channels, `classifier`, `num_classes`,
+    `forward_head` and `reset_classifier`, and ends its constructor with `_init_weights()`.
 
     Args:
         in_chans: channels of the input.
@@ -49,8 +60,12 @@ class Backbone(nn.Module):
     """
 
     num_features: int
+    head_hidden_size: int
+    num_classes: int
+    equilibrium: MultiscaleDEQ
     head: nn.Module
     classifier: nn.Module
+    pretrained_cfg: dict[str, Any]  # timm's, of models that it made
 
     def __init__(
         self,
@@ -74,7 +89,7 @@ class Backbone(nn.Module):
         if in_chans < 1:
             raise ValueError(f"in_chans must be >= 1, got {in_chans}")
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
-        self.spatial_dims = spatial_dims
+        self.spatial_dims: SpatialDims = spatial_dims
         self.in_chans = in_chans
         cell = MultiscaleCell(
             channels,
@@ -87,7 +102,7 @@ class Backbone(nn.Module):
             **dd,
         )
         width, strides = channels[0], stem_strides(spatial_dims, stem_stride)
-        self.stem = nn.Sequential(
+        self.stem = Stem(
             OrderedDict(
                 conv1=conv(spatial_dims, in_chans, width, 3, stride=strides[0], **dd),
                 norm1=BATCH_NORM[spatial_dims](width, momentum=norm_momentum, **dd),
@@ -98,7 +113,7 @@ class Backbone(nn.Module):
             )
         )
         # The official rule: a small model at full resolution injects the stem's output as it is.
-        self.inject = nn.Identity()
+        self.inject: nn.Module = nn.Identity()
         if not (max(strides[0]) == 1 and len(channels) <= 2):
             self.inject = nn.Sequential(
                 OrderedDict(
@@ -208,6 +223,14 @@ class Backbone(nn.Module):
         equilibrium = self.solve(x, **options)
         return self.head(equilibrium.state), equilibrium
 
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Return the logits of `forward_features`' result, or what the classifier would see."""
+        raise NotImplementedError
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier."""
+        raise NotImplementedError
+
     def _output(self, features: Tensor, x: Tensor) -> Tensor:
         """Return what the model gives for an input, given its features."""
         return self.forward_head(features)
@@ -262,7 +285,7 @@ class Backbone(nn.Module):
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
         whole, last = len(self.feature_info), self.last_tap
-        take_indices, max_index = feature_take_indices(self._num_taps, indices)
+        take_indices, max_index = self._taken(indices)
         end = max_index
         if not (stop_early or intermediates_only):
             end = max(end, whole - 1 if last is None else last)
@@ -273,19 +296,28 @@ class Backbone(nn.Module):
             x = self.stem.act2(self.stem.norm2(self.stem.conv2(x)))
             taps += [x][: self._num_stem_taps - 1]
         if end >= self._num_stem_taps:
-            equilibrium = self.equilibrium(self.inject(x), z0, solver, unroll, jacobian_probes)
+            equilibrium = self._implicit()(self.inject(x), z0, solver, unroll, jacobian_probes)
             taps += [equilibrium.state[i] for i in range(len(self.feature_info) - self._num_stem_taps)]
         result = [taps[i] for i in take_indices]
         if not intermediates_only:
             final = max_index if stop_early and max_index < whole - 1 else last
-            result = (self.head(equilibrium.state) if final is None else taps[final], result)
+            if final is None:
+                assert equilibrium is not None  # all maps were asked for
+                features = self.head(equilibrium.state)
+            else:
+                features = taps[final]
+            result = (features, result)
         return with_equilibrium(result, equilibrium, return_equilibrium)
 
     @property
     def _num_taps(self) -> int:
         """How many of the maps of `feature_info` there still are: fewer in a model that was pruned to its stem."""
-        pruned = self.last_tap is not None and self.last_tap < self._num_stem_taps
-        return self.last_tap + 1 if pruned else len(self.feature_info)
+        last = self.last_tap
+        return last + 1 if last is not None and last < self._num_stem_taps else len(self.feature_info)
+
+    def _taken(self, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
+        """Return which maps timm's `indices` name, counted from 0, and the last of them."""
+        return feature_take_indices(self._num_taps, list(indices) if isinstance(indices, Sequence) else indices)
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -294,14 +326,15 @@ class Backbone(nn.Module):
 
         The branches come from one solve and stay together. Afterwards `forward_features` ends at the last map.
         """
-        take_indices, max_index = feature_take_indices(self._num_taps, indices)
+        take_indices, max_index = self._taken(indices)
         if prune_norm or prune_head or max_index < len(self.feature_info) - 1:
             self.last_tap = max_index
             self.head = nn.Identity()
             self.num_features = self.feature_info[max_index]["num_chs"]
             self.reset_classifier(0 if prune_head else self.num_classes)
         if max_index < self._num_stem_taps:
-            self.inject = self.equilibrium = nn.Identity()
+            self.inject = nn.Identity()
+            self.equilibrium = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
         if max_index == 0:
             self.stem.conv2 = self.stem.norm2 = nn.Identity()
         return take_indices
@@ -359,6 +392,8 @@ def with_equilibrium(output: Any, equilibrium: Equilibrium | None, return_equili
 
 class Features(FeatureGetterNet):
     """The feature maps of a model as a list; what `timm.create_model(..., features_only=True)` returns."""
+
+    model: Backbone
 
     def forward(
         self,

@@ -1,27 +1,27 @@
 """The multiscale cell: the map f(z, injection) whose fixed point is the model's representation."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from ..layers import GroupNorm, SpatialDims, channel_mask, conv, convolve, is_plain, resize, writable
+from ..layers import Conv, GroupNorm, SpatialDims, channel_mask, conv, convolve, is_plain, resize, writable
 from ..state import State, lies_channels_last
 
 Injection = tuple[Tensor | None, ...]
 """The input-dependent term added inside f, per branch; None where there is none."""
-Kernels = dict[nn.Module, Tensor]
+Kernels = dict[Conv, Tensor]
 """The kernel of every plain convolution of a cell, weight norm folded, fixed during a solve.
 
 A layer without a kernel here is called as it is: one with hooks, such as those of pruning, or another in its place.
 """
 
 
-def _normed(layer: nn.Module, enabled: bool) -> nn.Module:
-    return weight_norm(layer) if enabled else layer
+def _normed(layer: Conv, enabled: bool) -> Conv:
+    return cast(Conv, weight_norm(layer)) if enabled else layer
 
 
 class ResidualBlock(nn.Module):
@@ -46,7 +46,7 @@ class ResidualBlock(nn.Module):
         self.norm3 = GroupNorm(num_groups, channels, **dd)
 
     @property
-    def layers(self) -> list[nn.Module]:
+    def layers(self) -> list[Conv]:
         """The convolutions."""
         return [self.conv1, self.conv2]
 
@@ -78,12 +78,12 @@ class Downsample(nn.Module):
         self.norms = nn.ModuleList(GroupNorm(num_groups, width, **dd) for width in widths[1:])
 
     @property
-    def layers(self) -> list[nn.Module]:
+    def layers(self) -> list[Conv]:
         """The convolutions."""
-        return list(self.convs)
+        return list(self.convs)  # pyright: ignore[reportReturnType]
 
     def forward(self, x: Tensor, size: Sequence[int], kernels: Kernels) -> Tensor:
-        for step, (layer, norm) in enumerate(zip(self.convs, self.norms)):
+        for step, (layer, norm) in enumerate(zip(self.layers, self.norms)):
             x = F.relu_(writable(x, self.norms[step - 1])) if step else x
             x = norm(convolve(layer, x, kernels.get(layer)))  # (B, C, *S) -> (B, C, *ceil(S / 2))
         return x
@@ -100,7 +100,7 @@ class Upsample(nn.Module):
         self.norm = GroupNorm(num_groups, out_channels, **dd)
 
     @property
-    def layers(self) -> list[nn.Module]:
+    def layers(self) -> list[Conv]:
         """The convolutions."""
         return [self.conv]
 
@@ -126,7 +126,7 @@ class PostFuse(nn.Module):
         self.norm = GroupNorm(num_groups // 2, channels, affine=affine, **dd)
 
     @property
-    def layers(self) -> list[nn.Module]:
+    def layers(self) -> list[Conv]:
         """The convolutions."""
         return [self.conv]
 
@@ -184,7 +184,7 @@ class MultiscaleCell(nn.Module):
         self.channels = tuple(channels)
         self.dropout = dropout
         branches = range(len(self.channels))
-        common = dict(spatial_dims=spatial_dims, num_groups=num_groups, **dd)
+        common: dict[str, Any] = dict(spatial_dims=spatial_dims, num_groups=num_groups, **dd)
         self.blocks = nn.ModuleList(
             ResidualBlock(c, expansion=expansion, weight_norm=weight_norm, **common) for c in self.channels
         )
@@ -202,6 +202,11 @@ class MultiscaleCell(nn.Module):
             PostFuse(c, weight_norm=weight_norm, affine=post_norm_affine, **common) for c in self.channels if multi
         )
 
+    @property
+    def _weight(self) -> Tensor:
+        """One that is always there, for the dtype and the device of all."""
+        return cast(ResidualBlock, self.blocks[0]).norm1.weight
+
     def branch_sizes(self, size: Sequence[int]) -> tuple[tuple[int, ...], ...]:
         """Return the spatial size of every branch, given that of branch 0: halves, rounded up."""
         sizes = [tuple(size)]
@@ -215,7 +220,7 @@ class MultiscaleCell(nn.Module):
         Its memory format is that of the injection: a state that lies channels last stays so in the solver.
         """
         # Not the injection's dtype: under autocast that is the low-precision one.
-        dtype = self.blocks[0].norm1.weight.dtype
+        dtype = self._weight.dtype
         sizes = self.branch_sizes(injection.shape[2:])
         batch, last = injection.shape[0], lies_channels_last(injection)
         zeros = (
@@ -237,7 +242,7 @@ class MultiscaleCell(nn.Module):
         """
         parts = [m for m in self.modules() if isinstance(m, (ResidualBlock, Downsample, Upsample, PostFuse))]
         kernels = {layer: layer.weight for part in parts for layer in part.layers if is_plain(layer)}
-        device = self.blocks[0].norm1.weight.device.type
+        device = self._weight.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
             low = torch.get_autocast_dtype(device)  # float64 stays as it is
             kernels = {m: k if k.dtype == torch.float64 else k.to(low) for m, k in kernels.items()}
@@ -255,15 +260,14 @@ class MultiscaleCell(nn.Module):
             kernels: what `kernels` gave for this solve; computed here when absent.
         """
         kernels = self.kernels() if kernels is None else kernels
-        masks = masks or (None,) * len(z)
-        blocks = tuple(
-            block(z_i, u, mask, kernels) for block, z_i, u, mask in zip(self.blocks, z, injection, masks, strict=True)
-        )
+        parts = zip(self.blocks, z, injection, masks or (None,) * len(z), strict=True)
+        blocks = tuple(block(z_i, u, mask, kernels) for block, z_i, u, mask in parts)
         if not self.post_fuse:
             return blocks
         fused = []
         for links, post, z_i in zip(self.fuse, self.post_fuse, z):
-            first, second, *others = (link(x, z_i.shape[2:], kernels) for link, x in zip(links, blocks))
+            steps = zip(links, blocks)  # pyright: ignore[reportArgumentType]
+            first, second, *others = (link(x, z_i.shape[2:], kernels) for link, x in steps)
             total = first + second  # one of them may be the block's own output, which others need as it is
             for x in others:
                 total += x

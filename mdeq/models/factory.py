@@ -39,7 +39,8 @@ def cfg(**kwargs: Any) -> dict[str, Any]:
 
 def default_cfgs_of(untrained: Mapping[str, dict[str, Any]]) -> dict[str, DefaultCfg]:
     """Return a module's `default_cfgs`: tags of released weights where there are any, else what is given."""
-    return generate_default_cfgs(with_releases(untrained))
+    cfgs: dict[str, Any] = with_releases(untrained)
+    return generate_default_cfgs(cfgs)
 
 
 def create(
@@ -61,7 +62,9 @@ def create(
     """
     brought: dict[str, Any] = {}
     source = kwargs.get("pretrained_cfg")
-    remote = pretrained and isinstance(source, Mapping) and source.get("source") == "hf-hub"
+    repo = None  # on the Hub, where the weights come from one that the caller names
+    if pretrained and isinstance(source, Mapping) and source.get("source") == "hf-hub":
+        repo = source["hf_hub_id"]
     if pretrained:
         kwargs, brought = with_weights(variant, kwargs)
     args = {**defaults, **brought, **kwargs}
@@ -76,8 +79,8 @@ def create(
         raise ValueError(f"{variant} does not support feature_cls, leave it out: one solve gives all feature maps")
     if args.get("pretrained_model_args"):  # those of a config.json
         _require_plausible(model_cls, variant, args)
-    with hub_errors(source["hf_hub_id"]) if remote else nullcontext():
-        model = build_model_with_cfg(
+    with nullcontext() if repo is None else hub_errors(repo):
+        model: Any = build_model_with_cfg(
             model_cls,
             variant,
             pretrained,

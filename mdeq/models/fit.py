@@ -213,7 +213,7 @@ def _advice(weights: Mapping[str, Tensor], layout: str, own: Mapping[str, Any], 
     except ValueError:
         if not _fits_as_described(weights, name):
             return ""
-        fitting = name
+        fitting, args = name, {}
     if fitting == name:
         args = differences(describe(shapes_of(weights)), own)
     text = ", ".join(f"{key}={value}" for key, value in args.items() if key not in _ADAPTED)

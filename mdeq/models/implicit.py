@@ -32,7 +32,8 @@ class CellFn:
     """Whether the cell is called as it is where it was compiled."""
 
     def __call__(self, z: State) -> State:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and self.injection[0].is_inference():
+        u = self.injection[0]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and u is not None and u.is_inference():
             return self._differentiable()(z)
         cell = self.cell.forward if self.is_eager else self.cell
         if not torch.compiler.is_compiling() and self.cell._compiled_call_impl is not None:
@@ -71,7 +72,8 @@ class CellFn:
 def _made_of(layer: nn.Module) -> list[Tensor]:
     """Return the parameters that the weight of a convolution is, or is computed from."""
     if is_parametrized(layer, "weight"):
-        return [p for part in layer.parametrizations["weight"].modules() for p in _parameters(part).values()]
+        parts = layer.get_submodule("parametrizations.weight").modules()
+        return [p for part in parts for p in _parameters(part).values()]
     return [p for name, p in _parameters(layer).items() if name == "weight"]
 
 
@@ -81,7 +83,6 @@ def _parameters(module: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in found.items() if p is not None}
 
 
-@register_notrace_module
 class MultiscaleDEQ(nn.Module):
     """The implicit layer: a multiscale cell and the equilibrium layer that solves for its fixed point.
 
@@ -124,6 +125,9 @@ class MultiscaleDEQ(nn.Module):
         return self.deq(fn, start, solver=solver, unroll=unroll, jacobian_probes=jacobian_probes)
 
 
+register_notrace_module(MultiscaleDEQ)  # as a decorator it would hide the class from type checkers
+
+
 def compile_cell(model: nn.Module, **options: Any) -> None:
     """Compile the cell of a model by `torch.compile`, for every batch size at once and without graph breaks.
 
@@ -143,8 +147,10 @@ def compile_cell(model: nn.Module, **options: Any) -> None:
     layer = getattr(model, "equilibrium", None)
     if not isinstance(layer, MultiscaleDEQ):
         raise TypeError(f"compile_cell takes a model of this package, got {type(model).__name__}")
+    from torch._functorch import config as functorch
+
     dynamo = torch._dynamo.config  # loaded now, with what is below: it takes a while, and few need it
-    torch._functorch.config.donated_buffer = False
+    functorch.donated_buffer = False
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         # Settings of the process are those of one thread there, and CUDA runs backward in another.
         options = {"recompile_limit": 24, "isolate_recompiles": True, **options}

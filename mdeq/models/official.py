@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .backbone import Backbone
 from .fit import G, V, check_fit, identify, match_weight_norm
 from .transfer import adapt_input
 
@@ -76,7 +77,7 @@ def _translated(state_dict: Mapping[str, Any], model: nn.Module) -> tuple[dict[s
     layout = layout_of(weights)
     if layout != "native":
         weights = match_weight_norm(from_official(weights), model.state_dict().keys())
-    if getattr(model, "spatial_dims", 2) == 3:  # timm adapts images' channels alone
+    if isinstance(model, Backbone) and model.spatial_dims == 3:  # timm adapts images' channels alone
         weights = adapt_input(weights, model)
     return weights, layout
 
@@ -116,7 +117,7 @@ def unwrapped(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
             double = next(key for key in state_dict if counts[re.sub(_WRAPPERS, "", key)] > 1)
             raise ValueError(f"the checkpoint holds weights twice, under prefixes such as that of {double}")
         return bare
-    return state_dict
+    return dict(state_dict)
 
 
 def layout_of(keys: Collection[str]) -> str:

@@ -7,12 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..layers import BATCH_NORM, CONV
+from ..layers import CONV, BatchNorm, Conv
 from .cell import ResidualBlock
 
 _CONVS = tuple(CONV.values())
-_BATCH_NORMS = tuple(BATCH_NORM.values())
-_NORMS = (*_BATCH_NORMS, nn.GroupNorm)
 _LENGTH = math.sqrt(1 / 3)  # of a row by PyTorch's default, which is uniform with variance 1 / (3 fan_in)
 
 
@@ -35,14 +33,14 @@ def rescale(model: nn.Module) -> None:
     """
     for module in model.modules():
         if parametrize.is_parametrized(module, "weight"):
-            direction = module.parametrizations.weight.original1  # (out, in, *kernel)
+            direction = module.get_parameter("parametrizations.weight.original1")  # (out, in, *kernel)
             direction.mul_(_LENGTH / _row_lengths(direction))
     for layer, norm in _pairs(model):
         length = layer.weight.norm()
         if length == 0:
             continue
         scale = (_LENGTH * math.sqrt(len(layer.weight)) / length).expand(len(layer.weight))  # (out,)
-        if isinstance(norm, _BATCH_NORMS):
+        if isinstance(norm, BatchNorm) and norm.running_mean is not None and norm.running_var is not None:
             # scale^2 (variance + eps) is to be what it divides by, and no variance is below zero.
             scale = scale.maximum((norm.eps / (norm.running_var + norm.eps)).sqrt())
             norm.running_mean.mul_(scale)
@@ -58,7 +56,7 @@ def _row_lengths(x: Tensor) -> Tensor:
     return torch.where(lengths == 0, 1, lengths)
 
 
-def _pairs(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+def _pairs(model: nn.Module) -> list[tuple[Conv, BatchNorm | nn.GroupNorm]]:
     """Return the convolutions without weight norm that a norm follows, each with it."""
     pairs = []
     for parent in model.modules():
@@ -67,10 +65,8 @@ def _pairs(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
             children = children[:2]  # what follows conv2 has the injection added
         if len(children) == 2 and all(isinstance(child, nn.ModuleList) for child in children):  # `Downsample`
             children = [child for pair in zip(*children) for child in pair]
-        pairs += [pair for pair in pairwise(children) if _is_pair(*pair)]
+        for layer, norm in pairwise(children):
+            plain = isinstance(layer, Conv) and not parametrize.is_parametrized(layer)
+            if plain and isinstance(norm, BatchNorm | nn.GroupNorm):
+                pairs.append((layer, norm))
     return pairs
-
-
-def _is_pair(first: nn.Module, second: nn.Module) -> bool:
-    plain = isinstance(first, _CONVS) and not parametrize.is_parametrized(first)
-    return plain and isinstance(second, _NORMS)

@@ -26,8 +26,8 @@ class _History:
             self.dg[: len(index), j] = self.dg[index, j]
         for j, mixed in enumerate(self.mixed):
             self.mixed[j] = mixed[index]
-        small = (x[index] for x in (self.gram, self.rhs, self.last_g))
-        return _History(self.mixed, self.dg[: len(index)], *small, self.count)
+        gram, rhs, last_g = (x[index] for x in (self.gram, self.rhs, self.last_g))
+        return _History(self.mixed, self.dg[: len(index)], gram, rhs, last_g, self.count)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -271,12 +271,13 @@ class FixedPointSolver(ABC):
             if step == self.max_steps or num_active == 0:
                 break
             # Compaction copies the memory, so it waits until it saves a quarter of the evaluations.
-            if compact and num_active is not None and num_active <= 0.75 * z.shape[0] and hasattr(fn, "take"):
+            take = getattr(fn, "take", None) if compact else None
+            if take is not None and num_active is not None and num_active <= 0.75 * z.shape[0]:
                 # Their rows in order; nonzero() would wait for the device once more to learn how many there are.
                 index = (~progress.active).byte().argsort(stable=True)[:num_active]
                 outer.append((progress, index))
                 progress, index = progress.take(index), index.to(z.device, non_blocking=True)
-                memory, fn = memory.take(index), fn.take(index)
+                memory, fn = memory.take(index), take(index)
                 z = z[index]  # one after the other, which frees the one before
                 fz = fz[index]
                 g = g[index]
@@ -309,13 +310,13 @@ class _Progress:
 
     @classmethod
     def start(cls, z0: Tensor, books: torch.device) -> "_Progress":
-        batch, real = z0.shape[0], dict(dtype=small_dtype(z0), device=books)
+        batch, dtype = z0.shape[0], small_dtype(z0)
         status = torch.full((batch,), SolveStatus.MAX_STEPS, dtype=torch.int64, device=books)
         return cls(
             best=z0,
             active=torch.ones(batch, dtype=torch.bool, device=books),
-            best_residual=torch.full((batch,), _largest(z0), **real),
-            limit=torch.zeros(batch, **real),
+            best_residual=torch.full((batch,), _largest(z0), dtype=dtype, device=books),
+            limit=torch.zeros(batch, dtype=dtype, device=books),
             status=status,
             num_steps=torch.zeros_like(status),
             trace=[],
@@ -337,7 +338,7 @@ class _Progress:
         num_active = None
         if look:
             # Both numbers in one: the one host synchronisation of a step, unless the books are here.
-            num_better, num_active = divmod((better.sum() * 2**32 + goes_on.sum()).item(), 2**32)
+            num_better, num_active = divmod(int(better.sum() * 2**32 + goes_on.sum()), 2**32)
             if num_active == len(residual) and num_better == (0 if step == 0 else num_active):
                 # Nothing ended and nothing got worse, the usual step: what is noted needs no pass over the state.
                 if num_better:
@@ -403,6 +404,6 @@ def _require_number(name: str, value: object) -> None:
     _require(number, f"{name} must be a number", repr(value))
 
 
-def _require_count(name: str, value: object, least: int) -> None:
+def _require_count(name: str, value: Any, least: int) -> None:
     _require(isinstance(value, int) and not isinstance(value, bool), f"{name} must be an integer", repr(value))
     _require(value >= least, f"{name} must be >= {least}", value)
