@@ -35,7 +35,7 @@ TABLE = {
     "models/head.py": "torch .layers .state",
     "models/listing.py": "timm",
     "models/fit.py": "torch timm .models.listing",
-    "models/official.py": "torch .models.fit .models.transfer",
+    "models/official.py": "torch .models.backbone .models.fit .models.transfer",
     "models/weights.py": "huggingface_hub timm",
     "models/*.py": "torch timm .deq .gradients .layers .solvers .state .models.*",
     # the public names

@@ -41,7 +41,8 @@ class Explicit(nn.Module):
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        self.net, self.num_classes, self.spatial_dims = net, net.num_classes, 2
+        self.net, self.spatial_dims = net, 2
+        self.num_classes: Any = net.num_classes
 
     def forward(self, x: Tensor, *, return_equilibrium: bool = False, **options: Any) -> Any:
         logits = self.net(x)
@@ -89,7 +90,7 @@ def build_net(
     Raises:
         BadInput: for an unknown one, or one that these settings are not for.
     """
-    options = {} if channels is None else {"channels": channels}
+    options: dict[str, Any] = {} if channels is None else {"channels": channels}
     if channels is not None and len(channels) != 4:
         raise BadInput(f"--channels takes four numbers, one for each stage of a ResNet, got {len(channels)}")
     try:

@@ -28,8 +28,14 @@ class Batches(Protocol):
     """The batches of one split, as many and in the same order for the same epoch, wherever it is entered."""
 
     class_names: tuple[str, ...]  # empty where they are not known
-    num_samples: int | None  # of the split, all processes together; None where it is not known
-    spacings: Sequence[Sequence[float]] | None  # mm per voxel of the samples of this process, in order, where known
+
+    @property
+    def num_samples(self) -> int | None:
+        """Samples of the split, all processes together; None where it is not known."""
+
+    @property
+    def spacings(self) -> Sequence[Sequence[float]] | None:
+        """Mm per voxel of the samples of this process, in order, where known."""
 
     def __len__(self) -> int: ...
 
@@ -83,9 +89,9 @@ def _check_cfg(cfg: dict[str, Any]) -> None:
     origin = "pretrained_cfg of the model"
     for key in ("input_size", "mean", "std"):
         numbers = cfg.get(key)
-        listed = isinstance(numbers, (list, tuple)) and len(numbers) > 0
-        if not listed or not all(_is_number(x) and (key == "mean" or x > 0) for x in numbers):
-            raise BadInput(f"{origin}: {key} must be a list of numbers, positive but for mean, got {numbers}")
+        numbers = numbers if isinstance(numbers, (list, tuple)) else ()
+        if not numbers or not all(_is_number(x) and (key == "mean" or x > 0) for x in numbers):
+            raise BadInput(f"{origin}: {key} must be a list of numbers, positive but for mean, got {cfg.get(key)}")
     size = cfg["input_size"]
     if len(size) != 3 or not all(isinstance(x, int) and x <= MAX_SIZE for x in size):
         raise BadInput(f"{origin}: input_size must be 3 whole numbers up to {MAX_SIZE}, got {size}")
@@ -268,7 +274,11 @@ class KeyedBatches:
     """
 
     class_names: tuple[str, ...] = ()
-    spacings: Sequence[Sequence[float]] | None = None
+
+    @property
+    def spacings(self) -> Sequence[Sequence[float]] | None:
+        """See `Batches`."""
+        return None
 
     def __init__(self, count: int, batch_size: int, process: Process, *, training: bool, seed: int) -> None:
         self.num_samples, self.process, self.training, self.seed = count, process, training, seed

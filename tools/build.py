@@ -155,21 +155,19 @@ def build_model(config: ModelConfig, num_classes: int | None, *, for_training: b
             kwargs[name] = getattr(config, name)
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
+    what = f"model {config.name} with {config.kwargs}"
     try:
         name = known_weights(config.name) if config.pretrained else known_model(config.name)
         create = partial(timm.create_model, name, pretrained=config.pretrained)
         if config.solver is not None and "name" not in config.solver:  # a few settings of the model's own
             rest = {key: value for key, value in kwargs.items() if key != "solver"}
-            kwargs["solver"] = mdeq.spec_of(create(**rest).deq.solver) | config.solver
-        model = create(**kwargs)
+            kwargs["solver"] = mdeq.spec_of(of_package(create(**rest), what).deq.solver) | config.solver
+        model = of_package(create(**kwargs), what)
     except mdeq.WeightsError as error:
         hint = "; model.pretrained=false starts from scratch" if for_training else ""
         raise BadInput(f"model {config.name}: {error}{hint}") from None
     except _UNUSABLE as error:
         raise BadInput(f"model {config.name}: {_reason(error)}") from None
-    unpooled = isinstance(model, mdeq.MDEQ) and not model.global_pool.pool_type
-    if unpooled or not isinstance(model, mdeq.Backbone):
-        raise BadInput(f"model {config.name} with {config.kwargs} is not a classifier or segmenter of this package")
     if config.checkpoint is not None:
         classifier = model.pretrained_cfg["classifier"]
         left = load_weights(model, config.checkpoint, classifier=classifier, new_classifier=for_training)
@@ -179,12 +177,20 @@ def build_model(config: ModelConfig, num_classes: int | None, *, for_training: b
     return model
 
 
+def of_package(model: nn.Module, what: str) -> mdeq.Backbone:
+    """Return a model if it is a classifier or segmenter of this package, else raise BadInput that says of what."""
+    unpooled = isinstance(model, mdeq.MDEQ) and not model.global_pool.pool_type
+    if unpooled or not isinstance(model, mdeq.Backbone):
+        raise BadInput(f"{what} is not a classifier or segmenter of this package")
+    return model
+
+
 def freeze(model: mdeq.Backbone, config: ModelConfig) -> tuple[nn.Module, ...]:
     """Freeze what the config says, and return the modules that have to stay in eval mode."""
     norms = tuple(m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
     if not config.freeze:
         return norms if config.freeze_bn else ()
-    head = (model.head, model.head_drop, model.get_classifier())
+    head: list[Any] = [model.head, model.head_drop, model.get_classifier()]
     trained = {id(p) for part in head for p in part.parameters()}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdeq import (
+    DEQ,
     Backbone,
     Broyden,
     CapturedModel,
@@ -77,10 +78,10 @@ class Bench:
         """Return the context in which f is evaluated."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
 
-    def model(self, name: str, width: int = 1) -> nn.Module:
+    def model(self, name: str, width: int = 1) -> Backbone:
         """Return a model without dropout, with its weights where the name has a tag; or a wider one, without."""
         torch.manual_seed(0)
-        model = timm.create_model(name, pretrained="." in name and width == 1, dropout=0.0)
+        model: Any = timm.create_model(name, pretrained="." in name and width == 1, dropout=0.0)
         if width > 1:
             wider = [width * channels for channels in model.equilibrium.cell.channels]
             model = timm.create_model(name, channels=wider, dropout=0.0)
@@ -91,7 +92,8 @@ class Bench:
 
     def placed(self, net: nn.Module) -> nn.Module:
         """Return a 2D network on the device, in the memory format that is asked for."""
-        return net.to(self.device, memory_format=torch.channels_last if self.channels_last else torch.preserve_format)
+        form = torch.channels_last if self.channels_last else torch.preserve_format
+        return net.to(device=self.device, memory_format=form)  # pyright: ignore[reportCallIssue]
 
     def inputs(self, model: Backbone, side: int, batch: int) -> Tensor:
         """Return test images of CIFAR-10 where there are any of this size, else smooth noise, `(B, C, *S)`."""
@@ -110,7 +112,7 @@ class Bench:
         Raises:
             BadInput: if there are none, or fewer.
         """
-        images = read_cifar10(self.data, train=False, limit=count).images
+        images = read_cifar10(Path(self.data or "."), train=False, limit=count).images
         if len(images) < count:
             raise BadInput(f"--data {self.data} has {len(images)} test images of CIFAR-10, {count} are needed")
         return images.float() / 255
@@ -191,7 +193,7 @@ def inference_part(bench: Bench, cases: Sequence[str], trained: str) -> list[Row
         captured: dict[str, CapturedModel] = {}
         if bench.device.type == "cuda":
             for contender in ("mdeq Broyden", "mdeq Anderson"):
-                model.equilibrium.deq = layers[contender].eval()
+                _put(layers[contender].eval(), model)
                 captured[f"{contender} + CUDA graph"] = CapturedModel(model, x)
             runs |= {name: partial(model, x) for name, model in captured.items()}
         if model.spatial_dims == 2:
@@ -221,10 +223,15 @@ def _reached(layer: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[float, 
     return float(clocked.clock.calls), float(clocked.residual().mean())
 
 
-def _with_layer(model: Backbone, layer: nn.Module, x: Tensor) -> Tensor:
+def _with_layer(model: nn.Module, layer: nn.Module, x: Tensor) -> Tensor:
     """Return what a model gives with another equilibrium layer in its place."""
-    model.equilibrium.deq = layer.train(model.training)
+    _put(layer.train(model.training), model)
     return model(x)
+
+
+def _put(layer: nn.Module, model: nn.Module) -> None:
+    """Put an equilibrium layer, ours or another's, into a model."""
+    model.equilibrium.deq = layer  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def tolerance_part(bench: Bench, cases: Sequence[str], trained: str) -> list[Row]:
@@ -309,7 +316,7 @@ def training_part(bench: Bench, cases: Sequence[str], trained: str) -> list[Row]
     return list(rows.values())
 
 
-def _reference(model: Backbone, layer: nn.Module, x: Tensor, labels: Tensor) -> Tensor | None:
+def _reference(model: Backbone, layer: DEQ, x: Tensor, labels: Tensor) -> Tensor | None:
     """Return the gradient by a layer that has to converge, forward and backward; None, and a line, if it does not."""
     clocked = Clocked(layer)
     gradient = _gradient(model, clocked, x, labels)
@@ -329,7 +336,7 @@ def training_layer(contender: str, steps: int, backward_steps: int = 0) -> nn.Mo
     if contender == TWIN:
         return Twin(steps + 1)
     if contender in ("TorchDEQ implicit", "TorchDEQ implicit + hook"):
-        backward = dict(b_solver="broyden", b_max_iter=backward_steps, b_tol=0.0, b_stop_mode="rel")
+        backward: dict[str, Any] = dict(b_solver="broyden", b_max_iter=backward_steps, b_tol=0.0, b_stop_mode="rel")
         return TorchDEQ("broyden", steps + 1, 0.0, ift=True, hook_ift=contender.endswith("hook"), **backward)
     if contender == "TorchDEQ phantom 5":
         return TorchDEQ("broyden", steps + 1, 0.0, grad=5, tau=0.5)
@@ -341,7 +348,7 @@ def training_layer(contender: str, steps: int, backward_steps: int = 0) -> nn.Mo
     return ours(forward, ImplicitGradient(backward_solver, warm_start=gradient == "implicit + warm start"))
 
 
-def _gradient(model: Backbone, layer: nn.Module | None, x: Tensor, labels: Tensor) -> Tensor:
+def _gradient(model: nn.Module, layer: nn.Module | None, x: Tensor, labels: Tensor) -> Tensor:
     """Return the gradient of the cross-entropy with respect to all parameters, as one vector."""
     model.zero_grad()
     logits = model(x) if layer is None else _with_layer(model, layer, x)

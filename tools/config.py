@@ -239,7 +239,7 @@ def parse_config(text: str, origin: str) -> TrainConfig:
 
 def _checked(config: Any) -> TrainConfig:
     try:
-        result = OmegaConf.to_object(config)
+        result: Any = OmegaConf.to_object(config)
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         raise BadInput(f"config: {first_line(error)}") from None
     _check(result)
@@ -255,7 +255,7 @@ def _merge(config: Any, read: Any, origin: str) -> Any:
         update = read()
         if not OmegaConf.is_dict(update):
             raise BadInput(f"{origin}: expected a mapping of settings")
-        content = OmegaConf.to_container(update)  # with references unresolved
+        content: Any = OmegaConf.to_container(update)  # with references unresolved
         _check_keys(content, origin)
         if "${" in str(content):
             raise BadInput(f"{origin}: settings may not refer to others or to the environment (${{...}})")
@@ -277,7 +277,7 @@ def _merge(config: Any, read: Any, origin: str) -> Any:
         raise BadInput(f"{origin}: {f'{key}: ' if key else ''}{reason}") from None
 
 
-def _keys(schema: type, prefix: str = "") -> list[str]:
+def _keys(schema: Any, prefix: str = "") -> list[str]:
     """Return every dotted key of a schema, sections before their settings."""
     keys = []
     for f in dataclasses.fields(schema):
@@ -287,7 +287,7 @@ def _keys(schema: type, prefix: str = "") -> list[str]:
     return keys
 
 
-def _check_keys(update: dict[Any, Any], origin: str, schema: type = TrainConfig, prefix: str = "") -> None:
+def _check_keys(update: dict[Any, Any], origin: str, schema: Any = TrainConfig, prefix: str = "") -> None:
     """Raise on the first key of `update` that the schema lacks; free-form mappings (kwargs, solver) are not entered."""
     fields = {f.name: f.type for f in dataclasses.fields(schema)}
     for key, value in update.items():

@@ -128,13 +128,13 @@ class TorchDEQ(nn.Module):
         return Equilibrium(tuple(states[-1]), None)
 
 
-def ours(solver: FixedPointSolver, gradient: Any = PhantomGradient()) -> nn.Module:
+def ours(solver: FixedPointSolver, gradient: Any = PhantomGradient()) -> DEQ:
     return DEQ(solver, gradient)
 
 
 def solvers(steps: int, tol: float, history: int, check_every: int = 1) -> dict[str, nn.Module]:
     """Return the layers that solve, by name, each with at most `steps` + 1 evaluations of f."""
-    limits = dict(max_steps=steps, tol=tol, check_every=check_every)
+    limits: dict[str, Any] = dict(max_steps=steps, tol=tol, check_every=check_every)
     return {
         "mdeq Broyden": ours(Broyden(**limits)),
         f"mdeq Broyden + history {history}": ours(Broyden(history=history, **limits)),

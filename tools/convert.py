@@ -31,6 +31,7 @@ import torch
 from safetensors.torch import save_file
 
 import mdeq
+from tools.build import of_package
 from tools.checkpoint import (
     CONFIG_FILE,
     FORMAT,
@@ -88,7 +89,8 @@ def inflated(model: mdeq.Backbone) -> mdeq.Backbone:
     if model.spatial_dims != 2:
         raise BadInput("--inflate turns a 2D model into a 3D one; this one is already 3D")
     args = {**model._model_args, "num_classes": model.num_classes, "in_chans": model.in_chans, "spatial_dims": 3}
-    volumes = timm.create_model(model.pretrained_cfg["architecture"], **args)
+    name = model.pretrained_cfg["architecture"]
+    volumes = of_package(timm.create_model(name, **args), name)
     volumes.load_state_dict(mdeq.inflate(model.state_dict(), volumes))
     volumes.pretrained_cfg.update(model.pretrained_cfg)
     return volumes

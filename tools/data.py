@@ -72,7 +72,7 @@ class ArrayBatches(KeyedBatches):
         self.images, self.labels = arrays.images.to(home), arrays.labels.to(home)
         self.note = arrays.note
         self.augment = config.augment if training else "none"
-        constants = dict(device=process.device, dtype=torch.float32)
+        constants: dict[str, Any] = dict(device=process.device, dtype=torch.float32)
         self.mean = 255 * torch.tensor(spec.mean, **constants).view(1, -1, 1, 1)
         self.std = 255 * torch.tensor(spec.std, **constants).view(1, -1, 1, 1)
 
@@ -106,7 +106,7 @@ def read_digits(train: bool) -> Arrays:
     """Return scikit-learn's 8x8 handwritten digits: every fifth image is a test image, 1,437 and 360 in all."""
     from sklearn.datasets import load_digits  # a second to import, which other data do without
 
-    digits = load_digits()
+    digits: Any = load_digits()
     chosen = (np.arange(len(digits.target)) % 5 != 0) == train
     images = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)  # grey levels 0..16
     return Arrays(torch.from_numpy(images).unsqueeze(1), torch.from_numpy(digits.target[chosen]).long())
@@ -163,7 +163,7 @@ def _jpeg_quality(image: Image.Image) -> int:
     """Return the quality that the usual encoder was asked for, 0 of an image of another kind."""
     if image.format != "JPEG":
         return 0
-    first = next(iter(image.quantization.values()))[0]
+    first = next(iter(getattr(image, "quantization").values()))[0]  # noqa: B009
     # It is 16 at quality 50, scaled by 2 - quality / 50 above and by 50 / quality below.
     return round(50 * (2 - first / 16)) if first <= 16 else round(50 * 16 / first)
 

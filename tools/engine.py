@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -84,7 +84,7 @@ def jacobian_weight(config: DEQConfig, step: int, epoch: int) -> float:
 class Trainer:
     """What a training step needs; `step` is one optimiser update on one batch."""
 
-    model: Backbone  # wrapped for several processes where there are any
+    model: nn.Module  # wrapped for several processes where there are any
     bare: Backbone  # the same, not wrapped
     optimizer: torch.optim.Optimizer
     scheduler: Any
@@ -135,7 +135,7 @@ class Trainer:
         parts = list(zip(x.chunk(self.optim.accumulate), y.chunk(self.optim.accumulate)))
         for k, (x_k, y_k) in enumerate(parts):
             last = k + 1 == len(parts)
-            with nullcontext() if last or self.process.world_size == 1 else self.model.no_sync():
+            with nullcontext() if last or self.process.world_size == 1 else cast(Any, self.model).no_sync():
                 loss, logits, equilibrium = self._forward(x_k, y_k, unroll, probes)
                 penalty = equilibrium.jacobian_penalty
                 objective = loss if penalty is None else loss + weight * penalty

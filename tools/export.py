@@ -64,7 +64,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def require(formats: Sequence[str]) -> None:
     """Raise BadInput if a format needs a package that is not there, or too old."""
-    if "onnx" in formats and torch.__version__ < (2, 7):  # its exporter does not get on with today's onnxscript
+    # Compared as versions. Older exporters do not get on with today's onnxscript.
+    if "onnx" in formats and torch.__version__ < "2.7":
         raise BadInput(f"ONNX needs PyTorch 2.7 or newer, this is {torch.__version__}; update it or use --format pt2")
     for package in ("onnx", "onnxscript", "onnxruntime") if "onnx" in formats else ():
         try:
@@ -134,10 +135,12 @@ def save_onnx(graph: torch.export.ExportedProgram, path: Path, names: dict[int, 
         optimize=False,
         verbose=False,
     )
+    assert made is not None  # as it is where its dynamo is true
     for node in made.model.graph:
         node.metadata_props.clear()
         # The exporter adds a bias of zeros where there is none; that of 3D convolutions has the wrong shape.
-        if node.op_type == "Conv" and len(node.inputs) == 3 and node.inputs[2].producer() is not None:
+        bias = node.inputs[2] if node.op_type == "Conv" and len(node.inputs) == 3 else None
+        if bias is not None and bias.producer() is not None:
             node.resize_inputs(2)
     made.model.metadata_props.update(about)
     made.save(str(path))

@@ -4,6 +4,7 @@ import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -175,6 +176,7 @@ def features_figure(
         maps = [view.flat(s.state[i][0].float().square().mean(dim=0).sqrt()) for s in snapshots]
         finite = np.concatenate([m[np.isfinite(m)] for m in maps] or [np.zeros(1)])
         low, high = np.percentile(finite, (0.5, 99.5)) if len(finite) else (0.0, 1.0)
+        drawn: Any = None
         for ax, values in zip(axes[i, 1:], maps):
             drawn = ax.imshow(values, cmap="viridis", vmin=low, vmax=high, aspect="auto", interpolation="nearest")
             ax.set_box_aspect(ratio)
@@ -251,7 +253,7 @@ def labels_figure(
     painted = {int(k) for labels in (*maps, *([] if truth is None else [truth])) for k in np.unique(view.flat(labels))}
     present = [k for k in range(len(painter.names)) if k in painted and k != painter.clear]
     patches = [
-        Patch(color=tuple(c / 255 for c in painter.colours[k]), label=painter.names[k].replace("$", r"\$"))
+        Patch(color="#{:02x}{:02x}{:02x}".format(*painter.colours[k]), label=painter.names[k].replace("$", r"\$"))
         for k in present[:MOST_ENTRIES]
     ]
     if len(present) > MOST_ENTRIES:
@@ -287,7 +289,7 @@ def evaluations_figure(log: SolveLog, solver: FixedPointSolver, title: str) -> F
     parts = [(counts[converged], "converged", "#0072B2"), (counts[~converged], "not converged", "#D55E00")]
     parts = [part for part in parts if len(part[0])]
     data, labels, colours = zip(*parts)
-    ax.hist(data, edges, stacked=True, label=labels, color=colours, edgecolor="white", linewidth=0.6)
+    ax.hist(data, edges.tolist(), stacked=True, label=labels, color=colours, edgecolor="white", linewidth=0.6)
     ax.axvline(counts.mean(), color=GREY, linestyle="--", linewidth=1, label=f"mean {counts.mean():.1f}")
     ax.set(xlabel="evaluations of f", ylabel="samples", xlim=(edges[0] - room, edges[-1] + room))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -346,4 +348,5 @@ def legend_colours(figure: Figure) -> list[Colour]:
     """Return the colours of the patches in a figure's legends."""
     legends = [ax.get_legend() for ax in figure.axes]
     patches = [p for legend in legends if legend is not None for p in legend.get_patches()]
-    return sorted({tuple(round(255 * c) for c in to_rgb(p.get_facecolor())) for p in patches})
+    shares = (to_rgb(p.get_facecolor()) for p in patches)
+    return sorted({(round(255 * r), round(255 * g), round(255 * b)) for r, g, b in shares})

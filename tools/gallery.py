@@ -2,13 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from tools import figures, studies
-from tools.batches import Process, evaluated_split
+from tools.batches import Batch, Process, evaluated_split
 from tools.config import TrainConfig
 from tools.engine import evaluate
 from tools.page import Picture
@@ -149,7 +148,9 @@ class DataStudy:
         task = build_task(self.config, model, self.part, process)
 
         def run(label: str, **options: Any) -> dict[str, float]:
-            watch = partial(self.watch, text=label)
+            def watch(batches: Iterator[Batch]) -> Iterator[Batch]:
+                return iter(self.watch(batches, label))
+
             return evaluate(model, self.part, process, task, watch=watch, **options)
 
         own = self.predictor.solver.max_steps

@@ -1,5 +1,7 @@
 """Losses of dense prediction: cross-entropy over pixels, with hard pixels alone if asked for, and Dice for volumes."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,11 +34,12 @@ class PixelLoss(nn.Module):
         super().__init__()
         self.ignored, self.threshold, self.min_kept = ignored, threshold, min_kept
         self.label_smoothing = label_smoothing
+        self.class_weights: Tensor | None
         weights = None if class_weights is None else torch.tensor(class_weights)
         self.register_buffer("class_weights", weights)
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        options = dict(ignore_index=self.ignored, label_smoothing=self.label_smoothing)
+        options: dict[str, Any] = dict(ignore_index=self.ignored, label_smoothing=self.label_smoothing)
         counted = labels != self.ignored
         if not counted.any():  # the mean of nothing is NaN, its gradient 0
             return logits.sum() * 0

@@ -14,10 +14,10 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -43,18 +43,18 @@ class Untied(nn.Module):
 
     def __init__(self, model: Backbone, steps: int) -> None:
         super().__init__()
-        again = timm.create_model
         name, classes = model.pretrained_cfg["architecture"], model.num_classes
         self.model = model
-        self.cells = nn.ModuleList(again(name, num_classes=classes).equilibrium.cell for _ in range(steps))
+        again: list[Any] = [timm.create_model(name, num_classes=classes) for _ in range(steps)]
+        self.cells = nn.ModuleList(other.equilibrium.cell for other in again)
 
     def forward(self, x: Tensor) -> Tensor:
         injection = self.model.injection(x)
-        state = self.cells[0].zero_state(injection)
+        state = self.model.equilibrium.cell.zero_state(injection)
         injections = (injection, *(None for _ in state[1:]))
-        for cell in self.cells:
+        for cell in cast(Iterable[Any], self.cells):
             state = cell(state, injections, cell.sample_masks(injection))
-        return self.model.head(state)
+        return cast(Any, self.model).head(state)
 
 
 def _solved(gradient: Any, solver: Any) -> Callable[[Backbone, int], Callable[[Tensor], Tensor]]:
@@ -104,7 +104,7 @@ def measure(case: Case) -> dict[str, Any]:
     torch.set_num_threads(1)
     if case.device.startswith("cuda"):
         torch.cuda.set_device(case.device)
-    model = timm.create_model(case.model).to(case.device).train()
+    model: Any = timm.create_model(case.model).to(case.device).train()
     features = GRADIENTS[case.gradient](model, case.steps)
     if isinstance(features, nn.Module):
         features.to(case.device)

@@ -19,8 +19,9 @@ def build_optimizer(optim: OptimConfig, model: nn.Module) -> torch.optim.Optimiz
     Raises:
         BadInput: for an optimiser that timm does not know, or cannot make.
     """
-    if optim.name not in list_optimizers():
-        raise BadInput(f"unknown optim.name {optim.name}; {nearest(optim.name, list_optimizers())}")
+    known: Any = list_optimizers()
+    if optim.name not in known:
+        raise BadInput(f"unknown optim.name {optim.name}; {nearest(optim.name, known)}")
     if get_optimizer_info(optim.name).second_order:
         raise BadInput(f"optim.name={optim.name} needs second derivatives, which an equilibrium does not have")
     try:
@@ -51,7 +52,7 @@ def build_scheduler(optim: OptimConfig, optimizer: torch.optim.Optimizer, epochs
             optimizer,
             sched=optim.schedule,
             num_epochs=epochs,
-            warmup_epochs=optim.warmup_epochs,
+            warmup_epochs=optim.warmup_epochs,  # pyright: ignore[reportArgumentType]
             warmup_lr=optim.min_lr,
             warmup_prefix=False,
             min_lr=optim.min_lr,

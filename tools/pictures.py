@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.colors import hsv_to_rgb
 from PIL import Image, ImageDraw, ImageFont
 
 from tools.config import BadInput
@@ -35,7 +37,7 @@ def label_colours(names: Sequence[str], given: Sequence[Sequence[int]] | None = 
         BadInput: for given colours that are none, or not one for each class.
     """
     if given is not None:
-        colours = tuple(tuple(colour) for colour in given if isinstance(colour, Sequence))
+        colours: Any = tuple(tuple(colour) for colour in given if isinstance(colour, Sequence))
         values = [value for colour in colours for value in colour]
         whole = all(isinstance(value, int) and 0 <= value <= 255 for value in values)
         if len(colours) != len(names) or any(len(colour) != 3 for colour in colours) or not whole:
@@ -47,12 +49,12 @@ def label_colours(names: Sequence[str], given: Sequence[Sequence[int]] | None = 
 
 def _distinct(count: int) -> list[Colour]:
     """Return colours that differ: first the strong half of matplotlib's tab20, then the pale one, then hues."""
-    table = matplotlib.colormaps["tab20"].colors
+    table: Any = getattr(matplotlib.colormaps["tab20"], "colors")  # noqa: B009
     colours = [*table[::2], *table[1::2]]
     hues = np.arange(max(0, count - len(colours))) * 0.618034 % 1  # the golden ratio keeps neighbours apart
     for hue in hues:
-        colours.append(tuple(matplotlib.colors.hsv_to_rgb((hue, 0.75, 0.85))))
-    return [tuple(round(255 * value) for value in colour) for colour in colours[:count]]
+        colours.append(tuple(hsv_to_rgb((hue, 0.75, 0.85))))
+    return [(round(255 * r), round(255 * g), round(255 * b)) for r, g, b in colours[:count]]
 
 
 def indexed(labels: np.ndarray, colours: Sequence[Colour]) -> Image.Image:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -125,9 +125,10 @@ class Predictor:
             to_float = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
             return v2.Compose([*to_float, *resize, v2.Normalize(spec.mean, spec.std)])
         size = (spec.size[0], *self.settings.size) if self.settings.size else spec.size
-        return create_transform(
+        transform: Any = create_transform(
             size, interpolation=spec.interpolation, mean=spec.mean, std=spec.std, crop_pct=spec.crop_pct
         )
+        return transform
 
     def read(self, number: int, path: Path, name: str) -> Sample:
         """Return an input as the model sees it.
@@ -225,12 +226,13 @@ class Predictor:
         return 0 if self.names[0].lower() == "background" else None
 
     def _image_labels(self, sample: Sample, logits: Tensor, result: Result) -> Result:
-        size = (sample.origin.height, sample.origin.width)
+        image = cast(Image.Image, sample.origin)
+        size = (image.height, image.width)
         if tuple(logits.shape[1:]) != size:
             logits = F.interpolate(logits.unsqueeze(0), size=size, mode="bilinear").squeeze(0)
         labels = logits.argmax(dim=0).byte().numpy()
         raw = indexed(labels, self.colours)
-        seen = overlaid(sample.origin, labels, self.colours, self.clear)
+        seen = overlaid(image, labels, self.colours, self.clear)
         shares = self._shares(labels)
         result = dataclasses.replace(result, classes=shares)
         files = {
@@ -241,7 +243,7 @@ class Predictor:
         return self._written(result, {kind: (name, _png(picture)) for kind, (name, picture) in files.items()})
 
     def _volume_labels(self, sample: Sample, logits: Tensor, result: Result) -> Result:
-        volume, how = sample.origin, self.preprocessing
+        volume, how = cast(Volume, sample.origin), self.preprocessing
         labels = volumes.restore(logits, volume, how)
         shares = self._shares(labels.numpy())
         result = dataclasses.replace(result, classes=shares)

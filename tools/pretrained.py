@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from timm.data import ImageNetInfo
 
 import mdeq
-from tools.build import build_model, data_record, known_model, renew_cfg
+from tools.build import build_model, data_record, known_model, of_package, renew_cfg
 from tools.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_json, read_weights, run_of
 from tools.config import BadInput, ModelConfig, first_line, load_config, nearest
 from tools.known_data import DATASETS
@@ -90,7 +90,8 @@ def load_checkpoint(path: Path, name: str | None) -> tuple[mdeq.Backbone, str]:
     file = path / WEIGHTS_FILE if path.is_dir() else path
     try:
         if file.name == WEIGHTS_FILE and (file.parent / "config.json").is_file():  # it says more than shapes do
-            return timm.create_model(known_model(f"local-dir:{file.parent}"), pretrained=True), "native"
+            model = timm.create_model(known_model(f"local-dir:{file.parent}"), pretrained=True)
+            return of_package(model, str(path)), "native"
         if name is None and config_beside(file).get("architecture") in mdeq.list_models():
             source = ModelConfig(name=f"local-dir:{file.parent}", checkpoint=str(file))
             return build_model(source, None, for_training=False), "native"
@@ -98,12 +99,12 @@ def load_checkpoint(path: Path, name: str | None) -> tuple[mdeq.Backbone, str]:
         layout, fitting, args = mdeq.identify_checkpoint(weights, name)
         if name not in (None, fitting):
             raise BadInput(f"{path} does not fit {name}: it fits {fitting}")
-        default = timm.get_pretrained_cfg(fitting)
+        default: Any = timm.get_pretrained_cfg(fitting)
         # The tensors, not the file, of which timm takes others where it holds averages too.
         overlay: dict[str, Any] = dict(state_dict=weights, num_classes=args.get("num_classes", default.num_classes))
         if "in_chans" in args:
             overlay["input_size"] = (args["in_chans"], *default.input_size[1:])
-        model = timm.create_model(fitting, pretrained=True, pretrained_cfg_overlay=overlay, **args)
+        model = of_package(timm.create_model(fitting, pretrained=True, pretrained_cfg_overlay=overlay, **args), fitting)
         # What the architecture's released weights were trained on says nothing of these.
         model.pretrained_cfg |= dict(state_dict=None, description=None, tag="", license=None, hf_hub_id=None)
         if layout == "native":
@@ -179,5 +180,8 @@ def _words(names: Sequence[str]) -> dict[str, str]:
     if not named or not all(re.fullmatch(r"n\d{8}", name) for name in named):
         return {}
     # Neither list holds all of the other.
-    small, large = (ImageNetInfo(subset).label_descriptions(as_dict=True) for subset in ("imagenet-1k", "imagenet-22k"))
-    return {**large, **small}
+    found: dict[str, str] = {}
+    for subset in ("imagenet-22k", "imagenet-1k"):
+        words: Any = ImageNetInfo(subset).label_descriptions(as_dict=True)
+        found |= words
+    return found

@@ -29,7 +29,7 @@ def points(bench: Bench, case: str) -> Iterator[tuple[str, float, dict[str, Any]
     """Yield the axis, the value along it and the settings of every measurement around a case."""
     name, side, batch = parse_case(case)
     axes = bench.model(name).spatial_dims
-    base = dict(name=name, side=side, batch=batch, steps=bench.steps, width=1)
+    base: dict[str, Any] = dict(name=name, side=side, batch=batch, steps=bench.steps, width=1)
     for axis, factors in FACTORS.items():
         values = sorted({max(round(base[axis] * factor), 16 if axis == "side" else 1) for factor in factors})
         for value in values:
@@ -103,7 +103,8 @@ def roofline(bench: Bench, cases: Sequence[str]) -> list[Row]:
         model = bench.model(name)
         fn, z0 = bench.problem(model, bench.inputs(model, size, batch))
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            fn.eager()(z0) if hasattr(fn, "eager") else fn(z0)  # it sees no operation of a compiled cell
+            eager = getattr(fn, "eager", None)
+            (fn if eager is None else eager())(z0)  # it sees no operation of a compiled cell
         runs[case], operations[case] = partial(fn, z0), float(counter.get_total_flops())
     times, _ = take_turns(runs, 3 * bench.repeats, bench.device, "rates")
     rows = timing_rows("rate", "", times)
@@ -153,7 +154,7 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
     for column, axis in enumerate(axes_names):
         for line, (key, label) in enumerate((("ms", "time of a solve (ms)"), ("peak_mib", "peak memory (MiB)"))):
             ax = axes[line, column]
-            lines, slopes = [], []
+            lines, slopes, values = [], [], []
             for name, marker in zip(_contenders(rows), "osD"):
                 members = [row for row in rows if row["axis"] == axis and row["contender"] == name]
                 values, costs = [row["value"] for row in members], [row[key] for row in members]

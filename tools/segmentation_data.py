@@ -96,7 +96,7 @@ def read_camvid(root: Path, split: str) -> Pairs:
             lines = members.read(f"{split}.txt").decode().splitlines()
             names = [line.split() for line in lines if line.strip()]
             # 29 MB in all: held in memory, since an open archive does not survive a fork.
-            pairs = [tuple((f"{archive.name}: {name}", members.read(name)) for name in pair) for pair in names]
+            pairs: Any = [tuple((f"{archive.name}: {name}", members.read(name)) for name in pair) for pair in names]
     except KeyError as error:
         raise BadInput(f"{archive}: {error.args[0]}") from None
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
@@ -131,7 +131,7 @@ def _read_classes(path: Path) -> dict[int, str]:
     except (OSError, UnicodeDecodeError):
         raise BadInput(f"cannot read {path}; expected a line `NUMBER NAME` (or `NAME`) for each class") from None
     lines = [line for line in lines if line and not line.startswith("#")]
-    found = [re.match(r"(\d+)[\s,:;]+(\S.*)", line) for line in lines]
+    found: list[Any] = [re.match(r"(\d+)[\s,:;]+(\S.*)", line) for line in lines]
     without = [line for line, match in zip(lines, found) if match is None]
     if without and len(without) < len(lines):
         raise BadInput(f"{path}: lines must all be `NUMBER NAME` or all be `NAME`; got {without[0]!r} among others")
@@ -209,7 +209,7 @@ class RandomScale(v2.Transform):
             return self._call_kernel(v2.functional.resize, inpt, size)
         # torchvision resizes masks by "nearest", which moves them half a pixel to the lower right of their image.
         exact = v2.functional.resize_image(inpt.unsqueeze(0), size, interpolation=v2.InterpolationMode.NEAREST_EXACT)
-        return tv_tensors.wrap(exact.squeeze(0), like=inpt)
+        return tv_tensors.wrap(exact.squeeze(0), like=inpt)  # pyright: ignore[reportCallIssue]
 
 
 def transforms(config: DataConfig, spec: ImageSpec, training: bool) -> v2.Compose:
@@ -223,7 +223,7 @@ def transforms(config: DataConfig, spec: ImageSpec, training: bool) -> v2.Compos
             steps.append(RandomScale(*config.scale_range))
         if config.patch_size is not None:
             # Black before the normalisation, as in the official recipe.
-            fill = {tv_tensors.Image: 0, tv_tensors.Mask: VOID}
+            fill: Any = {tv_tensors.Image: 0, tv_tensors.Mask: VOID}
             steps.append(v2.RandomCrop(config.patch_size, pad_if_needed=True, fill=fill))
         if config.augment in ("flip", "scale_flip"):
             steps.append(v2.RandomHorizontalFlip())

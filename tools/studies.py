@@ -59,7 +59,9 @@ def residual_traces(model: Backbone, inputs: Sequence[Tensor], solver: FixedPoin
     """
     table = np.full((solver.max_steps + 1, len(inputs)), np.nan)
     for k, x in enumerate(watch(inputs, type(solver).__name__)):
-        trace = model.solve(x, solver=solver).stats.trace[:, 0].double().cpu().numpy()
+        stats = model.solve(x, solver=solver).stats
+        assert stats is not None  # nothing is unrolled
+        trace = stats.trace[:, 0].double().cpu().numpy()
         table[: len(trace), k] = np.where(np.isfinite(trace) & (trace > 0), trace, np.nan)
     return table
 

@@ -124,8 +124,8 @@ def check_task(config: TrainConfig, model: mdeq.Backbone) -> None:
         raise BadInput("data.mixup and data.cutmix are for task=classification")
     if volumes and data.cutmix > 0 and len({*(data.patch_size or ())}) > 1:  # timm measures its box by two axes
         raise BadInput("data.cutmix of volumes needs a data.patch_size with equal sides; use data.mixup")
-    if min(config.loss.class_weights or [1]) < 0:
-        raise BadInput(f"loss.class_weights must be >= 0, got {min(config.loss.class_weights)}")
+    if (least := min(config.loss.class_weights or [1])) < 0:
+        raise BadInput(f"loss.class_weights must be >= 0, got {least}")
     if config.loss.name == "dice_ce" and not (dense and volumes):
         raise BadInput("loss.name=dice_ce is for volume segmentation")
     if not dense and config.loss.ohem_threshold is not None:

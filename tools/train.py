@@ -14,7 +14,7 @@ import sys
 import time
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -126,7 +126,9 @@ class Run:
             mdeq.compile_cell(model)
         optimizer = build_optimizer(optim, model)
         scheduler = build_scheduler(optim, optimizer, config.run.epochs, len(self.train_batches))
-        mixup = build_mixup(config, model.num_classes)
+        mixup, criterion = build_mixup(config, model.num_classes), self.task.criterion
+        if mixup is not None:  # classes that are mixed: their smoothing is the mixing's
+            criterion = nn.CrossEntropyLoss(cast(nn.CrossEntropyLoss, criterion).weight)
         ema = None
         if optim.ema_decay is not None:
             ema = ModelEmaV3(model, decay=optim.ema_decay, use_warmup=True)
@@ -143,7 +145,7 @@ class Run:
             optimizer=optimizer,
             scheduler=scheduler,
             task=self.task,
-            criterion=self.task.criterion if mixup is None else nn.CrossEntropyLoss(self.task.criterion.weight),
+            criterion=criterion,
             optim=optim,
             deq=config.deq,
             process=process,

@@ -14,7 +14,7 @@ import argparse
 import sys
 from collections.abc import Iterable, Sequence, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -32,7 +32,7 @@ from tools.pretrained import load_trained
 from tools.program import Parser, check_at_least, program
 from tools.results import circumstances
 from tools.samples import data_config, read_part
-from tools.volumes import padded, prepared_spacing, unpadded
+from tools.volumes import Volume, padded, prepared_spacing, unpadded
 
 SAMPLES = 64
 """Samples of a data set, where --data has no number."""
@@ -103,7 +103,7 @@ def given_inputs(arguments: argparse.Namespace, predictor: Predictor) -> tuple[l
 
 def spacing_of(sample: Sample, predictor: Predictor) -> Sequence[float] | None:
     """Return the mm per voxel of a volume as the model sees it; None of an image."""
-    return prepared_spacing(sample.origin, predictor.preprocessing) if predictor.is_3d else None
+    return prepared_spacing(cast(Volume, sample.origin), predictor.preprocessing) if predictor.is_3d else None
 
 
 def facts(arguments: argparse.Namespace, predictor: Predictor, about: str, study: DataStudy | None) -> dict[str, str]:

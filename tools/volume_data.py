@@ -38,13 +38,13 @@ _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation")
 
 @dataclass(frozen=True)
 class Volumes:
-    """A split: prepared volumes `(C, *S)`, and for each a class or labels `(*S)` uint8.
+    """A split: prepared volumes `(C, *S)`, and for each a class or labels `(*S)` uint8; either may be one tensor.
 
     `spacings` are theirs in mm per voxel, None where they are not known.
     """
 
-    images: Sequence[Tensor]
-    labels: Sequence[Tensor]
+    images: Sequence[Tensor] | Tensor
+    labels: Sequence[Tensor] | Tensor
     class_names: tuple[str, ...]
     spacings: Sequence[tuple[float, ...]] | None = None
 
@@ -172,7 +172,7 @@ def augmentation(config: DataConfig, segmented: bool, *, of_room: bool) -> Any:
     """
     transforms = optional("monai.transforms", "volumes")
     keys, both = (["image", "label"], ("bilinear", "nearest")) if segmented else (["image"], ("bilinear",))
-    size, axes = config.patch_size, range(3)
+    size, axes = config.patch_size or (), range(3)
     moves = [transforms.RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in config.flip_axes]
     if config.turn_axes is not None:
         moves += [transforms.RandRotate90d(keys, prob=0.75, max_k=3, spatial_axes=tuple(config.turn_axes))]
@@ -247,7 +247,7 @@ class VolumeBatches(KeyedBatches):
         super().__init__(len(data.labels), config.batch_size, process, training=training, seed=seed)
         self.data, self.config, self.class_names = data, config, data.class_names
         self.segmented = config.name in SEGMENTED
-        self.size = tuple(config.patch_size)
+        self.size = tuple(config.patch_size or ())
         self.transform = augmentation(config, self.segmented, of_room=False) if training else None
         self.of_room = augmentation(config, self.segmented, of_room=True) if training else None
         self.groups = [] if training else self._groups()
@@ -292,7 +292,7 @@ class VolumeBatches(KeyedBatches):
         if self.transform is None:
             return image, label
         sample = {"image": image, "label": label.unsqueeze(0)} if self.segmented else {"image": image}
-        transform = self.transform
+        transform: Any = self.transform
         # Of a large volume, what is moved is not all of it.
         if any(n > s + 2 * margin for n, s, margin in zip(image.shape[1:], self.size, _margins(self.size))):
             sample, transform = _room(sample, self.size, self.config.foreground, seed), self.of_room

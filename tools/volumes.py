@@ -69,14 +69,14 @@ class Preprocessing:
             raise BadInput(f"preprocessing in config.json must be a mapping, got {record!r}")
         for key, kinds, least, most in (("spacing", (int, float), 1e-6, 1e6), ("patch_size", int, 1, 4096)):
             sizes = record.get(key)
-            three = isinstance(sizes, (list, tuple)) and len(sizes) == 3
+            three = sizes if isinstance(sizes, (list, tuple)) and len(sizes) == 3 else ()
             none = sizes is None or (key == "patch_size" and sizes in ([], ()))
-            if not none and not (three and all(isinstance(n, kinds) and least <= n <= most for n in sizes)):
+            if not none and not (three and all(isinstance(n, kinds) and least <= n <= most for n in three)):
                 raise BadInput(
                     f"unknown preprocessing: {key} must be 3 numbers from {least:g} to {most:g}, got {sizes}"
                 )
         names = {f.name for f in dataclasses.fields(cls)}
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items() if k in names}
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items() if k in names}
         result = cls(**values)
         if result.orientation not in ORIENTATIONS or result.normalise not in NORMALISATIONS:
             raise BadInput(f"unknown preprocessing: orientation {result.orientation}, normalise {result.normalise}")
@@ -252,15 +252,15 @@ def _grid(volume: Volume, preprocessing: Preprocessing) -> tuple[int, ...]:
         BadInput: for a volume that is thinner than half a voxel of the new spacing.
     """
     order, _ = _axes(volume, preprocessing.orientation)
-    shape, spacing = ([values[axis] for axis in order] for values in (volume.shape, volume.spacing))
-    target = preprocessing.spacing
+    shape = [volume.shape[axis] for axis in order]
+    spacing, target = [volume.spacing[axis] for axis in order], preprocessing.spacing
     if target is None:
         return tuple(shape)
     resampled = [round(n * mm / new) for n, mm, new in zip(shape, spacing, target)]
     if any(n > 1 and m == 0 for n, m in zip(shape, resampled)):
-        shape, spacing, target = ("x".join(f"{v:.4g}" for v in values) for values in (shape, spacing, target))
+        told, mm, wanted = ("x".join(f"{v:.4g}" for v in values) for values in (shape, spacing, target))
         raise BadInput(
-            f"{volume.name} has {shape} voxels of {spacing} mm, of which nothing is left at the model's {target} mm; "
+            f"{volume.name} has {told} voxels of {mm} mm, of which nothing is left at the model's {wanted} mm; "
             "correct the spacing in its header, or data.spacing"
         )
     return tuple(max(1, m) for m in resampled)  # a single slice has no extent
@@ -272,7 +272,7 @@ def resized(x: Tensor, shape: Sequence[int]) -> Tensor:
     PyTorch does so for images: it is done over the last two axes, and then over the first.
     """
     depth, height, width = shape
-    options = dict(mode="bilinear", antialias=True)
+    options: dict[str, Any] = dict(mode="bilinear", antialias=True)
     x = F.interpolate(x.transpose(0, 1), size=(height, width), **options)  # (D, C, H, W)
     x = F.interpolate(x.permute(2, 1, 0, 3), size=(depth, width), **options)  # (H, C, D, W)
     return x.permute(1, 2, 0, 3)

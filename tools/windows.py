@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mdeq import Backbone, WarmStart
+from mdeq import MDEQSegmenter, WarmStart
 from tools.build import build_evaluation, start_process
 from tools.checkpoint import CONFIG_FILE, run_of
 from tools.config import BadInput, TrainConfig, load_config, optional
@@ -55,7 +55,7 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainConfig]:
 
 
 @torch.no_grad()
-def compare(model: Backbone, x: Tensor, window: int, overlap: float) -> dict[str, float]:
+def compare(model: MDEQSegmenter, x: Tensor, window: int, overlap: float) -> dict[str, float]:
     """Return shares, counts and whether two repetitions agree for one input `(1, C, *S)`."""
     size, sliding = [window] * (x.ndim - 2), optional("monai.inferers", "volumes").sliding_window_inference
     whole, warm, solves = model(x).argmax(1), WarmStart(model), []
@@ -86,6 +86,7 @@ def main() -> None:
     arguments, config = parse_arguments()
     process = start_process(config.run)
     model, batches = build_evaluation(config, process)
+    assert isinstance(model, MDEQSegmenter)  # as the task asks for
     rows = []
     for x, _ in tqdm(batches.epoch(), total=min(arguments.count, len(batches)), desc="inputs", disable=None):
         rows.append(compare(model, x.to(model.stem.conv1.weight), arguments.window, arguments.overlap))

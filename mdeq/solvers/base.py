@@ -338,7 +338,7 @@ class _Progress:
         num_active = None
         if look:
             # Both numbers in one: the one host synchronisation of a step, unless the books are here.
-            num_better, num_active = divmod(int(better.sum() * 2**32 + goes_on.sum()), 2**32)
+            num_better, num_active = divmod(int((better.sum() * 2**32 + goes_on.sum()).item()), 2**32)
             if num_active == len(residual) and num_better == (0 if step == 0 else num_active):
                 # Nothing ended and nothing got worse, the usual step: what is noted needs no pass over the state.
                 if num_better:
