@@ -57,6 +57,7 @@ IMPOSSIBLE = [
     (["optim.lr=1e-4", "optim.min_lr=1e-3"], "optim.min_lr=0.001 must not be above optim.lr=0.0001"),
     (["optim.label_smoothing=2"], "label_smoothing"),
     (["optim.name=sgd", "optim.momentum=0"], "momentum"),
+    (["optim.name=sgd", "optim.momentum=1.5"], r"optim.momentum must be in [0, 1)"),
     (["optim.name=adahessian"], "optim.name=adahessian needs second derivatives"),
     (["data.patch_size=[64,64]"], "data.patch_size is for images with masks and for volumes, not for digits"),
     (["data.scale_range=[1.0,2.0]"], "data.scale_range is for images with masks"),

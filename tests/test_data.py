@@ -489,6 +489,16 @@ def test_classes_of_the_test_split_are_those_of_training(tmp_path: Path) -> None
         build_batches(config, COLOUR, Process(), training=False)
 
 
+@pytest.mark.parametrize("kind", ["empty", "unreadable"])
+def test_a_class_without_training_images_does_not_shift_the_labels(kind: str, tmp_path: Path) -> None:
+    write_images(tmp_path / "train", ["ant", "bee", "cat"], 4)
+    write_images(tmp_path / "validation", ["ant", "bee", "cat"], 2)
+    for path in (tmp_path / "train" / "bee").iterdir():
+        path.unlink() if kind == "empty" else path.rename(path.with_suffix(".heic"))
+    with pytest.raises(BadInput, match="validation and train differ in their classes, such as bee"):
+        reader(tmp_path, False)
+
+
 def test_missing_split_is_not_replaced_by_another(tmp_path: Path) -> None:
     """Without a test split the training images must not be taken for it."""
     write_images(tmp_path / "train", ["ant", "bee"], 4)

@@ -136,6 +136,19 @@ def test_a_class_with_the_number_that_is_ignored(tmp_path: Path, capsys: pytest.
         assert said.startswith("warning: 255 tumour of ") == is_class == bool(said)
 
 
+@pytest.mark.parametrize("value", [0, 255])
+def test_masks_of_one_value_are_told(value: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    masks(tmp_path)
+    for path in tmp_path.glob("*/masks/*.png"):
+        save(path, np.full_like(picture(0)[1], value, dtype=np.uint8))
+    if value == 255:
+        with pytest.raises(BadInput, match=r"every pixel of the \d+ training masks is data\.ignore_index=255"):
+            batches(data("masks", tmp_path), training=True)
+        return
+    batches(data("masks", tmp_path), training=True)
+    assert capsys.readouterr().err == "warning: the first masks hold only class left\n"
+
+
 def test_masks_of_0_and_255_are_suspicious(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     masks(tmp_path)
     for path in tmp_path.glob("*/masks/*.png"):

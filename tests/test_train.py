@@ -350,6 +350,28 @@ def test_nan_in_one_part_of_an_accumulated_batch(tmp_path: Path) -> None:
     assert math.isfinite(tally.summary(Process())["loss"])
 
 
+def test_a_test_that_fails_does_not_cost_the_epoch(tmp_path: Path) -> None:
+    words = ["run.epochs=1", "run.checkpoint_minutes=100"]
+    run = make_run(tmp_path / "run", *words)
+    with (
+        mock.patch("tools.train.Run", return_value=run),
+        mock.patch.object(run, "evaluate", side_effect=BadInput("cannot read 7.png")),
+    ):
+        said = train(tmp_path / "run", *words).refusal()
+    assert "cannot read 7.png; the run is kept, go on with run.resume=true" in said
+    count = run.trainer.num_steps
+    train(tmp_path / "run", *words, "run.resume=true").ok()
+    assert int(rows(tmp_path / "run")[-1]["step"]) == count  # tested, not trained once more
+
+
+def test_a_run_that_skipped_every_step_is_no_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "run.epochs=1")
+    run.train_batches.epoch = poisoned(run, set(range(1000)))
+    with mock.patch("tools.train.Run", return_value=run):
+        said = train(tmp_path / "run").refusal()
+    assert re.search(r"of all \d+ steps was not finite, so nothing was learnt; .*; nothing was saved", said)
+
+
 def test_skipped_steps_are_logged_and_printed(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", "run.epochs=2")
     run.train_batches.epoch = poisoned(run, {1, 2, 5})

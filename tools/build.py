@@ -168,6 +168,8 @@ def build_model(config: ModelConfig, num_classes: int | None, *, for_training: b
         raise BadInput(f"model {config.name}: {error}{hint}") from None
     except _UNUSABLE as error:
         raise BadInput(f"model {config.name}: {_reason(error)}") from None
+    if isinstance(model, mdeq.MDEQ) and not model.global_pool.pool_type:
+        raise BadInput(f"{what} is not a classifier or segmenter of this package")
     if config.checkpoint is not None:
         classifier = model.pretrained_cfg["classifier"]
         left = load_weights(model, config.checkpoint, classifier=classifier, new_classifier=for_training)
@@ -178,9 +180,8 @@ def build_model(config: ModelConfig, num_classes: int | None, *, for_training: b
 
 
 def of_package(model: nn.Module, what: str) -> mdeq.Backbone:
-    """Return a model if it is a classifier or segmenter of this package, else raise BadInput that says of what."""
-    unpooled = isinstance(model, mdeq.MDEQ) and not model.global_pool.pool_type
-    if unpooled or not isinstance(model, mdeq.Backbone):
+    """Return a model if it is one of this package, else raise BadInput that says of what."""
+    if not isinstance(model, mdeq.Backbone):
         raise BadInput(f"{what} is not a classifier or segmenter of this package")
     return model
 

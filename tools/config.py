@@ -82,8 +82,8 @@ class DataConfig:
     # timm's policy string, for imagenet augmentation; it takes the place of color_jitter, but for 3a.
     auto_augment: str | None = None
     reprob: float = 0.0  # random erasing, for imagenet augmentation
-    mixup: float = 0.0
-    cutmix: float = 0.0
+    mixup: float = 0.0  # timm's alpha of mixed images and labels; classification, 0: none
+    cutmix: float = 0.0  # timm's alpha of exchanged boxes, likewise
     workers: int = 2
     cache_on_device: bool = False  # digits and cifar10: hold the images on the device and augment there
     # Segmentation and volumes.
@@ -132,11 +132,11 @@ class DEQConfig:
     warmup_unroll: int = 10  # applications of f in that phase
     jacobian_weight: float = 0.0  # of the Jacobian penalty, added to the loss
     jacobian_prob: float = 1.0  # share of steps at which it is computed
-    jacobian_probes: int = 1
+    jacobian_probes: int = 1  # random vectors that it is estimated by
     jacobian_increment: float = 0.0  # added to the weight every jacobian_increment_steps after warm-up
     jacobian_increment_steps: int = 1
-    jacobian_stop_epoch: int | None = None
-    warmup_jacobian_weight: float = 0.0
+    jacobian_stop_epoch: int | None = None  # from this epoch on, counted from 0, there is no penalty
+    warmup_jacobian_weight: float = 0.0  # of the penalty during warm-up, in place of jacobian_weight
 
 
 @dataclass
@@ -148,8 +148,8 @@ class RunConfig:
     out_dir: str | None = None  # None: a new folder in runs/
     device: str = "auto"  # auto | cpu | cuda | cuda:1
     threads: int | None = None  # CPU threads; None: torch's choice
-    amp: str = "none"  # none | bf16 | fp16
-    dtype: str = "float32"  # float32 | float64
+    amp: str = "none"  # automatic mixed precision: none | bf16 | fp16; the solver keeps float32
+    dtype: str = "float32"  # of weights and data: float32 | float64
     compile: bool = False  # torch.compile of the cell
     channels_last: bool = False  # memory format of images; on CPUs faster for narrow models, slower for wide ones
     eval_every: int = 1  # epochs between evaluations; the last is always evaluated
@@ -189,7 +189,7 @@ _AT_LEAST_ONE = (
 )  # fmt: skip
 _POSITIVE = ("optim.lr", "optim.clip_grad", "optim.decay_epochs", "run.checkpoint_minutes", "run.max_minutes")
 _NOT_NEGATIVE = (
-    "data.workers", "data.color_jitter", "data.mixup", "data.cutmix", "optim.weight_decay", "optim.momentum",
+    "data.workers", "data.color_jitter", "data.mixup", "data.cutmix", "optim.weight_decay",
     "optim.warmup_epochs", "optim.min_lr", "optim.decay_rate", "deq.warmup_steps", "deq.jacobian_weight",
     "deq.jacobian_increment", "deq.warmup_jacobian_weight", "run.seed",
 )  # fmt: skip
@@ -316,6 +316,7 @@ def _check(config: TrainConfig) -> None:
     if config.data.cache_on_device and config.data.name not in ARRAYS:
         raise BadInput(f"data.cache_on_device is for digits and cifar10, not for {config.data.name}")
     for keys, rule, holds in (
+        (("optim.momentum",), "in [0, 1)", lambda number: 0 <= number < 1),
         (("optim.layer_decay",), "in (0, 1]", lambda number: 0 < number <= 1),
         (_POSITIVE, "> 0", lambda number: number > 0),
         (_NOT_NEGATIVE, ">= 0", lambda number: number >= 0),

@@ -170,11 +170,16 @@ def _require_split(root: Path, split: str, training: bool) -> Path:
 def _require_same_classes(root: Path, train_split: str, classes: set[str], split: str) -> None:
     """Raise BadInput if a split lacks a class of the training folder: the labels of the others would shift."""
     folder = _split_folder(root, train_split)
-    if folder is None or {*_folders(folder)} == classes:
+    if folder is None or ({*_folders(folder)} == classes and all(_has_image(folder / name) for name in classes)):
         return
     differing = {*find_images_and_targets(str(folder))[1]} ^ classes  # folders within folders; it looks at every file
     if differing:
         raise BadInput(f"{root}: {split} and {folder.name} differ in their classes, such as {min(differing)}")
+
+
+def _has_image(folder: Path) -> bool:
+    """Whether there is a file that timm's reader takes; it looks no further than that."""
+    return any(name.lower().endswith(SUFFIXES) for _, _, names in os.walk(folder) for name in names)
 
 
 def _folders(root: Path) -> list[str]:

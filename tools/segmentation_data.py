@@ -177,12 +177,25 @@ def warn_of_ignored_class(root: Path, ignored: int) -> None:
 
 
 def warn_of_one_class(data: Pairs, ignored: int) -> None:
-    """Say so where the first masks hold a single class beside the value to ignore: masks of 0 and 255, it may be."""
+    """Say so where the first masks hold a single class, beside the value to ignore: masks of 0 and 255, it may be.
+
+    Raises:
+        BadInput: if there is none in any mask.
+    """
     counts = np.zeros(256, np.int64)
     for _, mask in data.pairs[:LOOKED_AT]:
         counts += np.bincount(read_mask(mask, data.table).numpy().ravel(), minlength=256)
     present = np.flatnonzero(counts[:VOID])
-    if len(present) == 1 and counts[VOID] and len(data.class_names) > 1:
+    if len(present) == 0:
+        if len(data.pairs) <= LOOKED_AT:
+            raise BadInput(
+                f"every pixel of the {len(data.pairs)} training masks is data.ignore_index={ignored} and ignored: "
+                "there is nothing to learn"
+            )
+        print(f"warning: the first {LOOKED_AT} masks hold only data.ignore_index={ignored}", file=sys.stderr)
+    elif len(data.class_names) > 1 and len(present) == 1 and not counts[VOID]:
+        print(f"warning: the first masks hold only class {data.class_names[present[0]]}", file=sys.stderr)
+    elif len(data.class_names) > 1 and len(present) == 1:
         share = 100 * counts[VOID] / counts.sum()
         print(
             f"warning: the first masks hold only class {data.class_names[present[0]]}; {share:.0f} % of their pixels "

@@ -319,9 +319,17 @@ class Run:
         }
         row.update({f"train_{key}": value for key, value in train.items()})
         last = self.epoch + 1 == config.run.epochs
+        if last and trainer.bad_steps == trainer.num_steps:
+            raise BadInput(
+                f"the loss or gradient of all {trainer.num_steps} steps was not finite, so nothing was learnt; lower "
+                f"optim.lr, or set optim.clip_grad; {self._kept}"
+            )
         if last or (self.epoch + 1) % config.run.eval_every == 0:
             self.save(final=last)  # a test that fails must not cost the epoch
-            self.result = self.evaluate()
+            try:
+                self.result = self.evaluate()
+            except BadInput as error:
+                raise BadInput(f"{error}; the run is kept, go on with run.resume=true") from None
             row.update({f"test_{key}": value for key, value in self.result.items()})
         row["skipped_steps"] = trainer.bad_steps
         if self.process.device.type == "cuda":

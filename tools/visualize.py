@@ -6,8 +6,9 @@
 
 MODEL and INPUT are as in tools/predict.py. Residuals of Broyden, Anderson and Picard, feature maps on the way, label
 maps of segmenters; with --data also accuracy against steps with the explicit twin, evaluations and spectral radii over
-samples of the test split, which is that of the model's own data unless key=value settings say otherwise. Writes PNG
-files and index.html, which holds them all. docs/visualize.md says how to read them.
+samples of the test split (those that a run held out, where it did), which is that of the model's own data unless
+key=value settings say otherwise. Writes PNG files and index.html, which holds them all. docs/visualize.md says how to
+read them.
 """
 
 import argparse

@@ -3,9 +3,9 @@
     python tools/windows.py --checkpoint runs/NAME --window 32 --overlap 0.5 --count 20 data.root=DIR
     python tools/windows.py --record mdeq/weights/NAME.json data.root=DIR     the weights and the data of a release
 
-For inputs of the test split: the share of labels that differ between one piece and windows weighted by a Gaussian, the
-evaluations of f that the windows took from zero and from the equilibria of their neighbours, and whether a repetition
-is bitwise identical.
+For inputs of the test split, or those that a run held out: the share of labels that differ between one piece and
+windows weighted by a Gaussian, the evaluations of f that the windows took from zero and from the equilibria of their
+neighbours, and whether a repetition is bitwise identical.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mdeq import MDEQSegmenter, WarmStart
+from tools.batches import split_lines
 from tools.build import build_evaluation, start_process
 from tools.checkpoint import CONFIG_FILE, run_of
 from tools.config import BadInput, TrainConfig, load_config, optional
@@ -93,6 +94,7 @@ def main() -> None:
         if len(rows) == arguments.count:
             break
     total = {name: sum(row[name] for row in rows) for name in rows[0]}
+    print("".join(f"{line}\n" for line in split_lines(config.data)), end="")
     print(f"{len(rows)} inputs, windows of {arguments.window} overlapping by {arguments.overlap:g}, {model.deq.solver}")
     for name, key in (("cold", "differs"), ("warm", "differs_warm")):
         print(

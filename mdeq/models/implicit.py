@@ -147,10 +147,8 @@ def compile_cell(model: nn.Module, **options: Any) -> None:
     layer = getattr(model, "equilibrium", None)
     if not isinstance(layer, MultiscaleDEQ):
         raise TypeError(f"compile_cell takes a model of this package, got {type(model).__name__}")
-    from torch._functorch import config as functorch
-
     dynamo = torch._dynamo.config  # loaded now, with what is below: it takes a while, and few need it
-    functorch.donated_buffer = False
+    torch._functorch.config.donated_buffer = False  # pyright: ignore[reportAttributeAccessIssue]
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         # Settings of the process are those of one thread there, and CUDA runs backward in another.
         options = {"recompile_limit": 24, "isolate_recompiles": True, **options}

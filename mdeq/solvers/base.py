@@ -30,7 +30,7 @@ class SolveStatus(enum.IntEnum):
     CONVERGED = 0  # residual below tol, or exactly zero
     MAX_STEPS = 1  # budget spent; the usual outcome in training, not an error
     DIVERGED = 2  # the absolute residual grew past divergence_factor times its first value
-    NONFINITE = 3  # nan or inf occurred; the best finite iterate is returned
+    NONFINITE = 3  # nan or inf occurred, or a norm that overflows; the best finite iterate is returned
 
 
 @dataclass(frozen=True)
