@@ -65,9 +65,7 @@ def program(main: Callable[[], None]) -> None:
     try:
         main()
     except (BadInput, WeightsError) as error:
-        # From a data loader's worker the message comes wrapped in that worker's traceback.
-        message = [line for line in str(error).splitlines() if line.strip()][-1]
-        _refuse(message.removeprefix("tools.config.BadInput: "))
+        _refuse(message_of(error))
     except PermissionError as error:
         if error.filename is None:
             raise
@@ -75,6 +73,12 @@ def program(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def message_of(error: BadInput | WeightsError) -> str:
+    """Return the one line of an error; from a data loader's worker it comes wrapped in that worker's traceback."""
+    message = [line for line in str(error).splitlines() if line.strip()][-1]
+    return message.removeprefix("tools.config.BadInput: ")
 
 
 def _refuse(message: str) -> None:

@@ -42,7 +42,7 @@ from tools.checkpoint import (
 from tools.config import BadInput, TrainConfig, config_yaml, first_line, parse_config
 from tools.engine import Diverged, Trainer, evaluate, train_epoch
 from tools.optim import build_mixup, build_optimizer, build_scheduler
-from tools.program import Parser, program
+from tools.program import Parser, message_of, program
 from tools.report import RunLog, headline_lines, result_lines
 from tools.results import circumstances, command, commit, evaluation, write_results
 from tools.run_folder import Plan, claimed, plan
@@ -329,7 +329,7 @@ class Run:
             try:
                 self.result = self.evaluate()
             except BadInput as error:
-                raise BadInput(f"{error}; the run is kept, go on with run.resume=true") from None
+                raise BadInput(f"{message_of(error)}; the run is kept, go on with run.resume=true") from None
             row.update({f"test_{key}": value for key, value in self.result.items()})
         row["skipped_steps"] = trainer.bad_steps
         if self.process.device.type == "cuda":

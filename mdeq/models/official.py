@@ -7,7 +7,7 @@ Three layouts exist, told apart by their keys alone: MDEQ-Vision (locuslab/deq),
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -117,7 +117,7 @@ def unwrapped(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
             double = next(key for key in state_dict if counts[re.sub(_WRAPPERS, "", key)] > 1)
             raise ValueError(f"the checkpoint holds weights twice, under prefixes such as that of {double}")
         return bare
-    return dict(state_dict)
+    return cast(dict[str, Tensor], state_dict)
 
 
 def layout_of(keys: Collection[str]) -> str:
