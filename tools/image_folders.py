@@ -177,9 +177,10 @@ def _require_same_classes(root: Path, train_split: str, classes: set[str], split
         raise BadInput(f"{root}: {split} and {folder.name} differ in their classes, such as {min(differing)}")
 
 
-def _has_image(folder: Path) -> bool:
-    """Whether there is a file that timm's reader takes; it looks no further than that."""
-    return any(name.lower().endswith(SUFFIXES) for _, _, names in os.walk(folder) for name in names)
+def _has_image(folder: str | Path) -> bool:
+    """Whether there is a file that timm's reader takes; it looks no further than the first."""
+    with os.scandir(folder) as entries:
+        return any(_has_image(e.path) if e.is_dir() else e.name.lower().endswith(SUFFIXES) for e in entries)
 
 
 def _folders(root: Path) -> list[str]:
