@@ -320,6 +320,16 @@ def _kill_after_step(number: int) -> None:
     _patch(Trainer, "step", number, None, _die)
 
 
+def _signal_after(what: str, number: int, codes: Sequence[int], rank: int) -> None:
+    def send() -> None:
+        if int(os.environ.get("RANK", "0")) == rank:
+            for code in codes:
+                os.kill(os.getpid(), code)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the tests were started to ignore
+    _patch(Trainer if what == "step" else tools.train, what, number, None, send)
+
+
 def _kill_in_save(number: int) -> None:
     save = torch.save
 
@@ -345,6 +355,16 @@ def _kill_at_replace(name: str, number: int, done: bool) -> None:
             _die()
 
     os.replace = patched
+
+
+def signal_after_step(number: int, *codes: int, rank: int = 0) -> Hook:
+    """Have one process get signals after a step, counted from 1."""
+    return partial(_signal_after, "step", number, codes, rank)
+
+
+def signal_after_test(number: int, *codes: int) -> Hook:
+    """Have the process get signals at the end of a test, counted from 1, before anything is made of its result."""
+    return partial(_signal_after, "evaluate", number, codes, 0)
 
 
 def kill_after_step(number: int) -> Hook:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -19,6 +20,7 @@ from helpers import (
     record_losses,
     recorded,
     rows,
+    signal_after_step,
     spawn,
     spawn_distributed,
 )
@@ -158,6 +160,15 @@ def test_two_processes_resume(tmp_path: Path) -> None:
     whole, run = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "run"))
     for name, value in whole.items():
         torch.testing.assert_close(run[name], value, rtol=0, atol=0, msg=name)
+
+
+def test_a_signal_to_one_process_stops_both(tmp_path: Path) -> None:
+    words = [TINY, "run.epochs=2", f"run.out_dir={tmp_path / 'run'}"]
+    hook = signal_after_step(2, signal.SIGTERM, rank=1)
+    for outcome in spawn_distributed(tmp_path / "logs", "train", *words, hook=hook):
+        assert outcome.code == 128 + signal.SIGTERM, outcome.err
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert (state["epoch"], state["batch"]) == (0, 3)
 
 
 def test_image_folder_with_an_odd_number_of_test_images(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import (
     RANDOM,
+    TINY,
     Hook,
     assert_same_weights,
     changed,
@@ -20,6 +21,9 @@ from helpers import (
     kill_before_replace,
     kill_in_save,
     rows,
+    run,
+    signal_after_step,
+    signal_after_test,
     spawn_train,
     train,
 )
@@ -144,6 +148,55 @@ def test_skipped_steps_are_remembered(tmp_path: Path) -> None:
     assert int(skipped[-1]) > 0
     assert [row["skipped_steps"] for row in rows(tmp_path / "run")] == skipped
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("code", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("number", "place"), [(1, (0, 2)), (4, (0, 4))])
+def test_a_signal_stops_with_a_checkpoint(
+    code: int, number: int, place: tuple[int, int], uninterrupted: Path, tmp_path: Path
+) -> None:
+    """After the next step; in the last one of an epoch before the test, which takes long."""
+    folder = tmp_path / "run"
+    outcome = spawn_train(folder, *TWO_EPOCHS, "data.workers=1", hook=signal_after_step(number, code))
+    assert outcome.code == 128 + code, outcome.err
+    assert "interrupted at epoch 1" in outcome.out
+    assert "continue with run.resume=true" in outcome.out
+    assert position(folder) == place
+    assert not (folder / "log.csv").exists()
+    spawn_train(folder, *TWO_EPOCHS, "run.autoresume=true").ok()
+    assert_same_weights(folder, uninterrupted)
+    assert_one_log(folder, uninterrupted)
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path: Path) -> None:
+    outcome = spawn_train(tmp_path / "run", hook=signal_after_step(1, signal.SIGINT, signal.SIGINT))
+    assert (outcome.code, outcome.err.splitlines()[-1]) == (130, "interrupted")
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize(("code", "end"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])
+def test_a_signal_in_a_test_stops_at_once(code: int, end: int, uninterrupted: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert spawn_train(folder, *TWO_EPOCHS, hook=signal_after_test(1, code)).code == end
+    assert position(folder) == (0, 4)
+    assert not (folder / "log.csv").exists()
+    spawn_train(folder, *TWO_EPOCHS, "run.resume=true").ok()
+    assert_same_weights(folder, uninterrupted)
+    assert_one_log(folder, uninterrupted)
+
+
+def test_autoresume_starts_and_continues(uninterrupted: Path, tmp_path: Path) -> None:
+    folder, words = tmp_path / "run", [*TWO_EPOCHS, "run.autoresume=true"]
+    train(folder, *words, "run.max_minutes=1e-7").ok()
+    assert load_config(folder / "config.yaml").run.autoresume is False
+    train(folder, *words).ok()
+    assert_same_weights(folder, uninterrupted)
+    assert "autoresume" not in json.loads((folder / "results.json").read_text())["training"]["command"]
+    assert "optim.lr" in train(folder, *words, "optim.lr=1e-4").refusal()
+
+
+def test_autoresume_needs_a_folder() -> None:
+    assert "needs run.out_dir" in run("train", TINY, "run.autoresume=true").refusal()
 
 
 MOMENTS: list[tuple[str, Hook]] = [

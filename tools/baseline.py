@@ -140,7 +140,7 @@ def main() -> None:
     parameters, start = sum(p.numel() for p in model.parameters()), time.monotonic()
     with tqdm(total=config.run.epochs * len(train), unit="step", disable=not config.run.progress, leave=False) as bar:
         for epoch in range(config.run.epochs):
-            train_epoch(trainer, train, epoch, after_step=lambda done, loss: bar.update() or True)
+            train_epoch(trainer, train, epoch, after_step=lambda done, loss: bar.update())
     minutes = (time.monotonic() - start) / 60
     result = evaluate(model, test, process, task, amp=trainer.amp)
     told = f"{arguments.net}, {parameters:,} parameters, {config.run.epochs} epochs in {minutes:.1f} minutes"

@@ -2,6 +2,7 @@
 
 import math
 import random
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -160,6 +161,11 @@ class _Keys:
         return iter(self.lists)
 
 
+def _leave_interrupts(worker: int) -> None:
+    """Have Ctrl-C, which a terminal sends to all processes, reach the main one alone; it ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class KeyLoader:
     """A data loader for lists of keys that are given anew for every pass, which ends the one before.
 
@@ -181,6 +187,7 @@ class KeyLoader:
             collate_fn=collate,
             pin_memory=process.device.type == "cuda",
             persistent_workers=workers > 0,
+            worker_init_fn=_leave_interrupts,
             generator=torch.Generator(),  # for the seeds of the workers: the common one stays as it is
         )
 

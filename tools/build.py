@@ -169,7 +169,7 @@ def build_model(config: ModelConfig, num_classes: int | None, *, for_training: b
     except _UNUSABLE as error:
         raise BadInput(f"model {config.name}: {_reason(error)}") from None
     if isinstance(model, mdeq.MDEQ) and not model.global_pool.pool_type:
-        raise BadInput(f"{what} is not a classifier or segmenter of this package")
+        raise BadInput(f"{what} gives features of every pixel, not of an image; leave global_pool at avg")
     if config.checkpoint is not None:
         classifier = model.pretrained_cfg["classifier"]
         left = load_weights(model, config.checkpoint, classifier=classifier, new_classifier=for_training)

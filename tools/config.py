@@ -145,6 +145,7 @@ class RunConfig:
     seed: int = 0
     max_minutes: float | None = None  # stop at the next training step after this long, with a checkpoint to resume from
     resume: bool = False  # continue the run in out_dir, or the newest one of this config
+    autoresume: bool = False  # continue the run in out_dir if there is one, else start it there
     out_dir: str | None = None  # None: a new folder in runs/
     device: str = "auto"  # auto | cpu | cuda | cuda:1
     threads: int | None = None  # CPU threads; None: torch's choice

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any, cast
 
 import torch
@@ -21,6 +22,14 @@ from tools.tasks import CLASSIFICATION, Task
 
 class Diverged(BadInput):
     """Training came to nothing: one step after another had to be skipped."""
+
+
+class Stop(IntEnum):
+    """Why training is to stop after this step; the larger one counts."""
+
+    NO = 0
+    TIME = 1  # it has taken as long as it may
+    SIGNAL = 2  # someone wants it to end now
 
 
 @torch.no_grad()
@@ -100,6 +109,8 @@ class Trainer:
     ema: Any = None
     frozen: tuple[nn.Module, ...] = ()  # modules that stay in eval mode
     max_bad_steps: int = 20
+    wants_stop: Callable[[], Stop] = lambda: Stop.NO  # whether this process is to stop
+    stop: Stop = Stop.NO  # whether all do, as of the last step
     num_steps: int = 0  # optimiser updates so far, skipped ones included
     bad_steps: int = 0  # skipped ones, in all
     bad_in_a_row: int = 0
@@ -175,12 +186,15 @@ class Trainer:
         return loss, logits, equilibrium
 
     def agree(self, good: bool) -> bool:
-        """Whether all processes found their part good; they have to take or skip a step together."""
-        if self.process.world_size == 1:
-            return good
-        flag = torch.tensor(float(good), device=self.process.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-        return bool(flag)
+        """Whether all processes found their part good; they have to take or skip a step, and to stop, together."""
+        stop = self.wants_stop()
+        if self.process.world_size > 1:
+            flags = torch.tensor([float(good), -float(stop)], device=self.process.device)
+            dist.all_reduce(flags, op=dist.ReduceOp.MIN)
+            all_good, least = flags.tolist()
+            good, stop = bool(all_good), Stop(int(-least))
+        self.stop = max(self.stop, stop)
+        return good
 
     def _count(self, good: bool, buffers: list[Tensor]) -> None:
         self.num_steps += 1
@@ -209,16 +223,16 @@ def train_epoch(
     epoch: int,
     *,
     start: int = 0,
-    after_step: Callable[[int, float], bool] = lambda number, loss: True,
+    after_step: Callable[[int, float], object] = lambda number, loss: None,
 ) -> dict[str, float]:
-    """Train on the batches of an epoch from number `start` on, and return the metrics of these.
+    """Train on the batches of an epoch from number `start` on, until it is to stop, and return the metrics of these.
 
     Args:
         trainer: model, optimiser and settings.
         batches: the training split.
         epoch: its number.
         start: batches of this epoch that were trained on before.
-        after_step: called with the number of batches done and the loss; training stops where it returns False.
+        after_step: called with the number of batches done and the loss.
     """
     trainer.train_mode()
     tally, forward, backward = trainer.task.tally(True), SolveLog(), SolveLog()
@@ -227,7 +241,8 @@ def train_epoch(
         loss = trainer.step(x, y, epoch, tally, forward, backward)
         images += len(y) * trainer.process.world_size
         done += 1
-        if not after_step(done, loss):
+        after_step(done, loss)
+        if trainer.stop:
             break
     metrics = tally.summary(trainer.process)
     metrics.update(forward.summary(trainer.process))

@@ -4,10 +4,12 @@ import argparse
 import ctypes
 import io
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mdeq import WeightsError
 from tools.config import BadInput, split_overrides
@@ -73,6 +75,35 @@ def program(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+class DeferredSignals:
+    """A context in which Ctrl-C and SIGTERM are only taken note of, so that what is under way can be brought to an end.
+
+    Alone, a second Ctrl-C interrupts as ever. Processes of torchrun get signals twice, from the terminal and from it,
+    and it kills those that take too long. Signals that this process was started to ignore stay so.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is not threading.main_thread():  # which alone can set handlers
+            return
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: not of Python's setting
+                self._before[number] = signal.signal(number, self._note)
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.received == number == signal.SIGINT and "RANK" not in os.environ:
+            raise KeyboardInterrupt
+        self.received = number
 
 
 def message_of(error: BadInput | WeightsError) -> str:

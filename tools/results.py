@@ -23,7 +23,7 @@ from tools.config import BadInput
 ROOT = Path(__file__).resolve().parent.parent
 PLACES = {"data.root": "DIR", "run.out_dir": "DIR", "model.checkpoint": "FILE"}
 """Settings that say where, not what, and what stands for them in a command."""
-OF_A_PART = ("run.resume=", "run.max_minutes=")
+OF_A_PART = ("run.max_minutes=", "run.resume=", "run.autoresume=")
 """Settings of one part of a run, which say nothing of the whole."""
 
 
@@ -45,7 +45,7 @@ def command(*, resumed: bool = False) -> str:
     world, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     nodes = ["--nnodes", str(world // local)] if world > local else []
     program = ["python"] if world == 1 else ["torchrun", *nodes, "--nproc-per-node", str(local)]
-    left_out = OF_A_PART[1:] if resumed else OF_A_PART
+    left_out = OF_A_PART[:1] if resumed else OF_A_PART
     words = [word for word in sys.argv if not word.startswith(left_out)]
     return shlex.join([*program, *map(_elsewhere, words)])
 

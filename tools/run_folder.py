@@ -18,9 +18,9 @@ from tools.config import DEFAULT_CONFIG, BadInput, TrainConfig, load_config, par
 RUNS = Path("runs")
 LOCK_FILE = ".lock"
 FREE = (
-    "run.max_minutes", "run.resume", "run.out_dir", "run.device", "run.threads", "run.compile", "run.channels_last",
-    "run.eval_every", "run.checkpoint_minutes", "run.max_bad_steps", "run.tensorboard", "run.wandb", "run.progress",
-    "data.root", "data.download", "data.workers", "data.cache_on_device",
+    "run.max_minutes", "run.resume", "run.autoresume", "run.out_dir", "run.device", "run.threads", "run.compile",
+    "run.channels_last", "run.eval_every", "run.checkpoint_minutes", "run.max_bad_steps", "run.tensorboard",
+    "run.wandb", "run.progress", "data.root", "data.download", "data.workers", "data.cache_on_device",
 )  # fmt: skip
 """Settings that may differ when a run goes on; `run.epochs` may grow. Any other one makes another run."""
 
@@ -56,7 +56,10 @@ def plan(path: Path | None, overrides: Sequence[str]) -> Plan:
     """
     config, name = load_config(path or DEFAULT_CONFIG, overrides), _run_name(path or DEFAULT_CONFIG)
     folder = None if config.run.out_dir is None else Path(config.run.out_dir)
-    if not config.run.resume:
+    if config.run.autoresume and folder is None:
+        raise BadInput("run.autoresume=true needs run.out_dir, where the run is or is to be")
+    there = folder is not None and (folder / STATE_FILE).exists()
+    if not (config.run.resume or (config.run.autoresume and there)):
         return Plan(config, name, folder)
     if folder is None:
         folder = _newest(name)
@@ -96,7 +99,7 @@ def _resumed(state: Mapping[str, Any], folder: Path, path: Path | None, override
         raise BadInput(f"{origin} holds no settings of a run")
     saved = parse_config(state["config"], str(origin))
     # Of a session, not of the run.
-    saved.run = dataclasses.replace(saved.run, resume=True, max_minutes=None, out_dir=str(folder))
+    saved.run = dataclasses.replace(saved.run, resume=True, autoresume=False, max_minutes=None, out_dir=str(folder))
     config = load_config(path, overrides, base=saved)
     if config.data.num_classes is None:  # as many as the data have, and that has been found out
         config.data.num_classes = saved.data.num_classes

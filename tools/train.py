@@ -8,8 +8,10 @@ A config file holds what a run changes; `key=value` overrides it; all settings a
 """
 
 import dataclasses
+import gc
 import math
 import os
+import signal
 import sys
 import time
 import uuid
@@ -40,9 +42,9 @@ from tools.checkpoint import (
     write_text,
 )
 from tools.config import BadInput, TrainConfig, config_yaml, first_line, parse_config
-from tools.engine import Diverged, Trainer, evaluate, train_epoch
+from tools.engine import Diverged, Stop, Trainer, evaluate, train_epoch
 from tools.optim import build_mixup, build_optimizer, build_scheduler
-from tools.program import Parser, message_of, program
+from tools.program import DeferredSignals, Parser, message_of, program
 from tools.report import RunLog, headline_lines, result_lines
 from tools.results import circumstances, command, commit, evaluation, write_results
 from tools.run_folder import Plan, claimed, plan
@@ -82,7 +84,8 @@ class Run:
         self.trained: dict[str, float] | None = None  # metrics of this epoch's training, if it only lacks its test
         self.id = uuid.uuid4().hex[:12]
         commit()  # what is trained by
-        self.deadline = None if config.run.max_minutes is None else time.monotonic() + 60 * config.run.max_minutes
+        self.deadline = math.inf if config.run.max_minutes is None else time.monotonic() + 60 * config.run.max_minutes
+        self.signals = DeferredSignals()
         self.started = self.saved = time.monotonic()
         self.earlier: float | None = 0.0  # minutes until this process began, None where a state does not say
         self.command = command()  # by which the run began
@@ -156,6 +159,7 @@ class Run:
             ema=ema,
             frozen=frozen,
             max_bad_steps=config.run.max_bad_steps,
+            wants_stop=self._wants_stop,
         )
 
     @property
@@ -178,8 +182,8 @@ class Run:
         if self.process.is_main and (final or (trainer.bad_in_a_row == 0 and self._finite())):
             make_folder(self.folder)
             clear_leftovers(self.folder)
-            settings = dataclasses.replace(self.config, run=dataclasses.replace(self.config.run, resume=False))
-            text = config_yaml(settings)
+            run = dataclasses.replace(self.config.run, resume=False, autoresume=False)
+            text = config_yaml(dataclasses.replace(self.config, run=run))
             state = {
                 "epoch": self.epoch,
                 "batch": self.batch,
@@ -258,29 +262,32 @@ class Run:
         if trainer.scheduler is not None:
             trainer.scheduler.step_update(trainer.num_steps)
 
-    def _out_of_time(self) -> bool:
-        late = self.deadline is not None and time.monotonic() > self.deadline
-        if self.process.world_size > 1 and self.deadline is not None:  # all stop at the same step
-            flag = torch.tensor(float(late), device=self.process.device)
-            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-            late = bool(flag)
-        return late
+    def _wants_stop(self) -> Stop:
+        if self.signals.received is not None:
+            return Stop.SIGNAL
+        return Stop.TIME if time.monotonic() > self.deadline else Stop.NO
 
     def train(self) -> bool:
-        """Train to the last epoch; return False if time ran out before.
+        """Train to the last epoch; return False if it had to stop before.
 
         Raises:
             BadInput: where steps come to nothing, or data cannot be read; the last checkpoint stays.
         """
         while self.epoch < self.config.run.epochs:
             if self.trained is None:
-                metrics = self._train_epoch()
-                if self.batch < len(self.train_batches):  # time is up
-                    self.save(final=True)
-                    return False
-                self.trained = metrics
+                with self.signals:
+                    metrics = self._train_epoch()
+                    self.trainer.agree(True)  # also on signals that came late in the last step
+                    if self.batch < len(self.train_batches):
+                        self.save(final=True)
+                        return False
+                    self.trained = metrics
+                    if self.trainer.stop == Stop.SIGNAL:  # which does not wait for a test
+                        self.save(final=True)
+                        return False
             self._end_epoch(self.trained)
-            if self._out_of_time() and self.epoch < self.config.run.epochs:
+            self.trainer.agree(True)  # on the time that the test took
+            if self.trainer.stop and self.epoch < self.config.run.epochs:
                 self.save(final=True)  # also after a step that was skipped
                 return False
         return True
@@ -291,15 +298,13 @@ class Run:
         title = f"epoch {self.epoch + 1}/{self.config.run.epochs}"
         bar = self._bar(title, "step", total=len(self.train_batches), initial=self.batch)
 
-        def after_step(done: int, loss: float) -> bool:
+        def after_step(done: int, loss: float) -> None:
             self.batch = done
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()
-            if self._out_of_time():
-                return False
-            if self.process.is_main and time.monotonic() - self.saved > 60 * self.config.run.checkpoint_minutes:
+            due = time.monotonic() - self.saved > 60 * self.config.run.checkpoint_minutes
+            if due and self.process.is_main and not self.trainer.stop:  # where it stops it saves anyway
                 self.save()
-            return True
 
         try:
             with bar:  # an error must not be said on the line of the bar
@@ -423,13 +428,23 @@ def main() -> None:
                     f"run.epochs={epochs})",
                     file=sys.stderr,
                 )
-        if run.train():
+        done = run.train()
+        if done:
             run.finish()
         elif process.is_main:
             place = f"epoch {run.epoch + 1}, step {run.trainer.num_steps}"
-            print(f"time is up at {place}; continue with run.resume=true")
+            what = "interrupted" if run.trainer.stop == Stop.SIGNAL else "time is up"
+            print(f"{what} at {place}; continue with run.resume=true")
+    stopped = not done and run.trainer.stop == Stop.SIGNAL
+    code = 128 + (run.signals.received or signal.SIGTERM) if stopped else 0  # the signal may be another process's
     if process.world_size > 1:  # not after an error: NCCL would wait for processes that wait for this one
+        del (
+            run
+        )  # with the group's last other owner: freed by it, PyTorch 2.6 joins a thread that waits for Python's lock
+        gc.collect()
         torch.distributed.destroy_process_group()
+    if code:
+        sys.exit(code)
 
 
 if __name__ == "__main__":
