@@ -324,10 +324,14 @@ def _signal_after(what: str, number: int, codes: Sequence[int], rank: int) -> No
     def send() -> None:
         if int(os.environ.get("RANK", "0")) == rank:
             for code in codes:
-                os.kill(os.getpid(), code)
+                os.killpg(0, code)
 
+    os.setpgid(0, 0)  # signals of a terminal go to all processes of a group, those of data loaders too
     signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the tests were started to ignore
-    _patch(Trainer if what == "step" else tools.train, what, number, None, send)
+    if what == "save_state":
+        _patch(tools.train, what, number, lambda *_: send(), None)
+    else:
+        _patch(Trainer if what == "step" else tools.train, what, number, None, send)
 
 
 def _kill_in_save(number: int) -> None:
@@ -358,8 +362,13 @@ def _kill_at_replace(name: str, number: int, done: bool) -> None:
 
 
 def signal_after_step(number: int, *codes: int, rank: int = 0) -> Hook:
-    """Have one process get signals after a step, counted from 1."""
+    """Have one process and those that it started get signals after a step, counted from 1."""
     return partial(_signal_after, "step", number, codes, rank)
+
+
+def signal_in_save(number: int, *codes: int) -> Hook:
+    """Have the process get signals at the begin of a checkpoint, counted from 1."""
+    return partial(_signal_after, "save_state", number, codes, 0)
 
 
 def signal_after_test(number: int, *codes: int) -> Hook:

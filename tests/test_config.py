@@ -53,6 +53,7 @@ UNKNOWN_NAMES = [
 IMPOSSIBLE = [
     (["optim.lr=-1"], "optim.lr"),
     (["optim.lr=nan"], "optim.lr"),
+    (["optim.lr=1e39"], "optim.lr must be > 0 and finite in single precision"),
     (["optim.min_lr=-1"], "min_lr"),
     (["optim.lr=1e-4", "optim.min_lr=1e-3"], "optim.min_lr=0.001 must not be above optim.lr=0.0001"),
     (["optim.label_smoothing=2"], "label_smoothing"),
@@ -71,7 +72,6 @@ IMPOSSIBLE = [
     (["data.image_size=15"], "data.image_size"),
     (["data.num_classes=5"], "data.num_classes"),
     (["model.kwargs.dropout=5"], "dropout"),
-    (["model.kwargs.global_pool=''"], "leave global_pool at avg"),
     (["model.kwargs.features_only=true"], "is not a classifier or segmenter of this package"),
     (["run.epochs=0"], "run.epochs"),
     (["run.seed=-1"], "seed"),

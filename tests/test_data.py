@@ -3,7 +3,10 @@
 import dataclasses
 import io
 import os
+import shutil
 import struct
+import subprocess
+import sys
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -13,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import image_folder, png, write_archive, write_archives, write_images
-from PIL import ExifTags, Image
+from helpers import ROOT, image_folder, png, write_archive, write_archives, write_images
+from PIL import ExifTags, Image, ImageOps
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
@@ -531,6 +534,104 @@ def test_classes_are_those_that_the_reader_finds(tmp_path: Path) -> None:
     write_images(tmp_path / "train" / "insects", ["cat"], 4)
     with pytest.raises(BadInput, match="validation and train differ in their classes, such as cat"):
         reader(tmp_path, False)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_is_turned_as_its_exif_says(orientation: int, tmp_path: Path) -> None:
+    picture = Image.fromarray(np.arange(18, dtype=np.uint8).reshape(6, 3))
+    picture.getexif()[ExifTags.Base.Orientation] = orientation
+    picture.save(tmp_path / "a.png", exif=picture.getexif())
+    with Image.open(tmp_path / "a.png") as file:
+        expected = np.asarray(ImageOps.exif_transpose(file))
+    assert np.array_equal(read_image(tmp_path / "a.png", 1)[0], expected)
+
+
+def test_odd_exif_does_not_cost_the_picture(tmp_path: Path) -> None:
+    """Of a tag of another type than it has to have, Pillow's exif_transpose makes a traceback."""
+    picture = Image.fromarray(np.arange(18, dtype=np.uint8).reshape(6, 3))
+    entries = [(0x0112, 3, 1, struct.pack("<HH", 6, 0)), (0x0128, 2, 4, b"in\0\0")]  # orientation, unit of resolution
+    ifd = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in entries)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + ifd + bytes(4)
+    picture.save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as file:
+        file.load()
+        with pytest.raises((TypeError, struct.error)):
+            ImageOps.exif_transpose(file)
+    assert np.array_equal(
+        read_image(tmp_path / "a.png", 1)[0], np.asarray(picture.transpose(Image.Transpose.ROTATE_270))
+    )
+
+
+def test_what_programs_leave_behind_is_no_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image_folder(tmp_path)
+    for place in (".ipynb_checkpoints", "bee/.ipynb_checkpoints", "__MACOSX/bee", "cat/@eaDir/000.png"):
+        write_images(tmp_path / "train", [place], 1)
+    shutil.copy(tmp_path / "train" / "bee" / "000.png", tmp_path / "train" / "bee" / "._000.png")
+    (tmp_path / "train" / "bee" / "self").symlink_to("..")
+    for file in ("Thumbs.db", ".DS_Store", "bee/photo.HEIC", "bee/photo2.heic", "cat/notes.txt"):
+        (tmp_path / "train" / file).write_bytes(b"")
+    train, _ = reader(tmp_path, True)
+    assert train.class_names == ("ant", "bee", "cat")
+    assert train.num_samples == 24
+    assert "3 files of other kinds are left out (.heic, .txt)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        (".", "000.png lies in no folder of a class"),
+        ("bee/blurry", "holds images and a folder of images, blurry"),
+        ("wasps/bee", "would be one class"),
+    ],
+)
+def test_images_of_which_the_class_is_not_clear(place: str, said: str, tmp_path: Path) -> None:
+    image_folder(tmp_path)
+    shutil.copytree(tmp_path / "train" / "ant", tmp_path / "train" / place, dirs_exist_ok=True)
+    for training in (True, False):  # the labels of tests are those of training
+        with pytest.raises(BadInput, match=said):
+            reader(tmp_path, training)
+
+
+def test_one_class_is_not_trained_on(tmp_path: Path) -> None:
+    write_images(tmp_path / "train", ["ant"], 4)
+    with pytest.raises(BadInput, match="holds one class, ant"):
+        reader(tmp_path, True)
+
+
+def test_class_folders_without_splits(tmp_path: Path) -> None:
+    """They must not be proposed as splits."""
+    write_images(tmp_path, ["ant", "bee"], 4)
+    with pytest.raises(
+        BadInput, match=r"has no folder train; images belong into .*train.<class> and .*validation.<class>"
+    ):
+        reader(tmp_path, True)
+
+
+def test_classes_that_differ_in_case_have_one_order(tmp_path: Path) -> None:
+    """timm's is another one in every process."""
+    code = "import sys; from tools.image_folders import *; print(*ClassFolders(Path(sys.argv[1])).class_to_idx)"
+    write_images(tmp_path, ["b", "B", "01", "1", "10", "2", "a"], 1)
+    orders = {
+        subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)],
+            env={**os.environ, "PYTHONHASHSEED": str(seed), "PYTHONPATH": str(ROOT)},
+            capture_output=True, text=True, check=True,
+        ).stdout
+        for seed in range(3)
+    }  # fmt: skip
+    assert orders == {"01 1 2 10 a B b\n"}
+
+
+def test_without_augmentation_training_sees_what_tests_see(tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        for number, name in enumerate(("ant", "bee")):
+            (tmp_path / split / name).mkdir(parents=True)
+            pixels = np.linspace(0, 255, 64 * 16).reshape(16, 64).astype(np.uint8)[:, :: 1 - 2 * number]
+            for k in range(2):
+                Image.fromarray(pixels).convert("RGB").save(tmp_path / split / name / f"{k}.png")
+    ((x, y),) = reader(tmp_path, True)[0].epoch()
+    ((x_test, _),) = reader(tmp_path, False)[0].epoch()
+    assert torch.equal(x[y.argsort()], x_test)
 
 
 @pytest.mark.parametrize("split", ["valid", "eval", "validation"])

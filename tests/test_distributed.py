@@ -164,7 +164,7 @@ def test_two_processes_resume(tmp_path: Path) -> None:
 
 def test_a_signal_to_one_process_stops_both(tmp_path: Path) -> None:
     words = [TINY, "run.epochs=2", f"run.out_dir={tmp_path / 'run'}"]
-    hook = signal_after_step(2, signal.SIGTERM, rank=1)
+    hook = signal_after_step(2, signal.SIGTERM, signal.SIGTERM, rank=1)  # torchrun passes on what came already
     for outcome in spawn_distributed(tmp_path / "logs", "train", *words, hook=hook):
         assert outcome.code == 128 + signal.SIGTERM, outcome.err
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)

@@ -30,7 +30,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("word", "said"),
     [
         ("model.kwargs.features_only=true", "not a classifier"),
-        ("model.kwargs.global_pool=''", "not a classifier"),
+        ("model.kwargs.global_pool=''", "leave global_pool at avg"),
         ("model.kwargs.spatial_dims=3", "3D"),
         ("model.kwargs.num_classes=5", "data.num_classes"),
         ("model.kwargs.solver={name: picard}", "model.solver"),

@@ -24,6 +24,7 @@ from helpers import (
     run,
     signal_after_step,
     signal_after_test,
+    signal_in_save,
     spawn_train,
     train,
 )
@@ -157,13 +158,41 @@ def test_a_signal_stops_with_a_checkpoint(
 ) -> None:
     """After the next step; in the last one of an epoch before the test, which takes long."""
     folder = tmp_path / "run"
-    outcome = spawn_train(folder, *TWO_EPOCHS, "data.workers=1", hook=signal_after_step(number, code))
+    outcome = spawn_train(folder, *TWO_EPOCHS, hook=signal_after_step(number, code))
     assert outcome.code == 128 + code, outcome.err
     assert "interrupted at epoch 1" in outcome.out
     assert "continue with run.resume=true" in outcome.out
     assert position(folder) == place
     assert not (folder / "log.csv").exists()
     spawn_train(folder, *TWO_EPOCHS, "run.autoresume=true").ok()
+    assert_same_weights(folder, uninterrupted)
+    assert_one_log(folder, uninterrupted)
+
+
+@pytest.mark.parametrize("code", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_passes_by_the_workers_of_a_data_loader(code: int, tmp_path: Path) -> None:
+    image_folder(tmp_path / "data")
+    words = ["data.name=folder", f"data.root={tmp_path / 'data'}", "data.num_train=null", "data.batch_size=8"]
+    words += ["data.workers=2", "run.epochs=2"]
+    train(tmp_path / "whole", *words).ok()
+    outcome = spawn_train(tmp_path / "run", *words, hook=signal_after_step(1, code))
+    assert outcome.code == 128 + code, outcome.err
+    assert position(tmp_path / "run") == (0, 2)
+    train(tmp_path / "run", *words, "run.autoresume=true").ok()
+    assert_same_weights(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [1, 2, 4])
+@pytest.mark.parametrize(("code", "end"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])
+def test_a_signal_in_a_checkpoint_waits_for_it(
+    number: int, code: int, end: int, uninterrupted: Path, tmp_path: Path
+) -> None:
+    """Of the first epoch before its test, which it does not wait for, after it, and of the last epoch."""
+    folder = tmp_path / "run"
+    outcome = spawn_train(folder, *TWO_EPOCHS, hook=signal_in_save(number, code))
+    assert outcome.code == (128 + code if number % 2 == 0 else end), outcome.err
+    assert position(folder) == {1: (0, 4), 2: (1, 0), 4: (2, 0)}[number]
+    assert "test accuracy" in spawn_train(folder, *TWO_EPOCHS, "run.autoresume=true").ok()
     assert_same_weights(folder, uninterrupted)
     assert_one_log(folder, uninterrupted)
 

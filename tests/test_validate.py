@@ -448,10 +448,13 @@ def test_image_folder_with_classes_of_its_own(tmp_path: Path) -> None:
     out = validate("--checkpoint", tmp_path / "run").ok()
     assert printed(out) == pytest.approx(float(rows(tmp_path / "run")[-1]["test_top1"]), abs=0.01)
     assert "classes of" not in out
-    for split in ("train", "validation"):
-        (tmp_path / "data" / split / "ant").rename(tmp_path / "data" / split / "dog")
-    out = validate("--checkpoint", tmp_path / "run" / "model.safetensors").ok()
-    assert "model.safetensors: ant, bee, cat; classes of the data: bee, cat, dog" in out
+    for old, new in (("cat", "cow"), ("ant", "dog")):
+        for split in ("train", "validation"):
+            (tmp_path / "data" / split / old).rename(tmp_path / "data" / split / new)
+        outcome = validate("--checkpoint", tmp_path / "run" / "model.safetensors")
+        if new == "cow":
+            assert "model.safetensors: ant, bee, cat; classes of the data: ant, bee, cow" in outcome.ok()
+    assert "classes of the data: bee, cow, dog; bee is not the same number in both" in outcome.refusal()
 
 
 def test_top5_of_three_classes(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What a data set gives to a training loop: batches whose order depends on seed and epoch alone."""
 
 import math
+import os
 import random
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -161,9 +162,12 @@ class _Keys:
         return iter(self.lists)
 
 
-def _leave_interrupts(worker: int) -> None:
-    """Have Ctrl-C, which a terminal sends to all processes, reach the main one alone; it ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def stand_apart(worker: int) -> None:
+    """Have signals to all processes of a terminal or a job reach the main one alone, which ends its workers."""
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
+    else:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class KeyLoader:
@@ -187,7 +191,7 @@ class KeyLoader:
             collate_fn=collate,
             pin_memory=process.device.type == "cuda",
             persistent_workers=workers > 0,
-            worker_init_fn=_leave_interrupts,
+            worker_init_fn=stand_apart,
             generator=torch.Generator(),  # for the seeds of the workers: the common one stays as it is
         )
 

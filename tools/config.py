@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import importlib
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -200,6 +199,9 @@ _SHARES = (
 )  # fmt: skip
 
 
+_LARGEST = 3.4028235e38  # in single precision
+
+
 def nearest(word: str, valid: Sequence[str]) -> str:
     """Return a hint that names the entry of `valid` most like `word`."""
     close = difflib.get_close_matches(word, valid, n=1, cutoff=0.0)
@@ -325,8 +327,8 @@ def _check(config: TrainConfig) -> None:
     ):
         for key in keys:
             number = value(key)
-            if number is not None and not (math.isfinite(number) and holds(number)):
-                raise BadInput(f"{key} must be {rule} and finite, got {number}")
+            if number is not None and not (abs(number) <= _LARGEST and holds(number)):
+                raise BadInput(f"{key} must be {rule} and finite in single precision, got {number}")
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:

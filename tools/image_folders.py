@@ -1,17 +1,22 @@
 """Image sets that timm reads: folders, and whatever its readers know."""
 
 import importlib.util
+import itertools
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from timm.data import create_dataset, create_loader
+from timm.data import ImageDataset, create_dataset, create_loader
 from timm.data.readers.img_extensions import set_img_extensions
-from timm.data.readers.reader_image_folder import find_images_and_targets
+from timm.data.readers.reader import Reader
+from timm.utils.misc import natural_key
 from torch.utils.data import IterableDataset, default_collate
 
 from tools.batches import (
@@ -23,10 +28,12 @@ from tools.batches import (
     Process,
     require_augment,
     seed_everything,
+    stand_apart,
 )
 from tools.config import BadInput, DataConfig, nearest
 from tools.images import SUFFIXES, read_picture
 
+LITTER = ("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini")  # beside what begins with a dot
 READERS = {
     "hfds": "datasets", "hfids": "datasets", "wds": "webdataset", "tfds": "tensorflow_datasets", "torch": "torchvision",
 }  # fmt: skip
@@ -100,6 +107,12 @@ class FileBatches(KeyedBatches):
             yield x.to(self.process.device, non_blocking=True), y.to(self.process.device, non_blocking=True)
 
 
+def _init_worker(timms: Callable[[int], None] | None, worker: int) -> None:
+    stand_apart(worker)
+    if timms is not None:
+        timms(worker)
+
+
 class StreamBatches:
     """Batches of a timm loader of a stream."""
 
@@ -108,6 +121,7 @@ class StreamBatches:
 
     def __init__(self, loader: Any, process: Process, seed: int, class_names: tuple[str, ...]) -> None:
         self.loader, self.process, self.seed, self.class_names = loader, process, seed, class_names
+        self.loader.worker_init_fn = partial(_init_worker, loader.worker_init_fn)
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -159,28 +173,100 @@ def _require_split(root: Path, split: str, training: bool) -> Path:
     setting = "data.train_split" if training else "data.test_split"
     folder = _split_folder(root, split) if split.strip("./ ") else None
     if folder is None:
-        there = ", ".join(_folders(root)[:4]) or "none"
+        there, known = _folders(root), {"test", *itertools.chain(*SPLITS)}
+        what = f"{root} has no folder {split or '(without a name)'}"
+        if not known & {*there}:  # what is there may well be classes
+            raise BadInput(
+                f"{what}; images belong into {root / 'train' / '<class>'} and {root / 'validation' / '<class>'}"
+            )
         raise BadInput(
-            f"{root} has no folder {split or '(without a name)'}; set {setting} to one that exists ({there}) and has a "
-            "folder for each class"
+            f"{what}; set {setting} to one that exists ({', '.join(there[:4])}) and has a folder for each class"
         )
     return folder
 
 
-def _require_same_classes(root: Path, train_split: str, classes: set[str], split: str) -> None:
+def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Yield the folders of a split and the files in each, without what editors and operating systems leave there."""
+    for name, folders, files in os.walk(root, followlinks=True):
+        place = Path(name)
+        folders[:] = [f for f in sorted(folders) if not (f.startswith(".") or f in LITTER or _leads_back(place / f))]
+        yield place, sorted(f for f in files if not (f.startswith(".") or f in LITTER))
+
+
+def _leads_back(folder: Path) -> bool:
+    return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
+
+
+class ClassFolders(Reader):
+    """A reader, as timm's data sets take them, of images in a folder for each class; the innermost folder is the class.
+
+    So it is with timm's own, which takes hidden folders for classes too, mixes images of folders that are named alike,
+    and sorts names that differ in case or in leading zeros another way in every process.
+
+    Args:
+        root: the folder of a split.
+
+    Raises:
+        BadInput: if there is no image, or one of which the class is not clear.
+    """
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self.root, self.left_out = root, Counter[str]()
+        found: dict[Path, list[str]] = {}
+        for place, files in _walk(root):
+            images = [file for file in files if file.lower().endswith(SUFFIXES)]
+            self.left_out.update(Path(file).suffix.lower() or file for file in {*files} - {*images})
+            if images:
+                found[place] = images
+        if not found:
+            raise BadInput(
+                f"no images in {root}; expected {root / '<class>'}/*{SUFFIXES[0]} (or {', '.join(SUFFIXES[1:])})"
+            )
+        if root in found:
+            raise BadInput(f"{root / found[root][0]} lies in no folder of a class; expected {root / '<class>'}/...")
+        classes: dict[str, Path] = {}
+        for place in found:
+            if above := next((folder for folder in place.parents if folder in found), None):
+                raise BadInput(
+                    f"{above} holds images and a folder of images, {place.name}; which of them is the class?"
+                )
+            if place.name in classes:
+                raise BadInput(f"{classes[place.name]} and {place} would be one class; give them different names")
+            classes[place.name] = place
+        names = sorted(classes, key=lambda name: (natural_key(name), name))
+        self.class_to_idx = {name: number for number, name in enumerate(names)}
+        samples = [(str(place / file), self.class_to_idx[place.name]) for place in found for file in found[place]]
+        self.samples = sorted(samples, key=lambda sample: (natural_key(sample[0]), sample[0]))
+
+    def left_out_line(self) -> str:
+        """Return a warning of files that are no images; empty where there are none."""
+        kinds, more = [kind for kind, _ in self.left_out.most_common(4)], ", ..." if len(self.left_out) > 4 else ""
+        what = f"{self.left_out.total()} files of other kinds are left out ({', '.join(kinds)}{more})"
+        return f"warning: {self.root}: {what}" if kinds else ""
+
+    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
+        path, target = self.samples[index]
+        return open(path, "rb"), target
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        path = self.samples[index][0]
+        if basename:
+            return os.path.basename(path)
+        return path if absolute else os.path.relpath(path, self.root)
+
+
+def _require_same_classes(root: Path, train_split: str, classes: set[str], split: str, *, torchvision: bool) -> None:
     """Raise BadInput if a split lacks a class of the training folder: the labels of the others would shift."""
     folder = _split_folder(root, train_split)
-    if folder is None or ({*_folders(folder)} == classes and all(_has_image(folder / name) for name in classes)):
+    if folder is None:
         return
-    differing = {*find_images_and_targets(str(folder))[1]} ^ classes  # folders within folders; it looks at every file
+    differing = {*(_folders(folder) if torchvision else ClassFolders(folder).class_to_idx)} ^ classes
     if differing:
         raise BadInput(f"{root}: {split} and {folder.name} differ in their classes, such as {min(differing)}")
-
-
-def _has_image(folder: str | Path) -> bool:
-    """Whether there is a file that timm's reader takes; it looks no further than the first."""
-    with os.scandir(folder) as entries:
-        return any(_has_image(e.path) if e.is_dir() else e.name.lower().endswith(SUFFIXES) for e in entries)
 
 
 def _folders(root: Path) -> list[str]:
@@ -237,22 +323,30 @@ def read_batches(
     # webdataset hands what is not a file to a shell, and settings may come along with someone's weights.
     if reader[0] == "wds" and (re.match(r"\s*\w[\w+.-]+:", config.root) or "pipe:" in split):
         raise BadInput(f"data.root={config.root}: webdatasets are read from folders, so download their shards first")
-    is_folder = not name or (reader[0] == "torch" and reader[-1] in ("folder", "image_folder"))
-    root = _require_split(Path(config.root), split, training) if is_folder else config.root
+    is_torchvision = reader[0] == "torch" and reader[-1] in ("folder", "image_folder")
+    is_folder = not name or is_torchvision
+    root = _require_split(Path(config.root), split, training) if is_folder else Path(config.root)
     if training:
         require_augment(config, "none", "flip", "crop_flip", "imagenet", jittered=["imagenet"])
+    mode = "L" if spec.size[0] == 1 else "RGB"
     per_process = config.batch_size // process.world_size
     try:
-        dataset = create_dataset(
-            name,
-            root=os.path.join(".", root) if reader[0] == "wds" else str(root),  # whatever it is, a path
-            split=split,
-            search_split=not is_folder,  # root is that of the split already; timm knows fewer names
-            is_training=training,
-            download=config.download,
-            batch_size=per_process,
-            input_img_mode="L" if spec.size[0] == 1 else "RGB",
-        )
+        if not name and root.is_dir():
+            folders = ClassFolders(root)
+            if process.is_main and (left_out := folders.left_out_line()):
+                print(left_out, file=sys.stderr)
+            dataset: Any = ImageDataset(str(root), reader=folders, input_img_mode=mode)
+        else:
+            dataset = create_dataset(
+                name,
+                root=os.path.join(".", root) if reader[0] == "wds" else str(root),  # whatever it is, a path
+                split=split,
+                search_split=not is_folder,  # root is that of the split already; timm knows fewer names
+                is_training=training,
+                download=config.download,
+                batch_size=per_process,
+                input_img_mode=mode,
+            )
     except (RuntimeError, OSError, ValueError, LookupError, TypeError, ImportError, AssertionError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise BadInput(f"cannot read data set {config.name} in {config.root}: {reason}") from None
@@ -260,16 +354,18 @@ def read_batches(
         raise BadInput(f"image files have 1 or 3 channels, the model takes {spec.size[0]} (model.kwargs.in_chans)")
     classes = getattr(getattr(dataset, "reader", dataset), "class_to_idx", None)
     if is_folder and classes and not training:
-        _require_same_classes(Path(config.root), config.train_split, set(classes), split)
+        place = (Path(config.root), config.train_split)
+        _require_same_classes(*place, set(classes), split, torchvision=is_torchvision)
+    if training and classes and len(classes) < 2:
+        raise BadInput(f"{root} holds one class, {next(iter(classes))}; expected {root / '<class>'}/... of two or more")
     if training and config.num_train is not None:
         raise BadInput("data.num_train is not for image folders or timm's readers; use a smaller split or folder")
-    loader = _loader(config, spec, process, dataset, training)  # which gives the data set its transform
+    count, is_stream = len(dataset), isinstance(dataset, IterableDataset)
+    # It gives the data set its transform; timm's without augmentation would squash what tests keep in proportion.
+    loader = _loader(config, spec, process, dataset, training and (is_stream or config.augment != "none"))
     names = tuple(str(name) for name in sorted(classes, key=classes.__getitem__)) if classes else ()
-    is_stream = isinstance(dataset, IterableDataset)
-    if training and (len(loader) == 0 if is_stream else len(dataset) < config.batch_size):
-        raise BadInput(
-            f"{len(dataset)} training images are fewer than one batch; lower data.batch_size={config.batch_size}"
-        )
+    if training and (len(loader) == 0 if is_stream else count < config.batch_size):
+        raise BadInput(f"{count} training images are fewer than one batch; lower data.batch_size={config.batch_size}")
     if is_stream:
         batches: Batches = StreamBatches(loader, process, seed, names)
     else:

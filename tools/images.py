@@ -1,11 +1,12 @@
 """Image files of every kind as 8-bit grey or colour, the way up that they were taken, and masks of class numbers."""
 
 import io
+import struct
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from tools.config import BadInput, first_line
@@ -14,6 +15,22 @@ Source = Path | tuple[str, bytes]
 """A file, or the name and the content of one that lies in an archive."""
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+
+# What Pillow raises for a damaged file depends on where it is damaged.
+_DAMAGED = (
+    OSError, SyntaxError, ValueError, EOFError, TypeError, AttributeError, OverflowError, struct.error,
+    Image.DecompressionBombError,
+)  # fmt: skip
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What brings a picture upright, by the numbers of EXIF (orientation, tag 0x0112)."""
 
 
 def name_of(source: Source) -> str:
@@ -27,11 +44,12 @@ def _open(source: Source) -> Image.Image:
     try:
         with Image.open(source if isinstance(source, Path) else io.BytesIO(source[1])) as file:
             file.load()
-            return ImageOps.exif_transpose(file)
+            # Pillow's exif_transpose would also write the EXIF anew, and fail where another of its tags is odd.
+            turn = _TURNS.get(_orientation(file))
+            return file.copy() if turn is None else file.transpose(turn)
     except UnidentifiedImageError:
         raise BadInput(f"cannot read image {name_of(source)}: it is not an image") from None
-    # What Pillow raises for a damaged file depends on where it is damaged.
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except _DAMAGED as error:
         reason = first_line(error)
         raise BadInput(f"cannot read image {name_of(source)}: {reason}") from None
 
@@ -39,7 +57,14 @@ def _open(source: Source) -> Image.Image:
 def exif_orientation(source: Source) -> int:
     """Return how a file is to be turned, by the numbers of EXIF; 1 for not at all."""
     with Image.open(source if isinstance(source, Path) else io.BytesIO(source[1])) as file:
+        return _orientation(file)
+
+
+def _orientation(file: Image.Image) -> int:
+    try:
         return int(file.getexif().get(ExifTags.Base.Orientation, 1))
+    except _DAMAGED:  # the EXIF, not the pixels
+        return 1
 
 
 def read_picture(source: Source, in_chans: int) -> Image.Image:

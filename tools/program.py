@@ -8,7 +8,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from mdeq import WeightsError
@@ -99,6 +100,20 @@ class DeferredSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
+
+    @contextmanager
+    def acted_on(self) -> Iterator[None]:
+        """Have signals do what they ever do for a while, also those that have come already."""
+        noted, numbers = self.received, [*self._before]
+        self.__exit__()
+        self.received = None
+        try:
+            if noted is not None:
+                signal.raise_signal(noted)
+            yield
+        finally:
+            if numbers:
+                self.__enter__()
 
     def _note(self, number: int, frame: object) -> None:
         if self.received == number == signal.SIGINT and "RANK" not in os.environ:

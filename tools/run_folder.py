@@ -59,7 +59,8 @@ def plan(path: Path | None, overrides: Sequence[str]) -> Plan:
     if config.run.autoresume and folder is None:
         raise BadInput("run.autoresume=true needs run.out_dir, where the run is or is to be")
     there = folder is not None and (folder / STATE_FILE).exists()
-    if not (config.run.resume or (config.run.autoresume and there)):
+    resume = config.run.resume or (config.run.autoresume and there)
+    if not resume:
         return Plan(config, name, folder)
     if folder is None:
         folder = _newest(name)

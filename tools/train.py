@@ -92,6 +92,11 @@ class Run:
         self.result: dict[str, float] = {}  # of the last evaluation
         if state is not None:
             self._restore(state)
+        if process.world_size > 1:
+            places = torch.tensor([self.trainer.num_steps, -self.trainer.num_steps], device=process.device)
+            torch.distributed.all_reduce(places, op=torch.distributed.ReduceOp.MIN)
+            if places[0] != -places[1]:
+                raise BadInput("processes would go on from different steps; run.out_dir must be a folder that all see")
         if process.is_main:
             self.log = RunLog(self.folder, config.run, dataclasses.asdict(config), self.epoch, self.id)
 
@@ -110,6 +115,11 @@ class Run:
             model = build.build_model(start, classes, for_training=True)
         for found, origin in ((classes, "the training split"), (test_classes, "the test split")):
             build.check_classes(model, found, origin)
+        names, test_names = train_batches.class_names, test_batches.class_names
+        if names and test_names and names != test_names:  # the same number would be of another class
+            raise BadInput(
+                f"classes of the training split: {', '.join(names)}; of the test split: {', '.join(test_names)}"
+            )
         config.data.num_classes = model.num_classes  # the effective config, from which validate.py builds the model
         # And the solver and gradient that were brought by weights which the model is not built with any more then.
         for name, part in (("solver", model.deq.solver), ("gradient", model.deq.gradient)):
@@ -205,6 +215,8 @@ class Run:
             write_text(self.folder / CONFIG_FILE, text)
             export(self.final_model, self.folder, build.data_record(self.config, self.test_batches.class_names))
             self.saved = time.monotonic()
+        if final:
+            trainer.agree(True)  # the others wait: torchrun would end this process with the first that ends
 
     @property
     def minutes(self) -> float | None:
@@ -228,6 +240,14 @@ class Run:
         splits = {"training": self.train_batches, "test": self.test_batches}
         counts = {f"number of {name} samples": split.num_samples for name, split in splits.items()}
         return {"classes": ", ".join(self.test_batches.class_names), **counts}
+
+    def data_line(self) -> str:
+        """Return what it trains on, in words."""
+        counts = [batches.num_samples for batches in (self.train_batches, self.test_batches)]
+        train, test = ("unknown numbers of" if count is None else f"{count:,}" for count in counts)
+        names = self.test_batches.class_names
+        listed = f" ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})" if names else ""
+        return f"{train} training and {test} test samples, {self.model.num_classes} classes{listed}"
 
     def _restore(self, state: dict[str, Any]) -> None:
         trainer, origin = self.trainer, self.folder / STATE_FILE
@@ -273,23 +293,21 @@ class Run:
         Raises:
             BadInput: where steps come to nothing, or data cannot be read; the last checkpoint stays.
         """
-        while self.epoch < self.config.run.epochs:
-            if self.trained is None:
-                with self.signals:
+        with self.signals:
+            while self.epoch < self.config.run.epochs:
+                if self.trained is None:
                     metrics = self._train_epoch()
                     self.trainer.agree(True)  # also on signals that came late in the last step
-                    if self.batch < len(self.train_batches):
+                    if self.batch == len(self.train_batches):
+                        self.trained = metrics
+                    if self.trained is None or self.trainer.stop == Stop.SIGNAL:  # which does not wait for a test
                         self.save(final=True)
                         return False
-                    self.trained = metrics
-                    if self.trainer.stop == Stop.SIGNAL:  # which does not wait for a test
-                        self.save(final=True)
-                        return False
-            self._end_epoch(self.trained)
-            self.trainer.agree(True)  # on the time that the test took
-            if self.trainer.stop and self.epoch < self.config.run.epochs:
-                self.save(final=True)  # also after a step that was skipped
-                return False
+                self._end_epoch(self.trained)
+                self.trainer.agree(True)  # on the time that the test took
+                if self.trainer.stop == Stop.SIGNAL or (self.trainer.stop and self.epoch < self.config.run.epochs):
+                    self.save(final=True)  # also after a step that was skipped
+                    return False
         return True
 
     def _train_epoch(self) -> dict[str, float]:
@@ -332,7 +350,8 @@ class Run:
         if last or (self.epoch + 1) % config.run.eval_every == 0:
             self.save(final=last)  # a test that fails must not cost the epoch
             try:
-                self.result = self.evaluate()
+                with self.signals.acted_on():
+                    self.result = self.evaluate()
             except BadInput as error:
                 raise BadInput(f"{message_of(error)}; the run is kept, go on with run.resume=true") from None
             row.update({f"test_{key}": value for key, value in self.result.items()})
@@ -419,7 +438,7 @@ def main() -> None:
             size = "x".join(map(str, (spec.size[0], *(start.config.data.patch_size or spec.size[1:]))))
             what = f"{count:,} trainable parameters, input {size}, on {process.device}"
             print(f"{model.name} from {origin}: {what}, run in {folder}")
-            for line in split_lines(start.config.data):
+            for line in (run.data_line(), *split_lines(start.config.data)):
                 print(line)
             optim, epochs = start.config.optim, start.config.run.epochs
             if optim.schedule != "none" and optim.warmup_epochs >= epochs:

@@ -320,13 +320,21 @@ def evaluate_split(arguments: argparse.Namespace, measured: Measurements) -> Non
 
 
 def tell_other_classes(arguments: argparse.Namespace, config: TrainConfig, batches: Batches) -> None:
-    """Print the classes that weights were trained for where those of the data are others."""
+    """Print the classes that weights were trained for where those of the data are others.
+
+    Raises:
+        BadInput: if a class that both have has another number in the data.
+    """
     place = config.model.name if arguments.checkpoint is None else f"local-dir:{run_of(arguments.checkpoint)}"
     known = arguments.checkpoint is not None or config.model.pretrained
     labels = tuple(recorded_config(place).get("label_names") or ()) if known else ()
     if labels and batches.class_names and labels != batches.class_names:
-        weights = arguments.checkpoint or config.model.name
-        print(f"classes of {weights}: {', '.join(labels)}; classes of the data: {', '.join(batches.class_names)}")
+        weights, names = arguments.checkpoint or config.model.name, batches.class_names
+        told = f"classes of {weights}: {', '.join(labels)}; classes of the data: {', '.join(names)}"
+        moved = [name for name in names if name in labels and labels.index(name) != names.index(name)]
+        if moved:
+            raise BadInput(f"{told}; {moved[0]} is not the same number in both, so no score would mean anything")
+        print(told)
 
 
 def main() -> None:
