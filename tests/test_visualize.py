@@ -2,7 +2,10 @@
 
 import base64
 import io
+import os
 import re
+import shutil
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -436,6 +439,13 @@ def test_inputs_after_the_options_and_one_that_is_none(
         in visualize(classifier[0], tmp_path / "bad.png", tmp_path / "nowhere.png", "--out", tmp_path / "other").err
     )
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text there")
+def test_a_file_name_that_is_no_text(classifier: tuple[Path, nn.Module], photo: Path, tmp_path: Path) -> None:
+    shutil.copy(photo, tmp_path / os.fsdecode(b"caf\xe9.png"))
+    visualize(classifier[0], tmp_path / os.fsdecode(b"caf\xe9.png"), "--out", tmp_path / "out", *QUICK).ok()
+    assert "caf?" in (tmp_path / "out" / "index.html").read_text()
 
 
 @pytest.fixture(scope="module")

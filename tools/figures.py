@@ -82,9 +82,14 @@ def median(table: np.ndarray) -> np.ndarray:
     return result
 
 
+def readable(text: str) -> str:
+    """Return a text without what cannot be written, such as bytes in names of files that are no UTF-8."""
+    return text.encode(errors="replace").decode()
+
+
 def entitle(figure: Figure, title: str) -> None:
     """Set the title of a whole figure, in lines that fit."""
-    lines = textwrap.fill(title, max(40, int(12 * figure.get_figwidth())))
+    lines = textwrap.fill(readable(title), max(40, int(12 * figure.get_figwidth())))
     figure.suptitle(lines, fontsize=11, parse_math=False)
 
 

@@ -25,6 +25,7 @@ import mdeq
 from tools.batches import VOID, Process, memory_for
 from tools.checkpoint import check_folder, make_folder, write_atomically, write_text
 from tools.config import BadInput, split_overrides
+from tools.figures import readable
 from tools.gallery import CAPTIONS, NEEDS_DATA, DataStudy, Subject
 from tools.inputs import add_input_arguments, check_size, input_files
 from tools.page import Picture, page
@@ -172,7 +173,7 @@ def save(folder: Path, pictures: Sequence[Picture], text: str) -> None:
     make_folder(folder)
     for picture in pictures:
         write_atomically(folder / f"{picture.name}.png", lambda path, content=picture.png: path.write_bytes(content))
-    write_text(folder / PAGE, text)
+    write_text(folder / PAGE, readable(text))
 
 
 if __name__ == "__main__":
