@@ -325,14 +325,14 @@ def read_batches(
         raise BadInput(f"data.root={config.root}: webdatasets are read from folders, so download their shards first")
     is_torchvision = reader[0] == "torch" and reader[-1] in ("folder", "image_folder")
     is_folder = not name or is_torchvision
-    root = _require_split(Path(config.root), split, training) if is_folder else Path(config.root)
+    root = _require_split(Path(config.root), split, training) if is_folder else config.root
     if training:
         require_augment(config, "none", "flip", "crop_flip", "imagenet", jittered=["imagenet"])
     mode = "L" if spec.size[0] == 1 else "RGB"
     per_process = config.batch_size // process.world_size
     try:
-        if not name and root.is_dir():
-            folders = ClassFolders(root)
+        if not name and Path(root).is_dir():
+            folders = ClassFolders(Path(root))
             if process.is_main and (left_out := folders.left_out_line()):
                 print(left_out, file=sys.stderr)
             dataset: Any = ImageDataset(str(root), reader=folders, input_img_mode=mode)
@@ -357,7 +357,7 @@ def read_batches(
         place = (Path(config.root), config.train_split)
         _require_same_classes(*place, set(classes), split, torchvision=is_torchvision)
     if training and classes and len(classes) < 2:
-        raise BadInput(f"{root} holds one class, {next(iter(classes))}; expected {root / '<class>'}/... of two or more")
+        raise BadInput(f"{root} holds one class, {next(iter(classes))}; expected two or more")
     if training and config.num_train is not None:
         raise BadInput("data.num_train is not for image folders or timm's readers; use a smaller split or folder")
     count, is_stream = len(dataset), isinstance(dataset, IterableDataset)

@@ -457,9 +457,8 @@ def main() -> None:
     stopped = not done and run.trainer.stop == Stop.SIGNAL
     code = 128 + (run.signals.received or signal.SIGTERM) if stopped else 0  # the signal may be another process's
     if process.world_size > 1:  # not after an error: NCCL would wait for processes that wait for this one
-        del (
-            run
-        )  # with the group's last other owner: freed by it, PyTorch 2.6 joins a thread that waits for Python's lock
+        # The run holds the group too: freed by it, PyTorch 2.6 joins a thread that waits for Python's lock.
+        del run
         gc.collect()
         torch.distributed.destroy_process_group()
     if code:
