@@ -367,7 +367,7 @@ def signal_after_step(number: int, *codes: int, rank: int = 0) -> Hook:
 
 
 def signal_in_save(number: int, *codes: int) -> Hook:
-    """Have the process get signals at the begin of a checkpoint, counted from 1."""
+    """Have the process get signals at the beginning of a checkpoint, counted from 1."""
     return partial(_signal_after, "save_state", number, codes, 0)
 
 

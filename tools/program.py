@@ -104,7 +104,7 @@ class DeferredSignals:
     @contextmanager
     def acted_on(self) -> Iterator[None]:
         """Have signals do what they ever do for a while, also those that have come already."""
-        noted, numbers = self.received, [*self._before]
+        noted, deferring = self.received, bool(self._before)
         self.__exit__()
         self.received = None
         try:
@@ -112,7 +112,7 @@ class DeferredSignals:
                 signal.raise_signal(noted)
             yield
         finally:
-            if numbers:
+            if deferring:
                 self.__enter__()
 
     def _note(self, number: int, frame: object) -> None:

@@ -447,15 +447,19 @@ def main() -> None:
                     f"run.epochs={epochs})",
                     file=sys.stderr,
                 )
-        done = run.train()
-        if done:
+        code = 0
+        if run.train():
             run.finish()
-        elif process.is_main:
-            place = f"epoch {run.epoch + 1}, step {run.trainer.num_steps}"
-            what = "interrupted" if run.trainer.stop == Stop.SIGNAL else "time is up"
-            print(f"{what} at {place}; continue with run.resume=true")
-    stopped = not done and run.trainer.stop == Stop.SIGNAL
-    code = 128 + (run.signals.received or signal.SIGTERM) if stopped else 0  # the signal may be another process's
+        else:
+            what = "time is up"
+            if run.trainer.stop == Stop.SIGNAL:
+                what, code = (
+                    "interrupted",
+                    128 + (run.signals.received or signal.SIGTERM),
+                )  # it may be another process's
+            if process.is_main:
+                place = f"epoch {run.epoch + 1}, step {run.trainer.num_steps}"
+                print(f"{what} at {place}; continue with run.resume=true")
     if process.world_size > 1:  # not after an error: NCCL would wait for processes that wait for this one
         # The run holds the group too: freed by it, PyTorch 2.6 joins a thread that waits for Python's lock.
         del run
