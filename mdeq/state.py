@@ -71,5 +71,5 @@ def lies_channels_last(x: Tensor) -> bool:
 
 def _shaped(part: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
     if channels_last:
-        return part.unflatten(1, (*shape[1:], shape[0])).movedim(-1, 1)
-    return part.unflatten(1, shape) if shape else part[:, 0]
+        return part.view(part.shape[0], *shape[1:], shape[0]).movedim(-1, 1)
+    return part.view(part.shape[0], *shape)

@@ -18,6 +18,7 @@ class _History:
     gram: Tensor  # (B, M, M) inner products of dg
     rhs: Tensor  # (B, M) dg^T g_k
     last_g: Tensor  # (B, D)
+    bounds: Tensor  # (B, M + 2) 0, gamma with the oldest first, and 1 from there on
     count: int = 0  # calls so far, k
 
     def take(self, index: Tensor) -> "_History":
@@ -26,8 +27,8 @@ class _History:
             self.dg[: len(index), j] = self.dg[index, j]
         for j, mixed in enumerate(self.mixed):
             self.mixed[j] = mixed[index]
-        gram, rhs, last_g = (x[index] for x in (self.gram, self.rhs, self.last_g))
-        return _History(self.mixed, self.dg[: len(index)], gram, rhs, last_g, self.count)
+        gram, rhs, last_g, bounds = (x[index] for x in (self.gram, self.rhs, self.last_g, self.bounds))
+        return _History(self.mixed, self.dg[: len(index)], gram, rhs, last_g, bounds, self.count)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +61,16 @@ class Anderson(FixedPointSolver):
     def init(self, z0: Tensor) -> _History:
         batch, dim = z0.shape
         slots = max(min(self.history - 1, self.max_steps - 1), 0)
+        small, wide = small_dtype(z0), torch.promote_types(z0.dtype, torch.float32)
+        bounds = z0.new_ones((batch, slots + 2), dtype=wide)
+        bounds[:, 0].fill_(0)
         return _History(
             mixed=[],
             dg=z0.new_empty((batch, slots, dim)),
-            gram=z0.new_zeros((batch, slots, slots), dtype=small_dtype(z0)),
-            rhs=z0.new_zeros((batch, slots), dtype=small_dtype(z0)),
+            gram=z0.new_zeros((batch, slots, slots), dtype=small),
+            rhs=z0.new_zeros((batch, slots), dtype=small),
             last_g=z0,
+            bounds=bounds,
         )
 
     def propose(self, memory: _History, z: Tensor, f: Tensor, g: Tensor) -> Tensor:
@@ -81,17 +86,17 @@ class Anderson(FixedPointSolver):
         # One pass over dg, for the right-hand side. The new row of the Gram matrix is its change since the last step,
         # but for the diagonal.
         small = small_dtype(g)
-        rhs = (g.to(small).unsqueeze(1) @ memory.dg[:, :used].to(small).mT).squeeze(1)
+        rhs = torch.bmm(g.to(small).unsqueeze(1), memory.dg[:, :used].to(small).mT).squeeze(1)
         row = rhs - memory.rhs[:, :used]
         row[:, newest] = torch.linalg.vector_norm(dg, dim=1, dtype=small).square()
         memory.gram[:, newest, :used] = memory.gram[:, :used, newest] = row
         memory.rhs[:, :used] = rhs
-        gamma = self._least_squares(memory.gram[:, :used, :used], rhs).roll(-1 - newest, dims=1)  # the oldest first
+        gamma = self._least_squares(memory.gram[:, :used, :used], rhs)
         # m_k - sum_j gamma_j (m_{j+1} - m_j), as weights of the m_j. Coarse products of whole iterates would be off by
         # thousandths of their length: they are summed element by element (no TF32), and in no less than float32.
-        wide = torch.promote_types(g.dtype, torch.float32)
-        one = torch.ones_like(gamma[:, :1])
-        weights = torch.cat((torch.zeros_like(one), gamma, one), dim=1).diff(dim=1).to(wide)
+        memory.bounds[:, 1 : used + 1] = gamma.roll(-1 - newest, dims=1)
+        weights = memory.bounds[:, 1 : used + 2] - memory.bounds[:, : used + 1]
+        wide = weights.dtype
         step = mixed.to(wide) * weights[:, -1:]
         for j, earlier in enumerate(memory.mixed[:-1]):
             step.addcmul_(earlier.to(wide), weights[:, j : j + 1])
@@ -99,14 +104,13 @@ class Anderson(FixedPointSolver):
 
     def _least_squares(self, gram: Tensor, rhs: Tensor) -> Tensor:
         """Solve gram gamma = rhs per sample, `(B, M, M)` and `(B, M)`, after scaling every column to unit length."""
-        eps = torch.finfo(gram.dtype).eps
+        eps, tiny = torch.finfo(gram.dtype).eps, torch.finfo(gram.dtype).tiny
         if gram.dtype == torch.bfloat16:  # linear algebra has no such kernels
             gram, rhs = gram.float(), rhs.float()
-        length = gram.diagonal(dim1=1, dim2=2).sqrt()
-        scale = torch.where(length > 0, 1 / length, torch.zeros_like(length))  # a column of zeros takes no part
-        ridge = max(self.ridge, 10 * eps)
+        # A column of zeros takes no part: whatever its scale, products with it are 0.
+        scale = gram.diagonal(dim1=1, dim2=2).clamp(min=tiny).rsqrt()
         system = gram * scale.unsqueeze(1) * scale.unsqueeze(2)
-        system = system + ridge * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+        system = system + max(self.ridge, 10 * eps) * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
         if is_static(rhs):
             gamma = _eliminate(system, rhs * scale)
         else:  # the checked version would raise on one bad sample, and wait for the device to do so

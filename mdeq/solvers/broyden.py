@@ -6,6 +6,7 @@ from functools import reduce
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .base import FixedPointSolver, FlatFn, SolveStats, _require, _require_count, is_static, small_dtype
@@ -111,17 +112,18 @@ class Broyden(FixedPointSolver):
         # One pass over the history for d_j^T d_{k-1} and d_j^T g, which lie side by side in it. A CPU is faster at this
         # order of the factors, with the long axis last in both.
         small = small_dtype(g)
-        products = (part[:, k - 1 :] @ part[:, :k].mT for part in _parts(memory.d[:, : k + 1], small))
+        products = (torch.bmm(part[:, k - 1 :], part[:, :k].mT) for part in _parts(memory.d[:, : k + 1], small))
         gram, right = reduce(torch.add, products).unbind(1)  # (B, k) each
-        short = 1 - memory.length[:, :k]
+        short = 1 - memory.length[:, :k] if self.line_search else None
         self._append_row(memory, gram, short)
-        c = (memory.solve[:, :k, :k] @ (right * memory.scale[:, :k]).unsqueeze(2)).squeeze(2)
-        weights = torch.cat((torch.zeros_like(c[:, :1]), c[:, :-1], torch.ones_like(c[:, :1])), dim=1)
-        weights[:, :-1] -= short * c
+        c = torch.bmm(memory.solve[:, :k, :k], (right * memory.scale[:, :k]).unsqueeze(2)).squeeze(2)
+        weights = F.pad(c, (1, 0))  # 0, c_0 .. c_{k-2}, 1
+        weights[:, -1].fill_(1)
+        if short is not None:
+            weights[:, :-1] -= short * c
         # d_k = (v - (1 - l) c_{k-1} d_{k-1}) / (1 - c_{k-1}); a vanishing denominator means no secant information.
         denominator = 1 - c[:, -1:]
-        tiny = 10 * torch.finfo(g.dtype).eps
-        denominator = torch.where(denominator.abs() > tiny, denominator, torch.ones_like(denominator))
+        denominator = denominator.masked_fill(denominator.abs() <= 10 * torch.finfo(g.dtype).eps, 1)
         weights = (weights / denominator).unsqueeze(1)
         steps = [torch.bmm(weights, part).squeeze(1).to(g.dtype) for part in _parts(memory.d[:, : k + 1], small)]
         step = steps[0] if len(steps) == 1 else torch.cat(steps, dim=1)
@@ -147,19 +149,21 @@ class Broyden(FixedPointSolver):
         return w.to(dtype)
 
     @staticmethod
-    def _append_row(memory: _Directions, gram: Tensor, short: Tensor) -> None:
+    def _append_row(memory: _Directions, gram: Tensor, short: Tensor | None) -> None:
         """Extend the inverse of the triangular system by the row of the last direction, given d_j^T d_{k-1} `(B, k)`.
 
-        Row j of the system reads c_j - sum_{i<j} (d_j^T u_i / |d_j|^2) c_i = d_j^T g / |d_j|^2.
+        Row j of the system reads c_j - sum_{i<j} (d_j^T u_i / |d_j|^2) c_i = d_j^T g / |d_j|^2. Where steps may be cut,
+        `short` is 1 - l_j.
         """
         last = gram.shape[1] - 1
         square = gram[:, last]
         known = square >= torch.finfo(square.dtype).tiny  # of a denormal number the reciprocal is infinite
-        memory.scale[:, last] = torch.where(known, 1 / square, torch.zeros_like(square))
+        memory.scale[:, last] = (1 / square).masked_fill(~known, 0)
         memory.solve[:, last, last].fill_(1)  # an assignment would make a tensor on the host first
         if last > 0:
-            row = (gram[:, 1:] - short[:, :-1] * gram[:, :-1]) * memory.scale[:, last : last + 1]
-            memory.solve[:, last, :last] = (row.unsqueeze(1) @ memory.solve[:, :last, :last]).squeeze(1)
+            products = gram[:, 1:] if short is None else gram[:, 1:] - short[:, :-1] * gram[:, :-1]
+            row = (products * memory.scale[:, last : last + 1]).unsqueeze(1)
+            memory.solve[:, last, :last] = torch.bmm(row, memory.solve[:, :last, :last]).squeeze(1)
 
     @property
     def looks_back(self) -> bool:
