@@ -24,6 +24,7 @@ from hub_client import digest
 from hub_server import TOKEN, Hub, serving
 from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import load_file, save_file
+from timm.data import resolve_data_config
 
 import mdeq
 import tools.publish
@@ -321,6 +322,16 @@ def test_licence_of_a_run(name: str, pretrained: bool, data: str, expected: str 
     assert model.pretrained_cfg["license"] == expected
 
 
+def test_constants_of_a_run_are_as_many_as_its_channels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """timm would say at every save that they are not."""
+    model = timm.create_model("test_mdeq", in_chans=1)
+    renew_cfg(model, ModelConfig(name="test_mdeq"), DataConfig(name="folder", image_size=32))
+    assert (len(model.pretrained_cfg["mean"]), len(model.pretrained_cfg["std"])) == (1, 1)
+    spec = resolve_data_config(model=model)
+    assert (spec["mean"], spec["std"]) == (model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
+    assert "does not match" not in capsys.readouterr().out
+
+
 def test_card_of_weights_that_started_from_others(finished: Path, tmp_path: Path) -> None:
     """The licence in its config.json goes into the card, in its head and in words."""
     shutil.copytree(finished, tmp_path / "run")
@@ -338,6 +349,57 @@ def test_card_of_weights_that_started_from_others(finished: Path, tmp_path: Path
     card = tools_publish().publication(tmp_path / "run", "org/test_mdeq.digits").texts["README.md"]
     assert "\nlicense:" not in card
     assert "The licence of the weights was not recorded" in card
+
+
+def own_data(run: Path) -> None:
+    """Have a run be one on images of one's own."""
+    path = run / "config.yaml"
+    path.write_text(path.read_text().replace("name: digits", "name: folder"))
+    path = run / "config.json"
+    config = json.loads(path.read_text())
+    config["pretrained_cfg"].pop("license")  # unknown while it was trained
+    path.write_text(json.dumps(config))
+
+
+def test_card_of_own_data(finished: Path, tmp_path: Path) -> None:
+    """What the package does not know of data is said when the weights are published."""
+    shutil.copytree(finished, tmp_path / "run")
+    own_data(tmp_path / "run")
+    plain = tools_publish().publication(tmp_path / "run", "me/leaves").texts["README.md"]
+    assert "trained on folder" in plain
+    assert "Data: not recorded." in plain
+    said = {"title": "Leaves", "licence": "CC BY 4.0", "citation": "A. Botanist 2026", "weights_licence": "cc-by-4.0"}
+    content = tools_publish().publication(tmp_path / "run", "me/leaves", about_data=said)
+    card = content.texts["README.md"]
+    assert content.config["pretrained_cfg"]["license"] == "cc-by-4.0"
+    assert content.config["pretrained_cfg"]["description"] == "test_mdeq trained on Leaves"
+    for text in (
+        "\nlicense: cc-by-4.0\n", "name: Leaves\n", "trained on Leaves:", "Data: A. Botanist 2026.",
+        "Code: Apache-2.0. Data: CC BY 4.0. The weights were trained on these data",
+    ):  # fmt: skip
+        assert text in card
+    assert "started from others" not in card
+
+
+def test_licence_of_own_data_does_not_undo_that_of_the_start(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    own_data(tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    config["pretrained_cfg"]["license"] = "cc-by-nc-4.0"
+    path.write_text(json.dumps(config))
+    content = tools_publish().publication(tmp_path / "run", "me/leaves", about_data={"weights_licence": "mit"})
+    assert content.config["pretrained_cfg"]["license"] == "other"
+
+
+def test_options_of_own_data(finished: Path, tmp_path: Path) -> None:
+    words = ("--repo", "me/leaves", "--dry-run", "--data-title", "Leaves", "--license", "mit")
+    line = run("publish", finished, *words).refusal()
+    assert "leave out --data-title, --license: what is to be said of digits is known" in line
+    assert "--data-title cannot be used with --readme" in run("publish", "--readme", "--data-title", "x").refusal()
+    shutil.copytree(finished, tmp_path / "run")
+    own_data(tmp_path / "run")
+    run("publish", tmp_path / "run", *words).ok()
 
 
 def test_card_of_a_stopped_run(finished: Path, tmp_path: Path) -> None:

@@ -168,6 +168,15 @@ def test_one_unreadable_file(classifier: tuple[Path, nn.Module], photos: Path, t
     assert "no prediction" in said.out
 
 
+def test_files_of_other_kinds_are_left_out(classifier: tuple[Path, nn.Module], photos: Path, tmp_path: Path) -> None:
+    shutil.copytree(photos, tmp_path / "photos")
+    for name in ("a.HEIC", "notes.txt", "b.heic", ".hidden"):
+        (tmp_path / "photos" / name).touch()
+    outcome = predict(classifier[0], tmp_path / "photos", "--out", tmp_path / "out")
+    outcome.ok()
+    assert f"warning: {tmp_path / 'photos'}: 3 files of other kinds are left out (.heic, .txt)" in outcome.err
+
+
 def test_label_maps(segmenter: tuple[Path, nn.Module], tmp_path: Path) -> None:
     """Labels are the argmax at the image's size; map and overlay are there; all is marked where nothing converged."""
     folder, model = segmenter

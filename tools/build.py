@@ -220,6 +220,8 @@ def renew_cfg(model: mdeq.Backbone, start: ModelConfig, data: DataConfig) -> Non
     # config.json gets the names of labels from the data.
     anew = {
         "input_size": size,
+        "mean": spec.mean,  # as many as the model has channels
+        "std": spec.std,
         **({"crop_pct": 1.0} if data.name in ARRAYS else {}),  # which are resized as a whole
         "tag": "",
         "license": licence,

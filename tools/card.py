@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from mdeq import SolveStatus
 from tools.batches import evaluated_split
-from tools.known_data import Dataset, dataset
+from tools.known_data import Dataset, data_of
 from tools.recheck import evaluated_config
 from tools.scores import CLASS_SCORES, SCORES
 from tools.steps import ALL
@@ -36,7 +36,7 @@ def model_card(repo: str, config: Mapping[str, Any], record: Mapping[str, Any]) 
         config: the config.json.
         record: see `tools.publish.record_of`.
     """
-    data, name = dataset(record["data"]), repo.rpartition("/")[2]
+    data, name = data_of(record), repo.rpartition("/")[2]
     kind = "deep equilibrium model" if config["architecture"].startswith("deq") else "multiscale deep equilibrium model"
     parts = [
         f"---\n{front_matter(name, config, record)}\n---",
@@ -70,7 +70,7 @@ def licence(weights: str | None, data: Dataset) -> str:
 
 def front_matter(name: str, config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     """Return the metadata that the Hub reads, as YAML."""
-    data, evaluation = dataset(record["data"]), record["evaluation"]
+    data, evaluation = data_of(record), record["evaluation"]
     score = SCORES[evaluation["metric"]]
     result = EvalResult(
         task_type=data.task,
@@ -166,7 +166,7 @@ def _release_row(name: str, record: Mapping[str, Any]) -> list[str]:
     minutes = "" if None in times else f", {sum(times):.0f} min"
     return [
         f"`{name}`",
-        dataset(record["data"]).title,
+        data_of(record).title,
         words,
         f"{_number(metrics[key], digits)}{unit}{spread}",
         f"{_number(twice[key], digits)}{unit}",

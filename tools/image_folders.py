@@ -6,7 +6,6 @@ import logging
 import os
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -31,7 +30,7 @@ from tools.batches import (
     stand_apart,
 )
 from tools.config import BadInput, DataConfig, nearest
-from tools.images import SUFFIXES, read_picture
+from tools.images import SUFFIXES, left_out_line, read_picture
 
 LITTER = ("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini")  # beside what begins with a dot
 READERS = {
@@ -212,11 +211,11 @@ class ClassFolders(Reader):
 
     def __init__(self, root: Path) -> None:
         super().__init__()
-        self.root, self.left_out = root, Counter[str]()
+        self.root, self.left_out = root, list[Path]()
         found: dict[Path, list[str]] = {}
         for place, files in _walk(root):
             images = [file for file in files if file.lower().endswith(SUFFIXES)]
-            self.left_out.update(Path(file).suffix.lower() or file for file in {*files} - {*images})
+            self.left_out += [place / file for file in {*files} - {*images}]
             if images:
                 found[place] = images
         if not found:
@@ -238,12 +237,6 @@ class ClassFolders(Reader):
         self.class_to_idx = {name: number for number, name in enumerate(names)}
         samples = [(str(place / file), self.class_to_idx[place.name]) for place in found for file in found[place]]
         self.samples = sorted(samples, key=lambda sample: (natural_key(sample[0]), sample[0]))
-
-    def left_out_line(self) -> str:
-        """Return a warning of files that are no images; empty where there are none."""
-        kinds, more = [kind for kind, _ in self.left_out.most_common(4)], ", ..." if len(self.left_out) > 4 else ""
-        what = f"{self.left_out.total()} files of other kinds are left out ({', '.join(kinds)}{more})"
-        return f"warning: {self.root}: {what}" if kinds else ""
 
     def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
         path, target = self.samples[index]
@@ -333,8 +326,8 @@ def read_batches(
     try:
         if not name and Path(root).is_dir():
             folders = ClassFolders(Path(root))
-            if process.is_main and (left_out := folders.left_out_line()):
-                print(left_out, file=sys.stderr)
+            if process.is_main and folders.left_out:
+                print(left_out_line(folders.root, folders.left_out), file=sys.stderr)
             dataset: Any = ImageDataset(str(root), reader=folders, input_img_mode=mode)
         else:
             dataset = create_dataset(

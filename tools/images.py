@@ -2,6 +2,8 @@
 
 import io
 import struct
+from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,13 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """What brings a picture upright, by the numbers of EXIF (orientation, tag 0x0112)."""
+
+
+def left_out_line(folder: Path, files: Collection[Path]) -> str:
+    """Return a warning of files of a folder that are of no kind that is read there."""
+    kinds = Counter(file.suffix.lower() or file.name for file in sorted(files))
+    listed, more = ", ".join(kind for kind, _ in kinds.most_common(4)), ", ..." if len(kinds) > 4 else ""
+    return f"warning: {folder}: {len(files)} files of other kinds are left out ({listed}{more})"
 
 
 def name_of(source: Source) -> str:

@@ -2,10 +2,12 @@
 
 import argparse
 import glob
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from tools.config import BadInput
+from tools.images import left_out_line
 
 
 def add_input_arguments(parser: argparse.ArgumentParser, *, inputs: str, patch: str) -> None:
@@ -46,11 +48,13 @@ def input_files(words: Sequence[str], suffixes: Sequence[str], out: Path) -> lis
     for word in words:
         path = Path(word)
         if path.is_dir():
-            files = [file for file in sorted(path.iterdir()) if file.name.lower().endswith(tuple(suffixes))]
             # A link to nothing is an input that cannot be read, and said to be.
-            files = [file for file in files if not file.is_dir() and not file.name.startswith(".")]
+            there = [file for file in sorted(path.iterdir()) if not file.is_dir() and not file.name.startswith(".")]
+            files = [file for file in there if file.name.lower().endswith(tuple(suffixes))]
             if not files:
                 raise BadInput(f"no {', '.join(suffixes)} files in {path}")
+            if others := {*there} - {*files}:
+                print(left_out_line(path, others), file=sys.stderr)
         elif not path.exists() and glob.has_magic(word):
             files = [Path(name) for name in sorted(glob.glob(word))]
             if not files:

@@ -1,6 +1,9 @@
 """What is known of the data sets that weights come from: names, licences, citations, classes, caveats."""
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from tools.data import CIFAR_CLASSES
 from tools.segmentation_data import CAMVID_CLASSES, CITYSCAPES_CLASSES
@@ -102,6 +105,11 @@ DATASETS = {
 def dataset(name: str) -> Dataset:
     """Return what is known of a data set; of one that is not in the table, its name alone."""
     return DATASETS.get(name) or Dataset(name, "not recorded", "not recorded", weights_licence=None)
+
+
+def data_of(record: Mapping[str, Any]) -> Dataset:
+    """Return what is known of the data of a record; of one's own, what was said when the weights were published."""
+    return dataclasses.replace(dataset(record["data"]), **record.get("about_data", {}))
 
 
 def combined_licence(data: str | None, start: str | None) -> str | None:

@@ -40,7 +40,7 @@ from tools.checkpoint import (
     write_text,
 )
 from tools.config import BadInput, TrainConfig, config_yaml, first_line, load_config, parse_config
-from tools.known_data import combined_licence, dataset
+from tools.known_data import DATASETS, combined_licence, data_of
 from tools.program import Parser, program
 from tools.recheck import put_into_card, read_release, solver_of_record
 from tools.results import ROOT, read_results, write_json
@@ -69,9 +69,16 @@ class Publication:
         }
 
 
+ABOUT_DATA = {
+    "data_title": "title",
+    "data_license": "licence",
+    "data_citation": "citation",
+    "license": "weights_licence",
+}
+"""Options that tell of data which the package does not know, and what they are called there."""
 WORDS_OF = {
-    "repo": ("seeds", "stage", "note", "private"),
-    "release": ("seeds", "stage", "note", "ship", "keep", "revision"),
+    "repo": ("seeds", "stage", "note", *ABOUT_DATA, "private"),
+    "release": ("seeds", "stage", "note", *ABOUT_DATA, "ship", "keep", "revision"),
     "all": ("runs", "private"),
     "readme": (),
 }
@@ -95,6 +102,10 @@ def parse_arguments() -> argparse.Namespace:
         "--stage", type=Path, metavar="RECORD", help="record in mdeq/weights/ of the weights that the run started from"
     )
     parser.add_argument("--note", action="append", default=[], help="a sentence for the card's limits; repeatable")
+    parser.add_argument("--license", help="own data: licence of the weights, as the Hub spells it, such as cc-by-4.0")
+    parser.add_argument("--data-title", help="own data: their name")
+    parser.add_argument("--data-license", help="own data: their licence")
+    parser.add_argument("--data-citation", help="own data: whom to cite")
     parser.add_argument("--private", action="store_true", help="make new repositories private")
     parser.add_argument("--dry-run", action="store_true", help="only show what would be sent or written")
     arguments = parser.parse_args()
@@ -108,9 +119,10 @@ def parse_arguments() -> argparse.Namespace:
     [mode] = [mode for mode in WORDS_OF if getattr(arguments, mode)]
     others = [word for words in WORDS_OF.values() for word in words if word not in WORDS_OF[mode]]
     if unused := [word for word in others if getattr(arguments, word)]:
-        raise BadInput(f"--{unused[0]} cannot be used with --{mode}")
+        raise BadInput(f"--{unused[0].replace('_', '-')} cannot be used with --{mode}")
     if adds_seeds and (unused := [word for word in WORDS_OF["release"][1:] if getattr(arguments, word)]):
-        raise BadInput(f"--{unused[0]} needs the folder of a run; leave out --{unused[0]} to add seeds")
+        word = unused[0].replace("_", "-")
+        raise BadInput(f"--{word} needs the folder of a run; leave out --{word} to add seeds")
     if arguments.repo is not None:
         try:
             validate_repo_id(arguments.repo)
@@ -121,8 +133,17 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
+def about_data(arguments: argparse.Namespace) -> dict[str, str]:
+    """Return what the command line says of the data, by fields of `known_data.Dataset`."""
+    return {field: getattr(arguments, word) for word, field in ABOUT_DATA.items() if getattr(arguments, word)}
+
+
 def record_of(
-    run: Path, seeds: Sequence[Path] = (), notes: Sequence[str] = (), stage: Path | None = None
+    run: Path,
+    seeds: Sequence[Path] = (),
+    notes: Sequence[str] = (),
+    stage: Path | None = None,
+    about_data: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Return all that the model card of a run needs.
 
@@ -131,6 +152,7 @@ def record_of(
         seeds: folders of runs that differ in the seed alone.
         notes: sentences for the section of limits.
         stage: record of the release that the run started from, whose training is then told too.
+        about_data: what is to be said of data that the package does not know, by fields of `known_data.Dataset`.
 
     Raises:
         BadInput: if the folder lacks something.
@@ -148,6 +170,9 @@ def record_of(
         data=dataclasses.replace(config.data, root="DIR"),
         run=dataclasses.replace(config.run, out_dir=None, resume=False),
     )
+    if about_data and config.data.name in DATASETS:
+        words = ", ".join(f"--{word.replace('_', '-')}" for word, field in ABOUT_DATA.items() if field in about_data)
+        raise BadInput(f"leave out {words}: what is to be said of {config.data.name} is known")
     results = _results(run)
     measured = results.get("steps_by", {}).get("settings")
     if measured is not None and measured != results["evaluation"].get("settings", []):
@@ -159,6 +184,7 @@ def record_of(
         raise BadInput(f"results.json in {run} lacks its table over steps; run tools/validate.py --steps again")
     return {
         "data": config.data.name,
+        **({"about_data": dict(about_data)} if about_data else {}),
         "steps": [],
         **results,
         "stages": [] if stage is None else _stages(stage, run),
@@ -265,20 +291,22 @@ def add_seeds(record: Path, runs: Sequence[Path], *, dry_run: bool) -> None:
         put_into_card(record, seeds=seeds)
 
 
-def config_of(run: Path, name: str, data: str, stage: Path | None) -> dict[str, Any]:
+def config_of(run: Path, name: str, record: Mapping[str, Any], stage: Path | None) -> dict[str, Any]:
     """Return the config.json of a run as it is published under a name `architecture.tag` or any other.
 
     Args:
         run: its folder.
         name: to publish it under.
-        data: the data set.
+        record: see `record_of`.
         stage: record of the release that it started from, whose licence counts too.
     """
     config = read_json(run / "config.json")
     architecture, _, tag = name.partition(".")
     if config.get("architecture") not in mdeq.list_models():
         raise BadInput(f"{run} holds {config.get('architecture')}, which is not a model of this package")
-    facts, licence = dataset(data), config["pretrained_cfg"].get("license")
+    facts, licence = data_of(record), config["pretrained_cfg"].get("license")
+    if said := record.get("about_data", {}).get("weights_licence"):  # it was not known at the training
+        licence = combined_licence(said, licence or said)
     if stage is not None:
         licence = combined_licence(facts.weights_licence, read_release(stage).config["pretrained_cfg"].get("license"))
     cfg = {
@@ -312,11 +340,16 @@ def checked_weights(weights: Path, config: Mapping[str, Any]) -> Path:
 
 
 def publication(
-    run: Path, repo: str, seeds: Sequence[Path] = (), notes: Sequence[str] = (), stage: Path | None = None
+    run: Path,
+    repo: str,
+    seeds: Sequence[Path] = (),
+    notes: Sequence[str] = (),
+    stage: Path | None = None,
+    about_data: Mapping[str, str] | None = None,
 ) -> Publication:
     """Return what goes to a repository from the folder of a run; see `record_of`."""
-    record = record_of(run, seeds, notes, stage)
-    config = config_of(run, repo.rpartition("/")[2], record["data"], stage)
+    record = record_of(run, seeds, notes, stage, about_data)
+    config = config_of(run, repo.rpartition("/")[2], record, stage)
     # Weights come with the solver by which their figure was measured, which need not be the one of their training.
     trained = config["model_args"].get("solver") or {}
     config["model_args"]["solver"] = solver_of_record(trained, record["evaluation"]["solver"])
@@ -344,7 +377,9 @@ def make_release(run: Path, name: str, folder: Path, arguments: argparse.Namespa
 
     Weights that lie beside the record and are others are removed. With `--dry-run` nothing is written.
     """
-    content = publication(run, f"{mdeq.HUB_ORG}/{name}", arguments.seeds, arguments.note, arguments.stage)
+    content = publication(
+        run, f"{mdeq.HUB_ORG}/{name}", arguments.seeds, arguments.note, arguments.stage, about_data(arguments)
+    )
     architecture, _, tag = name.partition(".")
     if architecture != content.config["architecture"] or not tag:
         raise BadInput(f"--release must be {content.config['architecture']}.TAG, got {name}")
@@ -452,7 +487,8 @@ def main() -> None:
             raise BadInput("there are no releases; make one with --release")
         contents = [released(release, arguments.runs) for release in mdeq.RELEASES.values()]
     else:
-        contents = [publication(arguments.run, arguments.repo, arguments.seeds, arguments.note, arguments.stage)]
+        words = (arguments.seeds, arguments.note, arguments.stage, about_data(arguments))
+        contents = [publication(arguments.run, arguments.repo, *words)]
     for content in contents:
         show(content)  # makes what goes: all of it before the first goes
     if arguments.dry_run:

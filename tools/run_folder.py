@@ -34,12 +34,14 @@ class Plan:
         name: of a new folder in runs/, with a number where it is taken.
         folder: where it lies; None for a new folder in runs/.
         state: what to go on from; None for a new run.
+        written: the file of the state, as it was when it was read.
     """
 
     config: TrainConfig
     name: str
     folder: Path | None
     state: dict[str, Any] | None = None
+    written: tuple[int, int] | None = None
 
 
 def plan(path: Path | None, overrides: Sequence[str]) -> Plan:
@@ -66,8 +68,15 @@ def plan(path: Path | None, overrides: Sequence[str]) -> Plan:
         folder = _newest(name)
     if not (folder / STATE_FILE).exists():
         raise BadInput(f"run.resume=true, but {folder} holds no {STATE_FILE}; leave it out to start a new run")
+    written = _written(folder / STATE_FILE)
     state = load_state(folder / STATE_FILE)
-    return Plan(_resumed(state, folder, path, overrides), name, folder, state)
+    return Plan(_resumed(state, folder, path, overrides), name, folder, state, written)
+
+
+def _written(path: Path) -> tuple[int, int]:
+    """Return what tells a file from one that has taken its place since."""
+    stat = path.stat()
+    return stat.st_ino, stat.st_mtime_ns
 
 
 def _run_name(path: Path) -> str:
@@ -157,6 +166,8 @@ def claimed(plan: Plan, *, is_main: bool) -> Iterator[Path]:
                 )
             if plan.state is None and (folder / WEIGHTS_FILE).exists():
                 raise BadInput(f"{folder} already holds weights ({WEIGHTS_FILE}); choose another run.out_dir")
+            if plan.written is not None and plan.written != _written(folder / STATE_FILE):  # before the lock was free
+                raise BadInput(f"another process has just gone on with the run in {folder}; start this one again")
             yield folder
     finally:
         with contextlib.suppress(OSError):  # the first that is not empty
