@@ -15,6 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -855,7 +856,8 @@ def test_push_all(online: tuple[Talk, Hub, Path], package: Path) -> None:
     ("step", "reason"),
     [
         ("create test_mdeq.damaged", "is not the released one .* was deleted; try again"),
-        ("create test_mdeq.cut", "the download of .* was cut short; try again"),
+        # Versions of huggingface_hub that do not count what came leave it to the sum.
+        ("create test_mdeq.cut", "the download of .* was cut short; try again|is not the released one .* was deleted"),
         ("create test_mdeq.missing", "there is no repository .* or it is private: check the name, or log in"),
         ("create test_mdeq.revision", "has no revision c{40}: name another one, or update mdeq-vision"),
         ("create test_mdeq.file", "has no model.safetensors"),
@@ -865,12 +867,16 @@ def test_push_all(online: tuple[Talk, Hub, Path], package: Path) -> None:
     ],
 )
 def test_faults(step: str, reason: str, online: tuple[Talk, Hub, Path]) -> None:
-    """One line that says what to do, and nothing broken left in the cache."""
+    """One line that says what to do, and nothing broken left in the cache.
+
+    Versions 0 and 1 of huggingface_hub go on with an unfinished download, where 2 begins anew and leaves none.
+    """
     talk, _, home = online
     assert re.search(reason, talk.problem(step))
     repo = home / "hub" / f"models--{DEFAULT_ORG}--{step.split()[-1]}"
     left = [path for part in ("blobs", "snapshots") for path in (repo / part).rglob("*") if not path.is_dir()]
-    assert left == []
+    resumes = int(huggingface_hub.__version__.partition(".")[0]) < 2
+    assert [path for path in left if not (resumes and path.suffix == ".incomplete")] == []
 
 
 def test_a_token_opens_a_private_repository(online: tuple[Talk, Hub, Path]) -> None:

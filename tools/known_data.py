@@ -102,6 +102,15 @@ DATASETS = {
 }
 
 
+ABOUT_DATA = {
+    "data_title": "title",
+    "data_license": "licence",
+    "data_citation": "citation",
+    "license": "weights_licence",
+}
+"""Options that tell of data which the package does not know, and the fields of `Dataset` that they are."""
+
+
 def dataset(name: str) -> Dataset:
     """Return what is known of a data set; of one that is not in the table, its name alone."""
     return DATASETS.get(name) or Dataset(name, "not recorded", "not recorded", weights_licence=None)

@@ -23,7 +23,8 @@ MOST_ENTRIES = 24
 
 def _font(size: int) -> ImageFont.FreeTypeFont:
     """Return a font with Latin, Greek and Cyrillic letters; Pillow's own has those of English alone."""
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    return ImageFont.truetype(str(path), size)  # text, before Pillow 11
 
 
 def label_colours(names: Sequence[str], given: Sequence[Sequence[int]] | None = None) -> tuple[Colour, ...]:

@@ -40,7 +40,7 @@ from tools.checkpoint import (
     write_text,
 )
 from tools.config import BadInput, TrainConfig, config_yaml, first_line, load_config, parse_config
-from tools.known_data import DATASETS, combined_licence, data_of
+from tools.known_data import ABOUT_DATA, DATASETS, combined_licence, data_of
 from tools.program import Parser, program
 from tools.recheck import put_into_card, read_release, solver_of_record
 from tools.results import ROOT, read_results, write_json
@@ -69,13 +69,6 @@ class Publication:
         }
 
 
-ABOUT_DATA = {
-    "data_title": "title",
-    "data_license": "licence",
-    "data_citation": "citation",
-    "license": "weights_licence",
-}
-"""Options that tell of data which the package does not know, and what they are called there."""
 WORDS_OF = {
     "repo": ("seeds", "stage", "note", *ABOUT_DATA, "private"),
     "release": ("seeds", "stage", "note", *ABOUT_DATA, "ship", "keep", "revision"),

@@ -409,8 +409,12 @@ class _Progress:
 
 def to_host(norms: Sequence[Tensor]) -> list[np.ndarray]:
     """Return a few tensors `(B,)` as arrays of the host, of float32 at least: the one wait of a step."""
-    # As numbers, since a view of the memory is not to be had of the tensors of torch.func.
-    numbers = torch.stack(tuple(norms)).tolist()
+    # As numbers: the tensors of torch.func have no memory to look at, and in PyTorch 2.6 no list of numbers either.
+    together = torch.stack(tuple(norms))
+    try:
+        numbers = together.tolist()
+    except RuntimeError:
+        numbers = [[x.item() for x in row] for row in together]
     return list(np.array(numbers, np.float64 if norms[0].dtype == torch.float64 else np.float32))
 
 
