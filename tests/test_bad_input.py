@@ -399,3 +399,15 @@ def test_only_what_a_kill_left_is_cleared_away(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     clear_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".config.yaml.swp", ".log.csv.mine"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
+@pytest.mark.parametrize("length", [10, 2**17])
+def test_output_that_nobody_reads(length: int) -> None:
+    """As of `... | head`: no traceback, neither at once nor at the end, when what was printed is written."""
+    code = f"from tools.program import program\nprogram(lambda: print('x' * {length}))"
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as pipe:
+        done = subprocess.run([sys.executable, "-c", code], stdout=pipe, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -367,7 +367,7 @@ def test_card_of_own_data(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "run")
     own_data(tmp_path / "run")
     plain = tools_publish().publication(tmp_path / "run", "me/leaves").texts["README.md"]
-    assert "trained on folder" in plain
+    assert "trained on own images" in plain
     assert "Data: not recorded." in plain
     said = {"title": "Leaves", "licence": "CC BY 4.0", "citation": "A. Botanist 2026", "weights_licence": "cc-by-4.0"}
     content = tools_publish().publication(tmp_path / "run", "me/leaves", about_data=said)

@@ -187,6 +187,7 @@ def test_label_maps(segmenter: tuple[Path, nn.Module], tmp_path: Path) -> None:
     with Image.open(out / "photo_labels.png") as file:
         labels, palette = np.asarray(file), file.getpalette()
         assert file.mode == "P"
+    assert (out / "photo_labels.png").read_bytes()[24] == 8  # bits, also of so few classes
     assert np.array_equal(labels, logits.argmax(0).numpy())
     assert len(np.unique(labels)) > 1, "one class everywhere shows nothing"
     assert palette[:9] == [value for colour in COLOURS for value in colour]

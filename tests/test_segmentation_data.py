@@ -2,7 +2,9 @@
 
 import io
 import math
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -173,6 +175,73 @@ def test_two_masks_of_one_name(tmp_path: Path) -> None:
     save(masks(tmp_path) / "train" / "masks" / "0.tif", picture(0)[1])
     with pytest.raises(BadInput, match=r"two masks with the same name: .*0\.png and .*0\.tif"):
         batches(data("masks", tmp_path), training=True)
+
+
+def test_two_images_of_one_name(tmp_path: Path) -> None:
+    """One of them would be learnt by the other's mask."""
+    save(masks(tmp_path) / "train" / "images" / "0.tif", picture(0)[0])
+    with pytest.raises(BadInput, match=r"two images with the same name: .*0\.png and .*0\.tif"):
+        batches(data("masks", tmp_path), training=True)
+
+
+def test_files_that_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = masks(tmp_path) / "train"
+    count = batches(data("masks", tmp_path), training=True).num_samples
+    for name in ("images/._0.png", "masks/._0.png", "images/.DS_Store"):
+        (root / name).write_bytes(b"hidden")
+    batches(data("masks", tmp_path), training=True)
+    assert capsys.readouterr().err == ""
+    (root / "images" / "more.png").mkdir()
+    (root / "images" / "notes.txt").touch()
+    save(root / "masks" / "lonely.png", picture(0)[1])
+    assert batches(data("masks", tmp_path), training=True).num_samples == count
+    left_out, lonely = capsys.readouterr().err.splitlines()
+    assert left_out == f"warning: {root / 'images'}: 2 files of other kinds are left out (.png, .txt)"
+    assert lonely == f"warning: 1 masks in {root / 'masks'} have no image, such as lonely"
+    batches(data("masks", tmp_path), training=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_an_accent_of_its_own(tmp_path: Path) -> None:
+    """macOS writes a letter with an accent as two characters."""
+    root = masks(tmp_path) / "train"
+    count = batches(data("masks", tmp_path), training=True).num_samples
+    save(root / "images" / "Gr\u00f6\u00dfe.png", picture(0)[0])
+    save(root / "masks" / "Gro\u0308\u00dfe.png", picture(0)[1])
+    assert batches(data("masks", tmp_path), training=True).num_samples == count + 1
+
+
+def test_a_class_that_no_mask_holds_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = masks(tmp_path) / "classes.txt"
+    path.write_text(f"{path.read_text().rstrip()}\n7 unicorn\n")
+    batches(data("masks", tmp_path), training=True)
+    assert capsys.readouterr().err == "warning: no training mask holds unicorn\n"
+
+
+def grey_png(path: Path, values: np.ndarray, bits: int) -> Path:
+    """Write a grey PNG of 1, 2 or 4 bits, which Pillow does not."""
+    per_byte = 8 // bits
+    rows = np.pad(values, ((0, 0), (0, -values.shape[1] % per_byte))).reshape(len(values), -1, per_byte)
+    packed = (rows << np.arange(8 - bits, -1, -bits)).sum(2).astype(np.uint8)
+    lines = np.pad(packed, ((0, 0), (1, 0))).tobytes()
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], bits, 0, 0, 0, 0)
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(lines)), chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    return path
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_grey_masks_of_few_bits(bits: int, tmp_path: Path) -> None:
+    """Pillow stretches them to 8 bits, by which class 1 would be 85 or 17 and the highest one 255, which is ignored."""
+    values = np.arange(5 * 7).reshape(5, 7) % 2**bits
+    path = grey_png(tmp_path / "mask.png", values, bits)
+    assert np.array_equal(read_mask(path, label_table(2**bits, (VOID,))).numpy(), values)
+    with pytest.raises(BadInput, match=f"has the label value {2**bits - 1}, .*{'of 1 bit' if bits == 1 else ''}"):
+        read_mask(path, label_table(2**bits - 1, (VOID,)))
 
 
 def test_images_are_read_as_for_prediction(tmp_path: Path) -> None:

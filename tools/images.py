@@ -128,6 +128,13 @@ def _opaque(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, coloured).convert("RGB")
 
 
+def _stretch(source: Source) -> int:
+    """Return the factor by which Pillow multiplies the values of a grey PNG of 2 or 4 bits, to fill 8 of them."""
+    with Image.open(source if isinstance(source, Path) else io.BytesIO(source[1])) as file:
+        kind = file.tile[0][3] if file.format == "PNG" and file.tile else ""
+    return {"L;2": 85, "L;4": 17}.get(str(kind), 1)
+
+
 def read_mask(source: Source, table: np.ndarray) -> Tensor:
     """Return a mask `(H, W)` uint8 of one channel, or of palette indices, its values replaced by a table's.
 
@@ -141,8 +148,9 @@ def read_mask(source: Source, table: np.ndarray) -> Tensor:
     image = _open(source)
     if image.mode not in ("L", "P", "1") and not _is_wide(image):
         raise BadInput(f"mask {name_of(source)} has mode {image.mode}; expected one channel of class numbers")
-    values = np.asarray(image).astype(np.int64)
+    values = np.asarray(image).astype(np.int64) // _stretch(source)
     bad = values[(values < 0) | (values > 255) | (table[values.clip(0, 255)] < 0)]
     if bad.size:
-        raise BadInput(f"mask {name_of(source)} has the label value {bad[0]}, which is not a class")
+        hint = " (a mask of 1 bit has 0 and 1)" if image.mode == "1" else ""
+        raise BadInput(f"mask {name_of(source)} has the label value {bad[0]}, which is not a class{hint}")
     return torch.from_numpy(table[values].astype(np.uint8))

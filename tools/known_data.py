@@ -111,9 +111,23 @@ ABOUT_DATA = {
 """Options that tell of data which the package does not know, and the fields of `Dataset` that they are."""
 
 
+OWN = {
+    "folder": Dataset("own images", "not recorded", "not recorded", prepared=IMAGES, weights_licence=None),
+    "masks": Dataset(
+        "own images with masks", "not recorded", "not recorded", "image-segmentation", prepared=IMAGES,
+        weights_licence=None,
+    ),
+    "nifti": Dataset(
+        "own volumes", "not recorded", "not recorded", "image-segmentation", caveats=(NO_DEVICE,), weights_licence=None
+    ),
+}  # fmt: skip
+"""What can be said of data that the package reads and does not know."""
+
+
 def dataset(name: str) -> Dataset:
-    """Return what is known of a data set; of one that is not in the table, its name alone."""
-    return DATASETS.get(name) or Dataset(name, "not recorded", "not recorded", weights_licence=None)
+    """Return what is known of a data set; of one that is in no table, its name alone."""
+    unknown = Dataset(name, "not recorded", "not recorded", weights_licence=None)
+    return DATASETS.get(name) or OWN.get(name, unknown)
 
 
 def data_of(record: Mapping[str, Any]) -> Dataset:

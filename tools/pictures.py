@@ -61,7 +61,8 @@ def _distinct(count: int) -> list[Colour]:
 def indexed(labels: np.ndarray, colours: Sequence[Colour]) -> Image.Image:
     """Return labels `(H, W)` as an 8-bit image whose pixel values are the classes, with the colours as its palette."""
     image = Image.fromarray(labels.astype(np.uint8))
-    image.putpalette([value for colour in colours for value in colour])
+    palette = [value for colour in colours for value in colour]
+    image.putpalette(palette + [0] * (3 * 256 - len(palette)))  # of a shorter one Pillow would save fewer bits
     return image
 
 

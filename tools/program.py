@@ -67,6 +67,7 @@ def program(main: Callable[[], None]) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
+        sys.stdout.flush()
     except (BadInput, WeightsError) as error:
         _refuse(message_of(error))
     except PermissionError as error:
@@ -76,6 +77,9 @@ def program(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # what reads the output, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would say so at its exit
+        sys.exit(128 + 13)  # as of a process that SIGPIPE ended; Windows has no such signal
 
 
 class DeferredSignals:

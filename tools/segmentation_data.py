@@ -2,6 +2,7 @@
 
 import re
 import sys
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -30,7 +31,7 @@ from tools.batches import (
     split_name,
 )
 from tools.config import BadInput, DataConfig
-from tools.images import SUFFIXES, Source, exif_orientation, name_of, read_image, read_mask
+from tools.images import SUFFIXES, Source, exif_orientation, left_out_line, name_of, read_image, read_mask
 
 NAMES = ("camvid", "cityscapes", "masks")
 
@@ -65,21 +66,43 @@ def label_table(num_classes: int, ignored: Sequence[int]) -> np.ndarray:
 
 def matched(images: Sequence[Path], masks: Path, origin: Path) -> list[tuple[Source, Source]]:
     """Return each image with the mask of the same name, whatever its suffix."""
-    by_name: dict[str, Path] = {}
-    for path in _files(masks):
-        if path.stem in by_name:
-            raise BadInput(f"two masks with the same name: {by_name[path.stem]} and {path}")
-        by_name[path.stem] = path
-    for path in images:
-        if path.stem not in by_name:
+    masks_by_name, images_by_name = _by_name(_files(masks), "masks"), _by_name(images, "images")
+    for name, path in images_by_name.items():
+        if name not in masks_by_name:
             raise BadInput(f"image {path} has no mask with the same name in {masks}")
     if not images:
         raise BadInput(f"no images in {origin}")
-    return [(path, by_name[path.stem]) for path in images]
+    return [(path, masks_by_name[name]) for name, path in images_by_name.items()]
+
+
+def _by_name(files: Sequence[Path], what: str) -> dict[str, Path]:
+    """Return files by their names without suffix, in order; macOS may write an accent as a character of its own."""
+    found: dict[str, Path] = {}
+    for path in files:
+        name = unicodedata.normalize("NFC", path.stem)
+        if name in found:
+            raise BadInput(f"two {what} with the same name: {found[name]} and {path}")
+        found[name] = path
+    return found
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
+    return [path for path in _visible(folder) if path.suffix.lower() in SUFFIXES and not path.is_dir()]
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*") if not path.name.startswith("."))
+
+
+def warn_of_left_out(root: Path, split: str) -> None:
+    """Say so where a split has files that are not read, or masks without an image."""
+    images, masks = root / split / "images", root / split / "masks"
+    for folder in (images, masks):
+        if others := {*_visible(folder)} - {*_files(folder)}:
+            print(left_out_line(folder, others), file=sys.stderr)
+    unused = {*_by_name(_files(masks), "masks")} - {*_by_name(_files(images), "images")}
+    if unused:
+        print(f"warning: {len(unused)} masks in {masks} have no image, such as {min(unused)}", file=sys.stderr)
 
 
 def read_camvid(root: Path, split: str) -> Pairs:
@@ -128,7 +151,9 @@ def _read_classes(path: Path) -> dict[int, str]:
     """Return the classes in a file of lines `NUMBER NAME`, or `NAME`; lines that begin with # are none."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError):
+    except UnicodeDecodeError:
+        raise BadInput(f"{path} is not UTF-8; save it as such") from None
+    except OSError:
         raise BadInput(f"cannot read {path}; expected a line `NUMBER NAME` (or `NAME`) for each class") from None
     lines = [line for line in lines if line and not line.startswith("#")]
     found: list[Any] = [re.match(r"(\d+)[\s,:;]+(\S.*)", line) for line in lines]
@@ -176,8 +201,8 @@ def warn_of_ignored_class(root: Path, ignored: int) -> None:
         )
 
 
-def warn_of_one_class(data: Pairs, ignored: int) -> None:
-    """Say so where the first masks hold a single class, beside the value to ignore: masks of 0 and 255, it may be.
+def warn_of_absent_classes(data: Pairs, ignored: int) -> None:
+    """Say so where masks lack classes: all but one of them in the first masks, of 0 and 255 it may be, or some in all.
 
     Raises:
         BadInput: if there is none in any mask.
@@ -203,6 +228,9 @@ def warn_of_one_class(data: Pairs, ignored: int) -> None:
             f"and set data.ignore_index to a value that no mask has",
             file=sys.stderr,
         )
+    elif len(data.pairs) <= LOOKED_AT and len(present) < len(data.class_names):
+        absent = [name for k, name in enumerate(data.class_names) if k not in present]
+        print(f"warning: no training mask holds {', '.join(absent)}", file=sys.stderr)
 
 
 class RandomScale(v2.Transform):
@@ -322,8 +350,9 @@ def read_batches(
     data = Pairs(data.pairs[chosen(len(data.pairs), config, training)], data.table, data.class_names)
     batches = PairBatches(data, spec, config, process, training=training, seed=seed)
     if training and process.is_main and config.name == "masks":
+        warn_of_left_out(root, split)
         warn_of_ignored_class(root, config.ignore_index)
-        warn_of_one_class(data, config.ignore_index)
+        warn_of_absent_classes(data, config.ignore_index)
     return batches, len(data.class_names)
 
 
