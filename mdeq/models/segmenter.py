@@ -181,6 +181,7 @@ def mdeq_tiny_seg(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         stem_stride=4,
         expansion=5,
         dropout=0.05,
+        pad_to_stride=True,
         solver=Broyden(max_steps=18),
         gradient=ImplicitGradient(Broyden(max_steps=20)),
     )
