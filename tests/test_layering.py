@@ -17,7 +17,7 @@ PROGRAMS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tools")
 # File of mdeq/ -> what it may import beside the standard library; a dot stands for mdeq. The first match counts.
 TABLE = {
     # 0 numerics: tensors (B, D) and a callable
-    "solvers/base.py": "numpy torch",
+    "solvers/base.py": "torch",
     "solvers/__init__.py": ".solvers.*",
     "solvers/*.py": "torch .solvers.base",
     "jacobian.py": "torch .solvers",

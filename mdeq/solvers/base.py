@@ -2,13 +2,12 @@
 
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -250,33 +249,34 @@ class FixedPointSolver(ABC):
         if z0.ndim != 2 or not z0.is_floating_point():
             raise ValueError(f"z0 must be a floating-point tensor (B, D), got {tuple(z0.shape)} {z0.dtype}")
         static = is_static(z0)
-        # Where the host looks at every step, it keeps the books in NumPy: on a GPU their many small kernels would
-        # outnumber f's, and on a CPU an operation of NumPy on a few numbers takes a fraction of PyTorch's.
-        host = not static and (self.check_every == 1 or z0.device.type == "cpu")
-        progress = _Progress.start(z0, host)
-        outer: list[tuple[_Progress, Array]] = []  # batches that were compacted, and the rows that went on
+        # Where the host looks at every step, it keeps the books: on a GPU their many small kernels would outnumber f's.
+        books = z0.device if static or self.check_every > 1 else torch.device("cpu")
+        progress = _Progress.start(z0, books)
+        outer: list[tuple[_Progress, Tensor]] = []  # batches that were compacted, and the rows that went on
         memory = self.init(z0)
         z, fz, nfe = (z0, fn(z0), 1) if f0 is None else (z0, f0, 0)
         if fz.shape != z0.shape:
             raise ValueError(f"fn must keep the shape of its argument, {tuple(z0.shape)}, got {tuple(fz.shape)}")
         for step in range(self.max_steps + 1):
             g = fz - z
-            judged = self.judged(z, fz, g)[: 2 if self.stop_mode == "rel" else 1]
-            norms = [torch.linalg.vector_norm(x, dim=1, dtype=small_dtype(g)) for x in judged]
+            difference, image = self.judged(z, fz, g)
+            absolute = torch.linalg.vector_norm(difference, dim=1, dtype=small_dtype(g))
+            residual = absolute
+            if self.stop_mode == "rel":
+                residual = absolute / (torch.linalg.vector_norm(image, dim=1, dtype=small_dtype(g)) + 1e-9)
+            if books != z.device:
+                absolute, residual = torch.stack((absolute, residual)).to(books)  # the one wait of a step
             look = not static and (step % self.check_every == 0 or step == self.max_steps)
-            if host:
-                with np.errstate(all="ignore"):  # what is not finite is dealt with
-                    num_active = progress.update(self, step, z, to_host(norms), look)
-            else:
-                num_active = progress.update(self, step, z, norms, look)
+            num_active = progress.update(self, step, z, absolute, residual, look)
             if step == self.max_steps or num_active == 0:
                 break
             # Compaction copies the memory, so it waits until it saves a quarter of the evaluations.
             take = getattr(fn, "take", None) if compact else None
             if take is not None and num_active is not None and num_active <= 0.75 * z.shape[0]:
-                rows = progress.active_rows(num_active)
-                outer.append((progress, rows))
-                progress, index = progress.take(rows), _tensor(rows, z.device)
+                # Their rows in order; nonzero() would wait for the device once more to learn how many there are.
+                index = (~progress.active).byte().argsort(stable=True)[:num_active]
+                outer.append((progress, index))
+                progress, index = progress.take(index), index.to(z.device, non_blocking=True)
                 memory, fn = memory.take(index), take(index)
                 z = z[index]  # one after the other, which frees the one before
                 fz = fz[index]
@@ -290,59 +290,45 @@ class FixedPointSolver(ABC):
                 trial = _where(progress.active, trial, progress.best)
             z, fz, spent = self.advance(fn, memory, z, g, trial)
             nfe += spent
-        for whole, rows in reversed(outer):
-            progress = whole.merge(rows, progress)
+        for whole, index in reversed(outer):
+            progress = whole.merge(index, progress)
         forget_casts(z0)
         return progress.best, progress.stats(nfe, f0 is not None), memory
-
-
-Array = Any
-"""A NumPy array of the host, or a tensor on the device of the state: they share what is needed of them here."""
 
 
 @dataclass
 class _Progress:
     """What the loop knows of each sample of the batch that it still evaluates: the best iterate, and the books."""
 
-    best: Tensor  # (B, D)
-    active: Array  # (B,) bool
-    best_residual: Array  # (B,)
-    limit: Array  # (B,) absolute residual above which a sample has diverged
-    status: Array  # (B,) int64
-    num_steps: Array  # (B,) int64
-    trace: list[Array]  # of (B,)
+    best: Tensor  # (B, D), on the device of the state
+    active: Tensor  # (B,) bool, as all that follows on the device where the books are kept
+    best_residual: Tensor  # (B,)
+    limit: Tensor  # (B,) absolute residual above which a sample has diverged
+    status: Tensor  # (B,) int64
+    num_steps: Tensor  # (B,) int64
+    trace: list[Tensor]  # of (B,)
 
     @classmethod
-    def start(cls, z0: Tensor, host: bool) -> "_Progress":
-        arrays: Any = np if host else torch
-        dtype = small_dtype(z0)
-        if host:  # NumPy has no bfloat16
-            dtype = np.float64 if dtype == torch.float64 else np.float32
-
-        def full(value: float, dtype: Any = None) -> Array:
-            return arrays.full((z0.shape[0],), value, dtype=dtype, **({} if host else dict(device=z0.device)))
-
+    def start(cls, z0: Tensor, books: torch.device) -> "_Progress":
+        batch, dtype = z0.shape[0], small_dtype(z0)
+        status = torch.full((batch,), SolveStatus.MAX_STEPS, dtype=torch.int64, device=books)
         return cls(
             best=z0,
-            active=full(True),
-            best_residual=full(_largest(z0), dtype),
-            limit=full(0, dtype),
-            status=full(int(SolveStatus.MAX_STEPS), arrays.int64),
-            num_steps=full(0, arrays.int64),
+            active=torch.ones(batch, dtype=torch.bool, device=books),
+            best_residual=torch.full((batch,), _largest(z0), dtype=dtype, device=books),
+            limit=torch.zeros(batch, dtype=dtype, device=books),
+            status=status,
+            num_steps=torch.zeros_like(status),
             trace=[],
         )
 
-    def update(self, solver: FixedPointSolver, step: int, z: Tensor, norms: Sequence[Array], look: bool) -> int | None:
-        """Take note of iterate z and decide which samples go on; return how many do, None where nobody may look.
-
-        Norms are those of f(z) - z and, for a relative residual, of f(z).
-        """
-        absolute = residual = norms[0]
-        if len(norms) > 1:
-            residual = absolute / (norms[1] + 1e-9)
+    def update(
+        self, solver: FixedPointSolver, step: int, z: Tensor, absolute: Tensor, residual: Tensor, look: bool
+    ) -> int | None:
+        """Take note of iterate z and decide which samples go on; return how many do, None where nobody may look."""
         if step == 0:
-            first = absolute.clip(min=1e-3 * z.shape[1] ** 0.5)
-            self.limit = (solver.divergence_factor * first).clip(max=_largest(z))
+            first = absolute.clamp(min=1e-3 * z.shape[1] ** 0.5)
+            self.limit = (solver.divergence_factor * first).clamp(max=_largest(z))
         # Comparisons with nan are false: what is not finite does not go on, and is never better.
         goes_on = self.active & (residual >= solver.tol) & (absolute > 0) & (absolute <= self.limit)
         finite = absolute <= _largest(z)
@@ -358,79 +344,44 @@ class _Progress:
                 if num_better:
                     self.best, self.best_residual = z, residual
                 self.trace.append(residual)
-                self.num_steps[:] = step
+                self.num_steps.fill_(step)
                 return num_active
-        where = torch.where if isinstance(residual, Tensor) else np.where
         ended = self.active & ~goes_on
         converged = ended & finite & ((residual < solver.tol) | (absolute == 0))
         self.best = _where(better, z, self.best)
-        self.best_residual = where(better, residual, self.best_residual)
+        self.best_residual = torch.where(better, residual, self.best_residual)
         for status, condition in (
             (SolveStatus.CONVERGED, converged),
             (SolveStatus.DIVERGED, ended & finite & ~converged),
             (SolveStatus.NONFINITE, ended & ~finite),
         ):
-            self.status = where(condition, int(status), self.status)
-        self.trace.append(where(self.active, residual, self.trace[-1]) if self.trace else residual)
-        self.num_steps = where(self.active, step, self.num_steps)
+            self.status = self.status.masked_fill(condition, status)
+        self.trace.append(torch.where(self.active, residual, self.trace[-1]) if self.trace else residual)
+        self.num_steps = torch.where(self.active, step, self.num_steps)
         self.active = goes_on
         return num_active
 
-    def active_rows(self, count: int) -> Array:
-        """Return the rows of the samples that go on, in order; there are `count`."""
-        if not isinstance(self.active, Tensor):
-            return np.flatnonzero(self.active)
-        # nonzero() would wait for the device once more to learn how many there are.
-        return (~self.active).byte().argsort(stable=True)[:count]
-
-    def take(self, rows: Array) -> "_Progress":
-        best = self.best[_tensor(rows, self.best.device)]
+    def take(self, index: Tensor) -> "_Progress":
+        best = self.best[index.to(self.best.device, non_blocking=True)]
         fields = (self.active, self.best_residual, self.limit, self.status, self.num_steps)
-        return _Progress(best, *(x[rows] for x in fields), trace=[self.trace[-1][rows]])
+        return _Progress(best, *(x[index] for x in fields), trace=[self.trace[-1][index]])
 
-    def merge(self, rows: Array, part: "_Progress") -> "_Progress":
-        """Write the samples that went on alone back to their rows."""
-        self.best = self.best.index_copy(0, _tensor(rows, self.best.device), part.best)
+    def merge(self, index: Tensor, part: "_Progress") -> "_Progress":
+        """Write the samples that went on alone back to rows `index`."""
+        self.best = self.best.index_copy(0, index.to(self.best.device, non_blocking=True), part.best)
         for name in ("best_residual", "status", "num_steps"):
-            setattr(self, name, _replaced(getattr(self, name), rows, getattr(part, name)))
+            setattr(self, name, getattr(self, name).index_copy(0, index, getattr(part, name)))
         last = self.trace[-1]
-        self.trace += [_replaced(last, rows, row) for row in part.trace[1:]]
+        self.trace += [last.index_copy(0, index, row) for row in part.trace[1:]]
         return self
 
     def stats(self, nfe: int, first_known: bool) -> SolveStats:
-        device, dtype = self.best.device, small_dtype(self.best)
-        trace = torch.stack([_tensor(row, device, dtype) for row in self.trace])
-        status, num_steps = _tensor(self.status, device), _tensor(self.num_steps, device)
-        best_residual = _tensor(self.best_residual, device, dtype)
+        trace = torch.stack(self.trace)
         # Where no iterate competed, the starting point is what is returned.
-        residual = torch.where(best_residual == _largest(self.best), trace[0], best_residual)
+        residual = torch.where(self.best_residual == _largest(self.best), trace[0], self.best_residual)
+        small = (x.to(self.best.device, non_blocking=True) for x in (self.status, residual, self.num_steps, trace))
+        status, residual, num_steps, trace = small
         return SolveStats(status, residual, num_steps, nfe, trace, first_known=first_known)
-
-
-def to_host(norms: Sequence[Tensor]) -> list[np.ndarray]:
-    """Return a few tensors `(B,)` as arrays of the host, of float32 at least: the one wait of a step."""
-    # As numbers: the tensors of torch.func have no memory to look at, and in PyTorch 2.6 no list of numbers either.
-    together = torch.stack(tuple(norms))
-    try:
-        numbers = together.tolist()
-    except RuntimeError:
-        numbers = [[x.item() for x in row] for row in together]
-    return list(np.array(numbers, np.float64 if norms[0].dtype == torch.float64 else np.float32))
-
-
-def _tensor(x: Array, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """Return an array of the books as a tensor."""
-    tensor = x if isinstance(x, Tensor) else torch.from_numpy(x)
-    return tensor.to(device, dtype or tensor.dtype, non_blocking=True)
-
-
-def _replaced(x: Array, rows: Array, values: Array) -> Array:
-    """Return x with other values in some rows; x itself may be noted elsewhere."""
-    if isinstance(x, Tensor):
-        return x.index_copy(0, rows, values)
-    x = x.copy()
-    x[rows] = values
-    return x
 
 
 def _largest(z: Tensor) -> float:
@@ -438,9 +389,9 @@ def _largest(z: Tensor) -> float:
     return torch.finfo(small_dtype(z)).max
 
 
-def _where(mask: Array, x: Tensor, y: Tensor) -> Tensor:
+def _where(mask: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """Return the rows of x where a mask of the books holds, else those of y."""
-    return torch.where(_tensor(mask, x.device).unsqueeze(1), x, y)
+    return torch.where(mask.to(x.device, non_blocking=True).unsqueeze(1), x, y)
 
 
 def _require(condition: bool, rule: str, value: object) -> None:
