@@ -108,7 +108,7 @@ def test_two_new_runs_get_two_folders(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [path.name for path in Path("runs").iterdir()] == ["x-2"]  # nothing was written to the first
 
 
-def test_a_run_that_went_on_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_went_on_meanwhile(tmp_path: Path) -> None:
     """A job that begins while its predecessor still saves must not go on from what that one had saved before."""
     folder = tmp_path / "run"
     train(folder, STOP).ok()

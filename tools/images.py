@@ -33,6 +33,8 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """What brings a picture upright, by the numbers of EXIF (orientation, tag 0x0112)."""
+_STRETCH = {"L;2": 85, "L;4": 17}
+"""What Pillow multiplies grey values of few bits by, to fill 8 of them."""
 
 
 def left_out_line(folder: Path, files: Collection[Path]) -> str:
@@ -46,16 +48,17 @@ def name_of(source: Source) -> str:
     return str(source if isinstance(source, Path) else source[0])
 
 
-def _open(source: Source) -> Image.Image:
-    """Return the first frame of a file, turned as its EXIF says."""
+def _open(source: Source) -> tuple[Image.Image, str]:
+    """Return the first frame of a file, turned as its EXIF says, and of a PNG how its pixels are packed, else ""."""
     if isinstance(source, Path) and not source.is_file():
         raise BadInput(f"no image {source}")
     try:
         with Image.open(source if isinstance(source, Path) else io.BytesIO(source[1])) as file:
+            packing = str(file.tile[0][3]) if file.format == "PNG" and file.tile else ""  # gone once it is loaded
             file.load()
             # Pillow's exif_transpose would also write the EXIF anew, and fail where another of its tags is odd.
             turn = _TURNS.get(_orientation(file))
-            return file.copy() if turn is None else file.transpose(turn)
+            return file.copy() if turn is None else file.transpose(turn), packing
     except UnidentifiedImageError:
         raise BadInput(f"cannot read image {name_of(source)}: it is not an image") from None
     except _DAMAGED as error:
@@ -87,7 +90,7 @@ def read_picture(source: Source, in_chans: int) -> Image.Image:
     """
     if in_chans not in (1, 3):
         raise BadInput(f"image files have 1 or 3 channels, the model takes {in_chans} (model.kwargs.in_chans)")
-    image = _eight_bits(_open(source), name_of(source))
+    image = _eight_bits(_open(source)[0], name_of(source))
     try:
         return _opaque(image).convert("L" if in_chans == 1 else "RGB")
     except ValueError:
@@ -128,13 +131,6 @@ def _opaque(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, coloured).convert("RGB")
 
 
-def _stretch(source: Source) -> int:
-    """Return the factor by which Pillow multiplies the values of a grey PNG of 2 or 4 bits, to fill 8 of them."""
-    with Image.open(source if isinstance(source, Path) else io.BytesIO(source[1])) as file:
-        kind = file.tile[0][3] if file.format == "PNG" and file.tile else ""
-    return {"L;2": 85, "L;4": 17}.get(str(kind), 1)
-
-
 def read_mask(source: Source, table: np.ndarray) -> Tensor:
     """Return a mask `(H, W)` uint8 of one channel, or of palette indices, its values replaced by a table's.
 
@@ -145,10 +141,10 @@ def read_mask(source: Source, table: np.ndarray) -> Tensor:
     Raises:
         BadInput: if it cannot be read, has colours for labels, or a value that must not occur.
     """
-    image = _open(source)
+    image, packing = _open(source)
     if image.mode not in ("L", "P", "1") and not _is_wide(image):
         raise BadInput(f"mask {name_of(source)} has mode {image.mode}; expected one channel of class numbers")
-    values = np.asarray(image).astype(np.int64) // _stretch(source)
+    values = np.asarray(image).astype(np.int64) // _STRETCH.get(packing, 1)
     bad = values[(values < 0) | (values > 255) | (table[values.clip(0, 255)] < 0)]
     if bad.size:
         hint = " (a mask of 1 bit has 0 and 1)" if image.mode == "1" else ""

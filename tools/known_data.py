@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tools.data import CIFAR_CLASSES
@@ -111,23 +112,18 @@ ABOUT_DATA = {
 """Options that tell of data which the package does not know, and the fields of `Dataset` that they are."""
 
 
+_unrecorded = partial(Dataset, licence="not recorded", citation="not recorded", weights_licence=None)
 OWN = {
-    "folder": Dataset("own images", "not recorded", "not recorded", prepared=IMAGES, weights_licence=None),
-    "masks": Dataset(
-        "own images with masks", "not recorded", "not recorded", "image-segmentation", prepared=IMAGES,
-        weights_licence=None,
-    ),
-    "nifti": Dataset(
-        "own volumes", "not recorded", "not recorded", "image-segmentation", caveats=(NO_DEVICE,), weights_licence=None
-    ),
-}  # fmt: skip
+    "folder": _unrecorded("own images", prepared=IMAGES),
+    "masks": _unrecorded("own images with masks", task="image-segmentation", prepared=IMAGES),
+    "nifti": _unrecorded("own volumes", task="image-segmentation", caveats=(NO_DEVICE,)),
+}
 """What can be said of data that the package reads and does not know."""
 
 
 def dataset(name: str) -> Dataset:
     """Return what is known of a data set; of one that is in no table, its name alone."""
-    unknown = Dataset(name, "not recorded", "not recorded", weights_licence=None)
-    return DATASETS.get(name) or OWN.get(name, unknown)
+    return DATASETS.get(name) or OWN.get(name) or _unrecorded(name)
 
 
 def data_of(record: Mapping[str, Any]) -> Dataset:

@@ -87,22 +87,31 @@ def _by_name(files: Sequence[Path], what: str) -> dict[str, Path]:
 
 
 def _files(folder: Path) -> list[Path]:
-    return [path for path in _visible(folder) if path.suffix.lower() in SUFFIXES and not path.is_dir()]
+    return _sorted_out(folder)[0]
 
 
-def _visible(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*") if not path.name.startswith("."))
+def _sorted_out(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Return the images in a folder, and all else in it that is not hidden."""
+    images: list[Path] = []
+    others: list[Path] = []
+    for path in sorted(folder.glob("*")):
+        if not path.name.startswith("."):
+            is_image = path.suffix.lower() in SUFFIXES and not path.is_dir()
+            (images if is_image else others).append(path)
+    return images, others
 
 
 def warn_of_left_out(root: Path, split: str) -> None:
     """Say so where a split has files that are not read, or masks without an image."""
-    images, masks = root / split / "images", root / split / "masks"
-    for folder in (images, masks):
-        if others := {*_visible(folder)} - {*_files(folder)}:
-            print(left_out_line(folder, others), file=sys.stderr)
-    unused = {*_by_name(_files(masks), "masks")} - {*_by_name(_files(images), "images")}
-    if unused:
-        print(f"warning: {len(unused)} masks in {masks} have no image, such as {min(unused)}", file=sys.stderr)
+    names = {}
+    for kind in ("images", "masks"):
+        files, others = _sorted_out(root / split / kind)
+        names[kind] = {*_by_name(files, kind)}
+        if others:
+            print(left_out_line(root / split / kind, others), file=sys.stderr)
+    if unused := names["masks"] - names["images"]:
+        place = root / split / "masks"
+        print(f"warning: {len(unused)} masks in {place} have no image, such as {min(unused)}", file=sys.stderr)
 
 
 def read_camvid(root: Path, split: str) -> Pairs:

@@ -453,10 +453,8 @@ def main() -> None:
         else:
             what = "time is up"
             if run.trainer.stop == Stop.SIGNAL:
-                what, code = (
-                    "interrupted",
-                    128 + (run.signals.received or signal.SIGTERM),
-                )  # it may be another process's
+                what = "interrupted"
+                code = 128 + (run.signals.received or signal.SIGTERM)  # it may be another process's
             if process.is_main:
                 place = f"epoch {run.epoch + 1}, step {run.trainer.num_steps}"
                 print(f"{what} at {place}; continue with run.resume=true")
