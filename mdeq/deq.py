@@ -129,6 +129,10 @@ class DEQ(nn.Module):
         # Where nothing in f is trained no backward solve is due, although f(z) depends on z.
         tensors = getattr(fn, "tensors", None)
         learns = torch.is_grad_enabled() and (tensors is None or any(x.requires_grad for x in tensors()))
+        if learns and torch.jit.is_tracing():  # TorchScript keeps no gradient that is defined in Python
+            if self.training:
+                raise RuntimeError("torch.jit.trace would lose the gradients of an equilibrium; trace in eval mode")
+            learns = False
         with torch.set_grad_enabled(learns):
             return self._forward(fn, z0, solver, unroll, jacobian_probes)
 

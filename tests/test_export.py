@@ -85,6 +85,23 @@ def test_compiled_as_one_graph(name: str) -> None:
         torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), model(x))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace:FutureWarning")
+@pytest.mark.parametrize("name", ["broyden", "anderson", "picard"])
+def test_traced(name: str) -> None:
+    """TorchScript of a trace is the model for every batch and size, and no graph for training is made of it."""
+    model = minimal(solver=dataclasses.replace(SOLVERS[name], max_steps=6, tol=0.1))
+    traced = torch.jit.trace(model, torch.randn(2, 3, 16, 16))
+    x = torch.cat((torch.zeros(1, 3, 16, 16), 3 * torch.randn(2, 3, 16, 16)))
+    expected, equilibrium = model(x, return_equilibrium=True)
+    torch.testing.assert_close(traced(x), expected.detach())
+    assert int(equilibrium.stats.num_steps.min()) < 6
+    for size in ((2, 3, 20, 24), (1, 3, 17, 16)):
+        x = torch.randn(size)
+        torch.testing.assert_close(traced(x), model(x), msg=str(size))
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace would lose the gradients"):
+        torch.jit.trace(model.train(), x)
+
+
 @NEEDS_ONNX
 def test_program_writes_both_formats(tmp_path: Path) -> None:
     model = minimal(solver={"name": "anderson", "max_steps": 2, "history": 2})

@@ -8,7 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import prune, spectral_norm
+from torch.nn.utils import parametrize, prune, spectral_norm
 
 import mdeq
 from mdeq.models.cell import PostFuse
@@ -117,6 +117,34 @@ def test_hooks_of_spectral_norm_run() -> None:
     model.train()(picture()).square().sum().backward()
     assert layer.weight_orig.grad.norm() > 0
     assert torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2) == pytest.approx(1, rel=1e-3)
+
+
+class Scaled(nn.Module):
+    """A parametrization with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.factor * weight
+
+
+@pytest.mark.parametrize("gradient", ["implicit", "phantom"])
+def test_cached_parametrizations_are_trained(gradient: str) -> None:
+    """f is first evaluated without gradients, and PyTorch's cache would keep what that computed."""
+    model = small(gradient)
+    block = model.equilibrium.cell.blocks[0]
+    for norm in (block.norm1, block.norm2):
+        parametrize.register_parametrization(norm, "weight", Scaled())
+    block.conv1.register_forward_hook(lambda *_: None)  # so that its weight norm is not folded
+    parameters = dict(model.equilibrium.cell.named_parameters())
+    plain = torch.autograd.grad(model(picture()).square().sum(), list(parameters.values()))
+    with parametrize.cached():
+        cached = torch.autograd.grad(model(picture()).square().sum(), list(parameters.values()))
+    for name, x, y in zip(parameters, cached, plain, strict=True):
+        torch.testing.assert_close(x, y, msg=name)
+    assert float(dict(zip(parameters, cached))["blocks.0.norm1.parametrizations.weight.0.factor"].abs()) > 0
 
 
 @pytest.mark.parametrize("kind", [nn.GroupNorm, PostFuse])

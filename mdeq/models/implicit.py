@@ -77,6 +77,17 @@ def _made_of(layer: nn.Module) -> list[Tensor]:
     return [p for name, p in _parameters(layer).items() if name == "weight"]
 
 
+def _read_parametrized(cell: MultiscaleCell, kernels: Kernels) -> None:
+    """Compute what is parametrized and no kernel, with gradients.
+
+    Under `torch.nn.utils.parametrize.cached()` the first evaluation of f, without gradients, would be remembered.
+    """
+    for module in cell.modules():
+        if is_parametrized(module) and module not in kernels:
+            for name in module.get_submodule("parametrizations")._modules:
+                getattr(module, name)
+
+
 def _parameters(module: nn.Module) -> dict[str, Tensor]:
     """Return a module's own parameters by name, also of a replica of nn.DataParallel, which has them elsewhere."""
     found = {**module._parameters, **getattr(module, "_former_parameters", {})}
@@ -99,7 +110,10 @@ class MultiscaleDEQ(nn.Module):
         """Return f for a batch, given the injection into branch 0 `(B, C_0, *S)`; draws the dropout masks."""
         cell = self.cell
         injections = (injection, *[None] * (len(cell.channels) - 1))
-        return CellFn(cell, injections, cell.sample_masks(injection), cell.kernels(), checkpoint)
+        kernels = cell.kernels()
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            _read_parametrized(cell, kernels)
+        return CellFn(cell, injections, cell.sample_masks(injection), kernels, checkpoint)
 
     def forward(
         self,

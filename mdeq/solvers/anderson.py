@@ -58,9 +58,12 @@ class Anderson(FixedPointSolver):
         _require_number("beta", self.beta)
         _require(self.beta > 0, "beta must be > 0", self.beta)
 
+    @property
+    def _slots(self) -> int:
+        return max(min(self.history - 1, self.max_steps - 1), 0)
+
     def init(self, z0: Tensor) -> _History:
-        batch, dim = z0.shape
-        slots = max(min(self.history - 1, self.max_steps - 1), 0)
+        (batch, dim), slots = z0.shape, self._slots
         small, wide = small_dtype(z0), torch.promote_types(z0.dtype, torch.float32)
         bounds = z0.new_ones((batch, slots + 2), dtype=wide)
         bounds[:, 0].fill_(0)
@@ -74,7 +77,7 @@ class Anderson(FixedPointSolver):
         )
 
     def propose(self, memory: _History, z: Tensor, f: Tensor, g: Tensor) -> Tensor:
-        k, slots = memory.count, memory.dg.shape[1]
+        k, slots = memory.count, self._slots
         memory.count += 1
         mixed = f if self.beta == 1 else torch.add(z, g, alpha=self.beta)
         memory.mixed = [*memory.mixed[-slots:], mixed] if slots else []
@@ -120,7 +123,8 @@ class Anderson(FixedPointSolver):
 
 def _subtract(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
     """Write x - y into out and return it: in one pass, but for graphs and derivatives, which have no such form."""
-    if torch.compiler.is_compiling() or x.requires_grad or unpack_dual(x).tangent is not None:
+    in_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if in_graph or x.requires_grad or unpack_dual(x).tangent is not None:
         return out.copy_(x).sub_(y)
     return torch.sub(x, y, out=out)
 

@@ -129,8 +129,8 @@ def static_solves() -> Iterator[None]:
 
 
 def is_static(z: Tensor) -> bool:
-    """Whether values must not steer control flow: meta tensors and compiled, exported or CUDA graphs run every step."""
-    if z.is_meta or torch.compiler.is_compiling():
+    """Whether values must not steer control flow: meta tensors and graphs, by whatever made, run every step."""
+    if z.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
     return _all_steps.get() or (z.is_cuda and torch.cuda.is_current_stream_capturing())
 
