@@ -20,9 +20,11 @@ from test_train_tasks import SMALL, config_file
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassJaccardIndex
 from torchvision import tv_tensors
+from tqdm import tqdm
 
 from tools.batches import VOID, ImageSpec, Process
 from tools.config import BadInput, DataConfig, LossConfig, TrainConfig
+from tools.engine import with_bar
 from tools.images import read_image, read_mask
 from tools.inference import MultiScale, SlidingWindow, whole
 from tools.losses import PixelLoss, VolumeLoss
@@ -396,8 +398,15 @@ def test_images_of_other_sizes_are_tested_on_their_own(tmp_path: Path) -> None:
     image, mask = picture(0, (20, 30))
     save(root / "val/images/1.png", image)
     save(root / "val/masks/1.png", mask)
-    parts = gather(batches(data("masks", root, batch_size=4), training=False))
+    split, bars = batches(data("masks", root, batch_size=4), training=False), []
+
+    def bar(**kwargs: Any) -> tqdm:
+        bars.append(tqdm(file=io.StringIO(), **kwargs))
+        return bars[-1]
+
+    parts = list(with_bar(split, Process(), bar)(split.epoch()))
     assert sorted(tuple(y.shape) for _, y in parts) == [(1, 20, 30), (3, *SIZE)]
+    assert (bars[0].unit, bars[0].n, bars[0].total) == ("sample", 4, 4), "of the bar of progress"
 
 
 # Files.

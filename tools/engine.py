@@ -12,9 +12,10 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from mdeq import Backbone, Equilibrium, FixedPointSolver
-from tools.batches import Batches, Process, check_labels, seed_everything
+from tools.batches import Batch, Batches, Process, check_labels, seed_everything
 from tools.config import BadInput, DEQConfig, OptimConfig
 from tools.metrics import MeanLoss, SolveLog
 from tools.tasks import CLASSIFICATION, Task
@@ -77,6 +78,28 @@ def evaluate(
         means = solves.means_of_iterates(process, len(iterates))
         result |= {f"residual_after_{count}": mean for count, mean in zip(iterates, means)}
     return result
+
+
+def with_bar(
+    batches: Batches, process: Process, bar: Callable[..., tqdm]
+) -> Callable[[Iterator[Batch]], Iterator[Batch]]:
+    """Return a `watch` for `evaluate` that shows how much of a split this process has seen.
+
+    Samples, where their number is known: images of many sizes make more batches than said.
+
+    Args:
+        bar: makes a bar of progress.
+    """
+    samples = batches.num_samples
+    unit, total = ("batch", len(batches)) if samples is None else ("sample", -(-samples // process.world_size))
+
+    def watch(iterator: Iterator[Batch]) -> Iterator[Batch]:
+        with bar(unit=unit, total=total) as shown:
+            for x, y in iterator:
+                yield x, y
+                shown.update(1 if samples is None else len(y))
+
+    return watch
 
 
 def jacobian_weight(config: DEQConfig, step: int, epoch: int) -> float:

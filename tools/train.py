@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 import uuid
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,7 +43,7 @@ from tools.checkpoint import (
     write_text,
 )
 from tools.config import BadInput, TrainConfig, config_yaml, first_line, parse_config
-from tools.engine import Diverged, Stop, Trainer, evaluate, train_epoch
+from tools.engine import Diverged, Stop, Trainer, evaluate, train_epoch, with_bar
 from tools.optim import build_mixup, build_optimizer, build_scheduler
 from tools.program import DeferredSignals, Parser, message_of, program
 from tools.report import RunLog, headline_lines, result_lines
@@ -374,9 +375,9 @@ class Run:
             )
         self.save(final=last)
 
-    def _bar(self, desc: str, unit: str, iterable: Any = None, **kwargs: Any) -> tqdm:
+    def _bar(self, desc: str, unit: str, **kwargs: Any) -> tqdm:
         quiet = not (self.config.run.progress and self.process.is_main)
-        return tqdm(iterable, desc=desc, unit=unit, leave=False, disable=quiet, **kwargs)
+        return tqdm(desc=desc, unit=unit, leave=False, disable=quiet, **kwargs)
 
     def evaluate(self, **kwargs: Any) -> dict[str, float]:
         """Return the metrics of the test split; arguments as in `engine.evaluate`."""
@@ -389,7 +390,7 @@ class Run:
             self.process,
             self.task,
             amp=self.amp,
-            watch=lambda batches: iter(self._bar("test", "batch", batches, total=len(self.test_batches))),
+            watch=with_bar(self.test_batches, self.process, partial(self._bar, "test")),
             **kwargs,
         )
 

@@ -18,7 +18,7 @@ given, replaces the record's.
 import argparse
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from tools.checkpoint import (
     run_of,
 )
 from tools.config import BadInput, DataConfig, TrainConfig, load_config
-from tools.engine import evaluate
+from tools.engine import evaluate, with_bar
 from tools.inference import MultiScale
 from tools.metrics import gather
 from tools.pretrained import recorded_config, release_of
@@ -219,13 +219,9 @@ class Measurements:
 
     def run(self, label: str, task: Task, batches: Batches, **kwargs: Any) -> dict[str, float]:
         """Evaluate the model, with a bar of progress that has a label."""
-        run, process = self.config.run, self.process
-
-        def watch(iterator: Iterator[Any]) -> Iterator[Any]:
-            return iter(self.watch(iterator, desc=label, total=len(batches), unit="batch"))
-
-        amp = build.autocast(run, process)
-        return evaluate(self.model, batches, process, task, amp=amp, watch=watch, **kwargs)
+        amp = build.autocast(self.config.run, self.process)
+        watch = with_bar(batches, self.process, partial(self.watch, desc=label))
+        return evaluate(self.model, batches, self.process, task, amp=amp, watch=watch, **kwargs)
 
     def test(self) -> dict[str, float]:
         """Return all metrics of the test split."""
