@@ -1,6 +1,7 @@
 """Volumes: npz sets, NIfTI pairs, what is done to them and undone, and what is wrong with them."""
 
 import dataclasses
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from tools.batches import VOID, Process
 from tools.config import BadInput, DataConfig
-from tools.volume_data import VolumeBatches, Volumes, preprocessing, read_batches, read_split
+from tools.volume_data import VolumeBatches, Volumes, augmentation, preprocessing, read_batches, read_split
 from tools.volumes import (
     Preprocessing,
     Volume,
@@ -449,7 +450,7 @@ def test_record_of_the_preprocessing_round_trips() -> None:
 # NIfTI sets.
 
 
-def test_decathlon_layout(tmp_path: Path) -> None:
+def test_decathlon_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = decathlon(tmp_path)
     train, val = (read_split(data("nifti", root), 1, training) for training in (True, False))
     assert train.class_names == ("background", "front", "back")
@@ -462,6 +463,8 @@ def test_decathlon_layout(tmp_path: Path) -> None:
     (root / "dataset.json").write_text(json.dumps(description))
     again = [read_split(data("nifti", root), 1, training) for training in (True, False)]
     assert [len(part.images) for part in again] == [6, 1]
+    told = "warning: 1 cases are trained and validated on, such as"
+    assert capsys.readouterr().err.startswith(f"{told} {description['validation'][0]['image']}")
     assert again[0].class_names == train.class_names
 
 
@@ -517,6 +520,10 @@ def test_an_affine_that_is_not_finite(tmp_path: Path) -> None:
     nibabel.save(file, tmp_path / "x.nii")
     with pytest.raises(BadInput, match="an affine that is not finite"):
         load_volume(tmp_path / "x.nii")
+    file.header["srow_x"] = 0
+    nibabel.save(file, tmp_path / "x.nii")
+    with pytest.raises(BadInput, match="an affine that is not invertible"):
+        load_volume(tmp_path / "x.nii")
 
 
 @pytest.mark.parametrize("content", [b"", b"no volume", None])
@@ -527,6 +534,30 @@ def test_files_that_are_no_volumes(content: bytes | None, tmp_path: Path) -> Non
         load_volume(path)
     with pytest.raises(BadInput, match="no volume"):
         load_volume(tmp_path / "nowhere.nii.gz")
+
+
+def test_a_bit_of_a_compressed_file_is_wrong(tmp_path: Path) -> None:
+    """What is unpacked is as long as it should be, but other voxels: only the checksum at the end says so."""
+    path = save_nifti(tmp_path / "x.nii.gz", blob((16, 16, 16))[0])
+    content = bytearray(gzip.compress(gzip.decompress(path.read_bytes()), compresslevel=0, mtime=0))
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    nibabel.load(path).get_fdata()
+    with pytest.raises(BadInput, match=r"cannot read volume .*x\.nii\.gz: CRC check failed"):
+        load_volume(path)
+
+
+def test_a_file_of_a_surface_is_no_volume(tmp_path: Path) -> None:
+    axes = (nibabel.cifti2.ScalarAxis(["thickness"]), nibabel.cifti2.SeriesAxis(0, 1, 4))
+    nibabel.save(nibabel.Cifti2Image(np.zeros((1, 4), np.float32), axes), tmp_path / "x.dscalar.nii")
+    with pytest.raises(BadInput, match=r"x\.dscalar\.nii is no NIfTI volume but a Cifti2Image"):
+        load_volume(tmp_path / "x.dscalar.nii")
+
+
+def test_names_of_nnunet(tmp_path: Path) -> None:
+    save_nifti(tmp_path / "x_0000.nii.gz", blob((16, 16, 16))[0])
+    with pytest.raises(BadInput, match=r"no volume .*x\.nii\.gz; rename x_0000\.nii\.gz, or list it"):
+        load_volume(tmp_path / "x.nii.gz")
 
 
 def test_bad_labels(tmp_path: Path) -> None:
@@ -545,8 +576,35 @@ def test_bad_labels(tmp_path: Path) -> None:
             load_labels(save_nifti(tmp_path / "bad.nii.gz", array), volume, 3)
         assert said in str(error.value)
     moved = save_nifti(tmp_path / "moved.nii.gz", label, np.diag([1.0, 1.0, -1.0, 1.0]))
-    with pytest.raises(BadInput, match="their affines differ"):
+    with pytest.raises(BadInput, match="by their affines they lie up to 34 voxels apart"):
         load_labels(moved, volume, 3)
+
+
+@pytest.mark.parametrize(
+    ("spacing", "offset", "stretch", "aligned"),
+    [
+        ((1.0, 1.0, 1.0), 0.05, 1.0, True),
+        ((1.0, 1.0, 1.0), 0.2, 1.0, False),
+        ((0.5, 0.5, 10.0), 0.0, 1.18, False),  # which is little beside the distance of slices
+        ((0.5, 0.5, 10.0), 0.04, 1.0, True),
+        ((0.5, 0.5, 10.0), 0.08, 1.0, False),
+    ],
+)
+def test_labels_lie_within_a_tenth_of_a_voxel(
+    spacing: tuple[float, ...], offset: float, stretch: float, aligned: bool, tmp_path: Path
+) -> None:
+    image, label = blob((16, 17, 18))
+    affine = np.diag([*spacing, 1.0])
+    affine[:3, 3] = 300.0, -200.0, 150.0
+    volume = load_volume(save_nifti(tmp_path / "x.nii.gz", image, affine))
+    affine[0, 0] *= stretch
+    affine[0, 3] += offset
+    path = save_nifti(tmp_path / "y.nii.gz", label, affine)
+    if aligned:
+        assert np.array_equal(load_labels(path, volume, 3).numpy(), label)
+    else:
+        with pytest.raises(BadInput, match=r"y\.nii\.gz is not aligned with its image"):
+            load_labels(path, volume, 3)
 
 
 @pytest.mark.parametrize("dtype", [np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]), np.complex64])
@@ -610,7 +668,7 @@ def test_small_voxels_and_other_units(tmp_path: Path) -> None:
     assert prepared_spacing(volume, Preprocessing()) == (4e-4,) * 3
     label = blob((16, 17, 18))[1]
     load_labels(save_nifti(tmp_path / "same.nii", label, affine), volume, 3)
-    with pytest.raises(BadInput, match="their affines differ"):
+    with pytest.raises(BadInput, match="is not aligned with its image"):
         load_labels(save_nifti(tmp_path / "mirrored.nii", label, affine * [-1, 1, 1, 1]), volume, 3)
 
 
@@ -644,6 +702,23 @@ def test_labels_that_are_all_background_are_told(tmp_path: Path, capsys: pytest.
         save_nifti(path, np.zeros_like(nibabel.load(path).get_fdata()), nibabel.load(path).affine)
     read_split(data("nifti", root), 1, training=True)
     assert "warning: all labels of the 2 training volumes are 0, background" in capsys.readouterr().err
+
+
+def test_classes_that_no_volume_has_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = decathlon(tmp_path, 3)
+    content = json.loads((root / "dataset.json").read_text(encoding="utf-8"))
+    content["labels"][str(len(content["labels"]))] = "nowhere"
+    (root / "dataset.json").write_text(json.dumps(content), encoding="utf-8")
+    read_split(data("nifti", root), 1, training=True)
+    line = f"warning: none of the 2 training volumes has nowhere ({len(content['labels']) - 1})"
+    assert line in capsys.readouterr().err
+
+
+def test_turns_of_thick_slices_are_small(tmp_path: Path) -> None:
+    """Planes of slices are tilted by no more than volumes of cubes are turned."""
+    moves = augmentation(data("nifti", tmp_path, augment="volume", spacing=[0.8, 0.8, 6.0]), True, of_room=False)
+    turned = next(t for t in moves.transforms if hasattr(t, "rand_affine"))
+    assert turned.rand_affine.rand_affine_grid.rotate_range == pytest.approx([0.02, 0.02, 0.15])
 
 
 def test_spacings_follow_the_order_of_the_test_split(tmp_path: Path) -> None:
@@ -689,6 +764,7 @@ def test_an_empty_mask_is_background(tmp_path: Path) -> None:
         ('{"labels": {"0": "a", "1": "b"}, "training": [{"image": "x.nii"}]}', "must list pairs"),
         ('{"labels": {"0": "a", "1": "b"}, "training": [{"image": ["x", "y"], "label": "z"}]}', "one file each"),
         ('{"labels": {"0": "a", "1": "b"}, "training": [{"image": "x", "label": "y"}]}', "too few cases (1) for a"),
+        ('{"labels": {"a": 0, "b": 1}, "numTraining": 9}', "nnU-Net v2 has no lists; write them"),
     ],
 )
 def test_bad_dataset_json(text: str | None, said: str, tmp_path: Path) -> None:

@@ -244,7 +244,8 @@ def usage(repo: str, config: Mapping[str, Any], data: Dataset) -> str:
     cfg, args = config["pretrained_cfg"], config.get("model_args", {})
     volume = args.get("spatial_dims") == 3 or config["architecture"].partition("_")[0].endswith("3d")
     size = tuple(cfg["input_size"])
-    shape = ", ".join(map(str, (1, size[0], size[-1], *size[1:]) if volume else (1, *size)))
+    space = config.get("preprocessing", {}).get("patch_size") or (size[-1], *size[1:]) if volume else size[1:]
+    shape = ", ".join(map(str, (1, size[0], *space)))
     text = f"""## Use
 
 ```bash

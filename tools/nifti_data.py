@@ -47,7 +47,8 @@ def read_dataset_json(root: Path) -> tuple[list[dict[str, Any]], list[dict[str, 
         listed = {key: [dict(pair) for pair in content.get(key, [])] for key in ("training", "validation")}
         pairs = [pair for part in listed.values() for pair in part]
         if not listed["training"] or not all({"image", "label"} <= set(pair) for pair in pairs):
-            raise BadInput(f'{path}: "training" and "validation" must list pairs of "image" and "label"')
+            more = " (that of nnU-Net v2 has no lists; write them)" if "numTraining" in content else ""
+            raise BadInput(f'{path}: "training" and "validation" must list pairs of "image" and "label"{more}')
         for value in (pair[key] for pair in pairs for key in ("image", "label")):
             if not isinstance(value, str):
                 raise BadInput(
@@ -92,6 +93,18 @@ def read_nifti(
         images.append(image)
         labels.append(label)
         spacings.append(prepared_spacing(volume, preprocessing))
-    if split == "train" and not any(bool(label.any()) for label in labels):
-        print(f"warning: all labels of the {len(labels)} training volumes are 0, {names[0]}", file=sys.stderr)
+    if split == "train":
+        _warn_of_absent(labels, names)
+        if both := {pair["image"] for pair in train} & {pair["image"] for pair in val}:
+            print(f"warning: {len(both)} cases are trained and validated on, such as {min(both)}", file=sys.stderr)
     return images, labels, names, spacings
+
+
+def _warn_of_absent(labels: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Say so where the labels of the training volumes are all background, or none of them has one of the classes."""
+    found = {int(value) for label in labels for value in label.unique()}
+    absent = [f"{names[k]} ({k})" for k in range(len(names)) if k not in found]
+    if found == {0}:
+        print(f"warning: all labels of the {len(labels)} training volumes are 0, {names[0]}", file=sys.stderr)
+    elif absent:
+        print(f"warning: none of the {len(labels)} training volumes has {', '.join(absent)}", file=sys.stderr)

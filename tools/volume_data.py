@@ -182,7 +182,7 @@ def augmentation(config: DataConfig, segmented: bool, *, of_room: bool) -> Any:
             transforms.RandAffined(
                 keys,
                 prob=0.7,
-                rotate_range=[0.15 for _ in axes],
+                rotate_range=_turns(config.spacing),
                 # Of a larger volume the patch is anywhere as it is, or has what it is centred on in the middle.
                 translate_range=[0.0 if of_room else 0.06 * size[axis] for axis in axes],
                 scale_range=[0.1 for _ in axes],
@@ -203,6 +203,15 @@ def augmentation(config: DataConfig, segmented: bool, *, of_room: bool) -> Any:
     else:
         steps = [*moves, *changes, transforms.RandSpatialCropd(keys, size, random_size=False)]
     return transforms.Compose([*steps, transforms.ToTensord(keys, track_meta=False)])
+
+
+def _turns(spacing: Sequence[float] | None) -> list[float]:
+    """Return the largest turn about each axis, counted in voxels: in mm it is no more than 0.15.
+
+    One of thick slices by as much would shear the volume: their planes would be tilted by half a right angle.
+    """
+    others = [[s for axis, s in enumerate(spacing or (1, 1, 1)) if axis != about] for about in range(3)]
+    return [0.15 * min(pair) / max(pair) for pair in others]
 
 
 def _room(sample: dict[str, Tensor], size: Sequence[int], foreground: float, seed: int) -> dict[str, Tensor]:

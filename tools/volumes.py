@@ -11,6 +11,7 @@ save_labels(path, labels, volume)
 
 import dataclasses
 import gzip
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ PLACE = (
     "sform_code", "srow_x", "srow_y", "srow_z",
 )  # fmt: skip
 """Where a volume lies, as its header has it; `pixdim` belongs to it."""
+ALIGNED = 0.1
+"""Voxels that labels may lie apart from their volume at its corners: affines are written with few digits."""
 MOST_CLASSES = 255
 """Labels are bytes, of which one stands for voxels that do not count."""
 
@@ -112,15 +115,34 @@ def _open(path: Path) -> tuple[Any, np.ndarray]:
     nibabel = optional("nibabel", "volumes")
     try:
         file = nibabel.load(path)
+        if not isinstance(file, nibabel.Nifti1Pair):  # files of surfaces (CIFTI) end in .nii too
+            raise BadInput(f"{path} is no NIfTI volume but a {type(file).__name__}")
         data = np.asanyarray(file.dataobj)
+        _check_gzip(path)
+    except BadInput:
+        raise
     except FileNotFoundError:
-        raise BadInput(f"no volume {path}") from None
+        raise BadInput(f"no volume {path}{_channel_hint(path)}") from None
     except Exception as error:  # what a damaged file raises depends on where it is damaged
         reason = first_line(error)
         raise BadInput(f"cannot read volume {path}: {reason}") from None
     while data.ndim > 3 and data.shape[-1] == 1:
         data = data[..., 0]
     return file, data
+
+
+def _check_gzip(path: Path) -> None:
+    """Read a compressed file to its end, which nibabel does not: there its checksum is, and damage is noticed."""
+    if path.name.lower().endswith(".gz"):
+        with gzip.open(path) as file:
+            while file.read(1 << 20):
+                pass
+
+
+def _channel_hint(path: Path) -> str:
+    """Return what to say of a missing file where nnU-Net's name of its first channel is there."""
+    first = path.with_name(path.name.replace(".nii", "_0000.nii", 1))
+    return f"; rename {first.name}, or list it: nnU-Net's numbers of channels are not added" if first.exists() else ""
 
 
 def load_volume(path: str | Path, in_chans: int = 1) -> Volume:
@@ -135,6 +157,8 @@ def load_volume(path: str | Path, in_chans: int = 1) -> Volume:
         raise BadInput(f"{path} has RGB or complex voxels ({data.dtype}); expected one number each")
     if not np.isfinite(file.affine).all():
         raise BadInput(f"{path} has an affine that is not finite")
+    if np.linalg.matrix_rank(file.affine[:3, :3]) < 3:
+        raise BadInput(f"{path} has an affine that is not invertible")
     if data.ndim not in (3, 4) or min(data.shape) < 1:
         raise BadInput(f"{path} has the shape {data.shape}; expected 3 axes, or 4 with channels last")
     channels = data.shape[3] if data.ndim == 4 else 1
@@ -178,9 +202,19 @@ def load_labels(path: str | Path, like: Volume, num_classes: int) -> Tensor:
     file, data = _open(path)
     if data.shape != like.shape:
         raise BadInput(f"{path} has the shape {data.shape}, but its image {like.name} has {like.shape}")
-    if like.has_affine and not np.allclose(file.affine, like.affine, atol=1e-2 * np.abs(like.affine[:3, :3]).max()):
-        raise BadInput(f"{path} is not aligned with its image {like.name}: their affines differ")
+    if like.has_affine:
+        away = _distance(file.affine, like)
+        if not away <= ALIGNED:
+            apart = f"by their affines they lie up to {away:.3g} voxels apart"
+            raise BadInput(f"{path} is not aligned with its image {like.name}: {apart}")
     return checked_labels(data, num_classes, str(path))
+
+
+def _distance(affine: np.ndarray, volume: Volume) -> float:
+    """Return how many of its voxels, at most, a volume's corners are from where another affine puts them."""
+    corners = np.array([*itertools.product(*((0, n - 1) for n in volume.shape))]).T
+    corners = np.vstack([corners, np.ones(corners.shape[1])])
+    return float(np.abs((np.linalg.inv(volume.affine) @ affine @ corners - corners)[:3]).max())
 
 
 def checked_labels(data: np.ndarray, num_classes: int, name: str) -> Tensor:
