@@ -20,6 +20,7 @@ from helpers import (
     ROOT,
     TINY,
     assert_nothing_partial,
+    few_digits,
     image_folder,
     rows,
     run,
@@ -30,8 +31,10 @@ from helpers import (
 )
 from safetensors.torch import save_file
 
+import tools.train
 from tools.checkpoint import clear_leftovers, load_state, read_weights, save_state, write_atomically
 from tools.config import BadInput
+from tools.program import program
 
 # timm's readers leave it to the garbage collector to close an image file.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
@@ -411,3 +414,18 @@ def test_output_that_nobody_reads(length: int) -> None:
     with os.fdopen(write, "wb") as pipe:
         done = subprocess.run([sys.executable, "-c", code], stdout=pipe, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_closed_stream(stream: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As after `>&-`, and without a console on Windows: there is nobody to tell, and nothing wrong."""
+    monkeypatch.setattr("sys.argv", ["train.py", str(TINY), f"run.out_dir={tmp_path / 'run'}", "run.progress=true"])
+    monkeypatch.setattr("sklearn.datasets.load_digits", few_digits)
+    monkeypatch.setattr(sys, stream, None)
+    program(tools.train.main)
+    assert (tmp_path / "run" / "model.safetensors").exists()
+    getattr(sys, stream).close()
+
+
+def test_a_name_that_is_too_long(tmp_path: Path) -> None:
+    assert "File name too long: " in train(tmp_path / ("x" * 300)).refusal()

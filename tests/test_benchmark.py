@@ -379,7 +379,7 @@ def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, 
 
 def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchdeq", None)
-    with pytest.raises(BadInput, match=r"torchdeq: pip install -e '.\[bench\]'"):
+    with pytest.raises(BadInput, match=r'torchdeq: pip install -e "\.\[bench\]"'):
         call(monkeypatch, "--cases", "test_mdeq:16:1")
 
 

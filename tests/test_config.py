@@ -230,6 +230,14 @@ def test_a_path_in_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
     assert load_config(None, ["run.out_dir=~/x"]).run.out_dir == "/home/somebody/x"
     assert load_config(None, ["run.out_dir=null"]).run.out_dir is None
+    with pytest.raises(BadInput, match=r"data\.root: there is no home folder for ~nobody-of-this-name/x; write it out"):
+        load_config(None, ["data.root=~nobody-of-this-name/x"])
+
+
+def test_a_path_that_is_not_utf8() -> None:
+    """YAML and safetensors could not write it, which would be told after the first epoch."""
+    with pytest.raises(BadInput, match=r"run\.out_dir: the name '/x/l.*uf' is not UTF-8; rename it"):
+        load_config(None, ["run.out_dir=/x/l\udce4uf"])
 
 
 def test_settings_do_not_read_the_environment(tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def test_program_refuses_a_format_that_the_file_is_not(tmp_path: Path) -> None:
 @NEEDS_ONNX
 def test_program_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    assert "pip install -e '.[export]'" in run("export", "test_mdeq", "--out", tmp_path / "out").refusal()
+    assert 'pip install -e ".[export]"' in run("export", "test_mdeq", "--out", tmp_path / "out").refusal()
 
 
 def exported_difference(tmp_path: Path, *words: Any) -> dict[str, float]:

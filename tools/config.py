@@ -43,7 +43,7 @@ def optional(module: str, extra: str, package: str | None = None) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise BadInput(f"this needs {package or module.partition('.')[0]}: pip install -e '.[{extra}]'") from None
+        raise BadInput(f'this needs {package or module.partition(".")[0]}: pip install -e ".[{extra}]"') from None
 
 
 @dataclass
@@ -248,9 +248,20 @@ def _checked(config: Any) -> TrainConfig:
     _check(result)
     for key in _PATHS:
         section, _, name = key.partition(".")
-        if (path := getattr(getattr(result, section), name)) is not None and path.startswith("~"):
-            setattr(getattr(result, section), name, str(Path(path).expanduser()))  # no shell does so after a "="
+        if (path := getattr(getattr(result, section), name)) is not None:
+            setattr(getattr(result, section), name, _path(key, path))
     return result
+
+
+def _path(key: str, path: str) -> str:
+    """Return a path with the home folder in place of `~`: no shell does so after a "="."""
+    try:
+        path.encode()  # as YAML and safetensors will
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except UnicodeEncodeError:
+        raise BadInput(f"{key}: the name {path!r} is not UTF-8; rename it, or take a locale of UTF-8") from None
+    except RuntimeError:
+        raise BadInput(f"{key}: there is no home folder for {path}; write it out") from None
 
 
 def _merge(config: Any, read: Any, origin: str) -> Any:

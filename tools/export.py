@@ -71,7 +71,7 @@ def require(formats: Sequence[str]) -> None:
         try:
             importlib.import_module(package)
         except ImportError:
-            raise BadInput(f"ONNX needs {package}: `pip install -e '.[export]'`, or use --format pt2") from None
+            raise BadInput(f'ONNX needs {package}: `pip install -e ".[export]"`, or use --format pt2') from None
 
 
 def load(name: str, checkpoint: Path | None) -> tuple[Trained, str]:

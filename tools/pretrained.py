@@ -1,6 +1,7 @@
 """A trained model from a name, the Hub, a folder or a file, with what its config.json says of classes and inputs."""
 
 import dataclasses
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ def load_trained(name: str) -> Trained:
     """
     known = name.partition(".")[0] in mdeq.list_models()
     path = Path(name.removeprefix("local-dir:"))
-    looks_like_path = "/" in name or path.suffix in WEIGHT_SUFFIXES or path.exists()
+    looks_like_path = "/" in name or os.sep in name or path.suffix in WEIGHT_SUFFIXES or path.exists()
     if name.startswith("local-dir:") or (looks_like_path and not known and not name.startswith("hf-hub:")):
         model, config = _from_path(path)
     else:

@@ -2,6 +2,7 @@
 
 import argparse
 import ctypes
+import errno
 import io
 import os
 import signal
@@ -63,6 +64,9 @@ def keep_freed_memory() -> None:
 def program(main: Callable[[], None]) -> None:
     """Run a program; bad input ends it with one line on stderr and exit code 2."""
     keep_freed_memory()
+    for name in ("stdout", "stderr"):  # None where it is closed, and where Windows has no console
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show must not end the program
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -70,16 +74,16 @@ def program(main: Callable[[], None]) -> None:
         sys.stdout.flush()
     except (BadInput, WeightsError) as error:
         _refuse(message_of(error))
-    except PermissionError as error:
-        if error.filename is None:
+    except BrokenPipeError:  # what reads the output, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would say so at its exit
+        sys.exit(128 + 13)  # as of a process that SIGPIPE ended; Windows has no such signal
+    except OSError as error:
+        if error.filename is None or not (isinstance(error, PermissionError) or error.errno == errno.ENAMETOOLONG):
             raise
         _refuse(f"{error.strerror}: {error.filename}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # what reads the output, such as `head`, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would say so at its exit
-        sys.exit(128 + 13)  # as of a process that SIGPIPE ended; Windows has no such signal
 
 
 class DeferredSignals:

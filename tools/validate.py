@@ -17,6 +17,7 @@ given, replaces the record's.
 
 import argparse
 import dataclasses
+import re
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -302,7 +303,8 @@ def evaluate_split(arguments: argparse.Namespace, measured: Measurements) -> Non
         renew_record(arguments.record, record(), recorded(rows, here))
         print("\n".join([f"saved: {arguments.record}", *(step_lines(rows, headline) if rows else [])]))
         return
-    fresh = Path("runs") / f"validate_{config.model.name.replace('/', '_')}"
+    name = re.sub(r"[^\w.-]+", "_", config.model.name)[-100:]  # it may be a path, and no name of a folder on Windows
+    fresh = Path("runs") / f"validate_{name}"
     folder = arguments.out or (fresh if arguments.checkpoint is None else run_of(arguments.checkpoint))
     if arguments.record:
         make_folder(folder)
