@@ -244,7 +244,8 @@ def usage(repo: str, config: Mapping[str, Any], data: Dataset) -> str:
     cfg, args = config["pretrained_cfg"], config.get("model_args", {})
     volume = args.get("spatial_dims") == 3 or config["architecture"].partition("_")[0].endswith("3d")
     size = tuple(cfg["input_size"])
-    space = config.get("preprocessing", {}).get("patch_size") or (size[-1], *size[1:]) if volume else size[1:]
+    patch = (config.get("preprocessing") or {}).get("patch_size")  # cfg's size has two axes, as timm wants it
+    space = (patch or (size[-1], *size[1:])) if volume else size[1:]
     shape = ", ".join(map(str, (1, size[0], *space)))
     text = f"""## Use
 
