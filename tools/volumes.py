@@ -92,6 +92,9 @@ class Volume:
 
     `header` is the file's, which label volumes take the place in space from; None for voxels of no file. `unit` is that
     of the affine in mm.
+
+    Raises:
+        BadInput: for an affine that is not invertible.
     """
 
     voxels: Tensor
@@ -100,6 +103,10 @@ class Volume:
     has_affine: bool = True
     header: Any = None
     unit: float = 1.0
+
+    def __post_init__(self) -> None:
+        if np.linalg.matrix_rank(self.affine[:3, :3]) < 3:
+            raise BadInput(f"{self.name} has an affine that is not invertible")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -157,8 +164,6 @@ def load_volume(path: str | Path, in_chans: int = 1) -> Volume:
         raise BadInput(f"{path} has RGB or complex voxels ({data.dtype}); expected one number each")
     if not np.isfinite(file.affine).all():
         raise BadInput(f"{path} has an affine that is not finite")
-    if np.linalg.matrix_rank(file.affine[:3, :3]) < 3:
-        raise BadInput(f"{path} has an affine that is not invertible")
     if data.ndim not in (3, 4) or min(data.shape) < 1:
         raise BadInput(f"{path} has the shape {data.shape}; expected 3 axes, or 4 with channels last")
     channels = data.shape[3] if data.ndim == 4 else 1
@@ -261,8 +266,6 @@ def _axes(volume: Volume, orientation: str) -> tuple[list[int], list[int]]:
             "data.orientation=none to take its axes as they are"
         )
     to_ras = optional("nibabel", "volumes").io_orientation(volume.affine)  # per axis of the file: axis of RAS, sign
-    if np.isnan(to_ras).any():
-        raise BadInput(f"{volume.name} has an affine that is not invertible")
     order = [int(np.flatnonzero(to_ras[:, 0] == axis)[0]) for axis in range(3)]
     return order, [axis for axis in range(3) if to_ras[order[axis], 1] < 0]
 
