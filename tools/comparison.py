@@ -46,8 +46,6 @@ from tools.timings import Row, reference, spread, take_turns, timing_rows
 
 BACKWARD_STEPS = range(1, 31)
 RAGGED_BATCH, RAGGED_SLOW = 64, 8
-MOST_STEPS = 4
-"""Where a tolerance ends a solve, it may take so many times the steps of the other parts."""
 MEMORY = (
     "f alone",
     "mdeq Broyden",
@@ -75,6 +73,11 @@ class Bench:
     compiled: bool = False
     channels_last: bool = False
     data: Path | None = None
+
+    @property
+    def most_steps(self) -> int:
+        """Steps that a solve may take which a tolerance ends."""
+        return 4 * self.steps
 
     def precision(self) -> AbstractContextManager[Any]:
         """Return the context in which f is evaluated."""
@@ -240,7 +243,7 @@ def tolerance_part(bench: Bench, cases: Sequence[str], trained: str) -> list[Row
     name, side, batch = parse_case(trained)
     model = bench.model(name)
     fn, z0 = bench.problem(model, bench.inputs(model, side, batch))
-    layers = bench.solvers(MOST_STEPS * bench.steps, bench.tol)
+    layers = bench.solvers(bench.most_steps, bench.tol)
     return _to_tolerance(bench, _timed_solves(bench, "tolerance", trained, layers, fn, z0))
 
 
@@ -250,7 +253,7 @@ def ragged_part(bench: Bench, cases: Sequence[str], trained: str) -> list[Row]:
     fn, z0 = bench.problem(model, bench.inputs(model, side, RAGGED_BATCH))
     z0, slow, fast = _ragged_start(bench, fn, z0)
     case = f"{name}:{side}:{RAGGED_BATCH}, {RAGGED_SLOW} take {slow} steps and the rest {fast}"
-    layers = bench.solvers(MOST_STEPS * bench.steps, bench.tol)
+    layers = bench.solvers(bench.most_steps, bench.tol)
     layers = {k: v for k, v in layers.items() if "Picard" not in k}
     return _to_tolerance(bench, _timed_solves(bench, "ragged", case, layers, fn, z0))
 
@@ -261,13 +264,12 @@ def _ragged_start(bench: Bench, fn: StateFn, z0: State) -> tuple[State, str, str
 
     The few, the first of the batch, start from zero, the others from an iterate that is closer to their equilibrium.
     """
-    layer = ours(Broyden(max_steps=MOST_STEPS * bench.steps, tol=bench.tol)).eval()
+    layer = ours(Broyden(max_steps=bench.most_steps, tol=bench.tol)).eval()
     slow = torch.arange(len(z0[0]), device=z0[0].device) < RAGGED_SLOW
     aim = float(layer(fn, z0).stats.num_steps[slow].double().mean()) / 4
     candidates = []
     for exponent in range(1, 25):
-        coarse = Broyden(max_steps=MOST_STEPS * bench.steps, tol=bench.tol * 1.3**exponent)
-        rough = ours(coarse).eval()(fn, z0).state
+        rough = ours(Broyden(max_steps=bench.most_steps, tol=bench.tol * 1.3**exponent)).eval()(fn, z0).state
         start = tuple(torch.where(slow.view(-1, *[1] * (z.ndim - 1)), zero, z) for z, zero in zip(rough, z0))
         steps = layer(fn, start).stats.num_steps.double()
         candidates.append((abs(float(steps[~slow].mean()) - aim), start, steps))
