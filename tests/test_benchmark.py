@@ -377,6 +377,12 @@ def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, 
     assert not out.exists()
 
 
+def test_missing_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "g++"))
+    with pytest.raises(BadInput, match="--compile needs a C"):
+        call(monkeypatch, "--cases", "test_mdeq:16:1", "--compile")
+
+
 def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchdeq", None)
     with pytest.raises(BadInput, match=r'torchdeq: pip install -e "\.\[bench\]"'):

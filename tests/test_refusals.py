@@ -51,6 +51,13 @@ def test_settings(word: str, said: str, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_compiled_cell_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "g++ -v"))
+    line = train(tmp_path / "run", "run.compile=true").refusal()
+    assert line.startswith(f"error: run.compile=true needs a C++ compiler, {tmp_path / 'g++ -v'} is not there")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(("word", "said"), [("data.num_train=31", "31"), ("data.batch_size=15", "15")])
 def test_mixup_of_an_odd_number_of_images(word: str, said: str, tmp_path: Path) -> None:
     line = train(tmp_path / "run", "data.batch_size=64", "data.mixup=0.5", word).refusal()

@@ -28,7 +28,7 @@ import torch
 
 from mdeq import list_models
 from tools import comparison, scaling
-from tools.build import find_device, known_weights
+from tools.build import check_compiler, find_device, known_weights
 from tools.checkpoint import check_folder, make_folder
 from tools.comparison import NEED_WEIGHTS, PARTS, Bench
 from tools.config import BadInput, optional
@@ -95,6 +95,8 @@ def checked(arguments: argparse.Namespace) -> Bench:
     device = find_device(arguments.device, "--device")
     if "memory" in arguments.parts or arguments.scaling:  # rather now than after other parts
         check_measurable(str(device))
+    if arguments.compile:
+        check_compiler("--compile")
     check_folder(arguments.out)
     optional("torchdeq", "bench")
     bench = Bench(

@@ -3,6 +3,8 @@
 import inspect
 import os
 import re
+import shutil
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -57,6 +59,17 @@ def find_device(name: str, setting: str) -> torch.device:
     except (RuntimeError, AssertionError):
         raise BadInput(f"device {name} is not available; set {setting}=cpu") from None
     return device
+
+
+def check_compiler(setting: str) -> None:
+    """Raise BadInput where torch.compile would not find the C++ compiler that it writes its kernels for.
+
+    Args:
+        setting: what asks for it, for the error.
+    """
+    compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    if not shutil.which(compiler) and not shutil.which(compiler.split()[0]):  # as in CXX="ccache g++"
+        raise BadInput(f"{setting} needs a C++ compiler, {compiler} is not there; install it or name yours in CXX")
 
 
 def start_process(run: RunConfig) -> Process:
