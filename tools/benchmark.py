@@ -96,7 +96,7 @@ def checked(arguments: argparse.Namespace) -> Bench:
     if "memory" in arguments.parts or arguments.scaling:  # rather now than after other parts
         check_measurable(str(device))
     if arguments.compile:
-        check_compiler("--compile")
+        check_compiler(device, "--compile")
     check_folder(arguments.out)
     optional("torchdeq", "bench")
     bench = Bench(

@@ -61,12 +61,15 @@ def find_device(name: str, setting: str) -> torch.device:
     return device
 
 
-def check_compiler(setting: str) -> None:
-    """Raise BadInput where torch.compile would not find the C++ compiler that it writes its kernels for.
+def check_compiler(device: torch.device, setting: str) -> None:
+    """Raise BadInput where torch.compile would not find the C++ compiler that its kernels for CPUs need.
 
     Args:
+        device: of the kernels; those for GPUs are Triton's.
         setting: what asks for it, for the error.
     """
+    if device.type != "cpu":
+        return
     compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
     if not shutil.which(compiler) and not shutil.which(compiler.split()[0]):  # as in CXX="ccache g++"
         raise BadInput(f"{setting} needs a C++ compiler, {compiler} is not there; install it or name yours in CXX")

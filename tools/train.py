@@ -428,9 +428,9 @@ def _peak_resident_mib() -> float:
 
 def main() -> None:
     start = parse_arguments()
-    if start.config.run.compile:
-        build.check_compiler("run.compile=true")
     process = build.start_process(start.config.run)
+    if start.config.run.compile:
+        build.check_compiler(process.device, "run.compile=true")
     with claimed(start, is_main=process.is_main) as folder:
         run = Run(start.config, folder, process, start.state)
         if process.is_main:
